@@ -1,0 +1,396 @@
+//! What the runtime is asked and what it tells. No Kubernetes and no CRI types.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use hypernetes_types::{ContainerId, ImageReference, KernelName, NetworkId, SandboxId};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use crate::error::RuntimeError;
+
+/// Who a sandbox is to its owner. `uid` and `attempt` together are unique.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SandboxMetadata {
+    /// Pod name.
+    pub name: String,
+    /// Pod namespace.
+    pub namespace: String,
+    /// Pod uid.
+    pub uid: String,
+    /// Counts sandboxes of one pod.
+    pub attempt: u32,
+}
+
+/// What a sandbox shall be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxConfig {
+    /// Owner's view.
+    pub metadata: SandboxMetadata,
+    /// Host name in the pod.
+    pub hostname: String,
+    /// Network to join; `None` = loopback only.
+    pub network: Option<NetworkId>,
+    /// Address to ask for.
+    pub requested_address: Option<IpAddr>,
+    /// Kernel to boot; `None` = the node's default.
+    pub kernel: Option<KernelName>,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Guest memory in MiB, the guest's own overhead included.
+    pub memory_mib: u32,
+    /// Size limit of the pod's scratch disk in MiB (sparse): container layers and emptyDirs.
+    pub scratch_mib: u64,
+    /// Name servers, search list and options; empty servers = the network's own.
+    pub dns: DnsConfig,
+    /// Extra lines of /etc/hosts.
+    pub hosts: Vec<HostAlias>,
+    /// Kernel parameters inside the VM.
+    pub sysctls: BTreeMap<String, String>,
+    /// All containers see each other's processes.
+    pub share_process_namespace: bool,
+    /// Where container logs go: `<log_directory>/<log_path of the container>`.
+    pub log_directory: PathBuf,
+    /// cgroup path for the VMM, relative to each hierarchy's root; `None` = no cgroup of its own.
+    pub cgroup_parent: Option<String>,
+    /// Kept and returned unchanged.
+    pub labels: BTreeMap<String, String>,
+    /// Kept and returned unchanged.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// resolv.conf of a pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsConfig {
+    /// Name servers.
+    pub servers: Vec<String>,
+    /// Search list.
+    pub searches: Vec<String>,
+    /// Options such as `ndots:5`.
+    pub options: Vec<String>,
+}
+
+/// One line of /etc/hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostAlias {
+    /// Address.
+    pub address: IpAddr,
+    /// Names.
+    pub names: Vec<String>,
+}
+
+/// A volume that all containers of a sandbox can mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeConfig {
+    /// Unique in the sandbox.
+    pub name: String,
+    /// What is in it.
+    pub kind: VolumeKind,
+    /// Group that owns the content (fsGroup).
+    pub gid: Option<u32>,
+}
+
+/// Kinds of volume that live in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VolumeKind {
+    /// Empty at first.
+    EmptyDir {
+        /// In guest memory instead of on the scratch disk.
+        memory: bool,
+        /// Bytes; 0 = none.
+        size_limit: u64,
+    },
+    /// Files that the node sends, replaced atomically as a whole.
+    Files {
+        /// Relative path to content.
+        files: BTreeMap<String, VolumeFile>,
+    },
+}
+
+/// One file of a [`VolumeKind::Files`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeFile {
+    /// Bytes.
+    pub content: Bytes,
+    /// Permission bits.
+    pub mode: u32,
+}
+
+/// What a container shall be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerConfig {
+    /// Name in the pod.
+    pub name: String,
+    /// Counts containers of one name in one sandbox.
+    pub attempt: u32,
+    /// An image in the store: any reference or id that resolves there.
+    pub image: String,
+    /// Replaces the image's entrypoint if not empty.
+    pub command: Vec<String>,
+    /// Replaces the image's default arguments if not empty (or if `command` is given).
+    pub args: Vec<String>,
+    /// Added to the image's environment.
+    pub env: Vec<(String, String)>,
+    /// Replaces the image's working directory if not empty.
+    pub working_dir: String,
+    /// Where volumes appear.
+    pub mounts: Vec<MountConfig>,
+    /// With a terminal.
+    pub tty: bool,
+    /// With an open stdin.
+    pub stdin: bool,
+    /// stdin closes when the first client that attached leaves.
+    pub stdin_once: bool,
+    /// User and privileges.
+    pub security: SecurityConfig,
+    /// Limits inside the VM.
+    pub resources: ResourceConfig,
+    /// Below the sandbox's log directory.
+    pub log_path: PathBuf,
+    /// Kept and returned unchanged.
+    pub labels: BTreeMap<String, String>,
+    /// Kept and returned unchanged.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// One mount of a volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MountConfig {
+    /// Volume of the sandbox.
+    pub volume: String,
+    /// Absolute path in the container.
+    pub destination: String,
+    /// Path inside the volume.
+    pub sub_path: String,
+    /// Not writable.
+    pub readonly: bool,
+}
+
+/// User, groups, privileges of a container, inside the VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecurityConfig {
+    /// Numeric user, before the image's.
+    pub run_as_user: Option<u32>,
+    /// Numeric group.
+    pub run_as_group: Option<u32>,
+    /// Refuse to run as uid 0.
+    pub run_as_non_root: bool,
+    /// More groups.
+    pub supplemental_groups: Vec<u32>,
+    /// Capabilities on top of the default set.
+    pub add_capabilities: Vec<String>,
+    /// Capabilities taken from the default set; `ALL`.
+    pub drop_capabilities: Vec<String>,
+    /// Everything that the VM allows.
+    pub privileged: bool,
+    /// Root file system is not writable.
+    pub readonly_rootfs: bool,
+    /// setuid programs gain nothing.
+    pub no_new_privs: bool,
+    /// The engines' default system call filter.
+    pub seccomp_default: bool,
+}
+
+/// Limits of a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResourceConfig {
+    /// Bytes; 0 = none.
+    pub memory_limit: i64,
+    /// Thousandths of a CPU; 0 = none.
+    pub cpu_limit_milli: i64,
+    /// Thousandths of a CPU, a weight; 0 = least.
+    pub cpu_request_milli: i64,
+    /// Processes; 0 = none.
+    pub pids_limit: i64,
+}
+
+/// State of a sandbox. See `sandbox` for the transitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum SandboxState {
+    /// Intent is stored; the VM is on its way.
+    Starting,
+    /// The agent answered, the network is up.
+    Ready,
+    /// Was stopped, or its VM ended; see [`SandboxStatus::failure`].
+    NotReady,
+    /// Being taken down.
+    Removing,
+}
+
+/// A sandbox as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxStatus {
+    /// Its id.
+    pub id: SandboxId,
+    /// As configured.
+    pub config: SandboxConfig,
+    /// Where it stands.
+    pub state: SandboxState,
+    /// Nanoseconds since 1970.
+    pub created_unix_nanos: i64,
+    /// Pod address.
+    pub address: Option<IpAddr>,
+    /// `uname -r` in the guest, once it answered.
+    pub kernel_release: Option<String>,
+    /// Why it is not ready though nobody stopped it: `KernelPanic`, `VmmDied`, …, with a message.
+    pub failure: Option<Failure>,
+}
+
+/// A reason in CamelCase and a sentence.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Machine-readable.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+/// State of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ContainerState {
+    /// Prepared, its program does not run yet.
+    Created,
+    /// Its program runs.
+    Running,
+    /// Its program ended, or its VM did.
+    Exited,
+    /// The guest is not asked, or does not answer.
+    Unknown,
+}
+
+/// A container as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerStatus {
+    /// Its id.
+    pub id: ContainerId,
+    /// Its sandbox.
+    pub sandbox: SandboxId,
+    /// As configured.
+    pub config: ContainerConfig,
+    /// Where it stands.
+    pub state: ContainerState,
+    /// Digest id of the image.
+    pub image_id: String,
+    /// `repository@digest` of the image, or its id.
+    pub image_ref: String,
+    /// Nanoseconds since 1970; 0 = not yet.
+    pub created_unix_nanos: i64,
+    /// Nanoseconds since 1970; 0 = not yet.
+    pub started_unix_nanos: i64,
+    /// Nanoseconds since 1970; 0 = not yet.
+    pub finished_unix_nanos: i64,
+    /// Of an exited container.
+    pub exit_code: i32,
+    /// `Completed`, `Error`, `OOMKilled`, `ContainerCannotRun`, `VmmDied`, `KernelPanic`.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+    /// Absolute.
+    pub log_path: PathBuf,
+}
+
+/// Something changed; ask for the status. A lagging receiver lists again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RuntimeEvent {
+    /// A sandbox changed.
+    Sandbox(SandboxId),
+    /// A container changed.
+    Container(SandboxId, ContainerId),
+}
+
+/// Size of a terminal in character cells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TtySize {
+    /// Columns.
+    pub width: u16,
+    /// Rows.
+    pub height: u16,
+}
+
+/// A piece of output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Standard output, or the terminal.
+    Stdout(Bytes),
+    /// Standard error.
+    Stderr(Bytes),
+}
+
+/// What to run beside a container's first process.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ExecConfig {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// With a terminal.
+    pub tty: bool,
+    /// With an open stdin.
+    pub stdin: bool,
+}
+
+/// A process that a caller talks to. Dropping it kills an exec, and only detaches an attach.
+#[derive(Debug)]
+pub struct Session {
+    /// Dropping the sender is end of file.
+    pub stdin: Option<mpsc::Sender<Bytes>>,
+    /// Ends when all output has been delivered.
+    pub output: mpsc::Receiver<Output>,
+    /// Terminal size changes.
+    pub resize: Option<mpsc::Sender<TtySize>>,
+    /// Exit code after the output's end.
+    pub exit: oneshot::Receiver<Result<i32, RuntimeError>>,
+}
+
+/// A byte stream to a port of a pod.
+pub type Connection = Box<dyn hypernetes_vmm::Channel>;
+
+/// Progress of an image pull.
+pub type PullProgress = Box<dyn Fn(hypernetes_image::PullEvent) + Send + Sync>;
+
+/// Pods on this node. Every call is safe to repeat: what is already so is success.
+#[async_trait]
+pub trait PodRuntime: Send + Sync + std::fmt::Debug {
+    /// Boots a pod's VM and joins its network. The same uid and attempt again gives the same
+    /// sandbox, waiting for one that is still starting. On error nothing is left but a record
+    /// that the next start or `remove_sandbox` clears.
+    async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError>;
+    /// Ends all containers, powers the VM off, releases the network. Logs and statuses stay.
+    async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError>;
+    /// Stops and forgets the sandbox, its containers, disks and logs.
+    async fn remove_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError>;
+    /// One sandbox.
+    async fn sandbox(&self, id: &SandboxId) -> Option<SandboxStatus>;
+    /// All sandboxes.
+    async fn list_sandboxes(&self) -> Vec<SandboxStatus>;
+    /// Creates or replaces a volume of the sandbox.
+    async fn write_volume(&self, id: &SandboxId, volume: VolumeConfig) -> Result<(), RuntimeError>;
+    /// Prepares a container. The same name and attempt again gives the same container.
+    async fn create_container(&self, sandbox: &SandboxId, config: ContainerConfig) -> Result<ContainerId, RuntimeError>;
+    /// Runs its program. Of a running container: success.
+    async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError>;
+    /// Sends the image's stop signal, waits up to `grace`, kills.
+    async fn stop_container(&self, id: &ContainerId, grace: std::time::Duration) -> Result<(), RuntimeError>;
+    /// Forgets an exited container and its log. Kills a running one.
+    async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError>;
+    /// One container.
+    async fn container(&self, id: &ContainerId) -> Option<ContainerStatus>;
+    /// All containers, or one sandbox's.
+    async fn list_containers(&self, sandbox: Option<&SandboxId>) -> Vec<ContainerStatus>;
+    /// Changes from now on.
+    fn events(&self) -> broadcast::Receiver<RuntimeEvent>;
+    /// Runs a process in a running container.
+    async fn exec(&self, id: &ContainerId, config: ExecConfig) -> Result<Session, RuntimeError>;
+    /// Joins the first process of a running container; output from now on.
+    async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError>;
+    /// Connects to a TCP port on the pod's localhost.
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Connection, RuntimeError>;
+    /// Makes an image be in the store and returns its record.
+    async fn pull_image(
+        &self,
+        reference: &ImageReference,
+        credentials: hypernetes_image::Credentials,
+        progress: Option<PullProgress>,
+    ) -> Result<hypernetes_image::Image, RuntimeError>;
+    /// Finds an image in the store.
+    async fn image(&self, reference: &str) -> Option<hypernetes_image::Image>;
+}

@@ -1,0 +1,73 @@
+//! Failure of a runtime operation.
+
+/// Why the runtime could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RuntimeError {
+    /// No such sandbox, container or image.
+    #[error("{kind} {id} does not exist")]
+    NotFound {
+        /// What.
+        kind: &'static str,
+        /// Which.
+        id: String,
+    },
+    /// Not possible in the present state.
+    #[error("cannot {action}: {kind} {id} is {state}")]
+    State {
+        /// What was asked.
+        action: &'static str,
+        /// Of what.
+        kind: &'static str,
+        /// Which.
+        id: String,
+        /// Where it stands.
+        state: String,
+    },
+    /// The request is wrong.
+    #[error("invalid {field}: {rule}")]
+    Invalid {
+        /// Field.
+        field: String,
+        /// What would be right.
+        rule: String,
+    },
+    /// The guest did not do it.
+    #[error("the guest of sandbox {sandbox} could not {action}: {message}")]
+    Guest {
+        /// Which.
+        sandbox: String,
+        /// What was attempted.
+        action: &'static str,
+        /// Its words, bounded and cleaned.
+        message: String,
+    },
+    /// The guest did not answer in time.
+    #[error("the guest of sandbox {sandbox} did not answer within {waited:?} to {action}")]
+    GuestSilent {
+        /// Which.
+        sandbox: String,
+        /// What was attempted.
+        action: &'static str,
+        /// Deadline.
+        waited: std::time::Duration,
+    },
+    /// An image is missing or broken.
+    #[error(transparent)]
+    Image(#[from] hypernetes_image::ImageError),
+    /// The network refused.
+    #[error(transparent)]
+    Network(#[from] hypernetes_network::NetworkError),
+    /// The VMM failed.
+    #[error(transparent)]
+    Vmm(#[from] hypernetes_vmm::VmmError),
+    /// State cannot be kept.
+    #[error("cannot {action}")]
+    Storage {
+        /// What was attempted.
+        action: String,
+        /// Cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}

@@ -1,0 +1,16 @@
+//! Names of the project's own API: group, labels, annotations.
+
+/// API group of `Tenant` and `Network`.
+pub const GROUP: &str = "hypernetes.io";
+/// Version of the API group.
+pub const VERSION: &str = "v1alpha1";
+/// Label of a namespace: the tenant that owns it. Set by controllers only.
+pub const TENANT_LABEL: &str = "hypernetes.io/tenant";
+/// Label of a namespace: the network its pods join, by default `default`.
+pub const NETWORK_LABEL: &str = "hypernetes.io/network";
+/// Annotation of a pod: the guest kernel it boots.
+pub const KERNEL_ANNOTATION: &str = "hypernetes.io/kernel";
+/// Finalizer of everything that owns something outside the API.
+pub const CLEANUP_FINALIZER: &str = "hypernetes.io/cleanup";
+/// Prefix of the groups that a tenant's members are in: `hypernetes:tenant:<tenant>:<role>`.
+pub const TENANT_GROUP_PREFIX: &str = "hypernetes:tenant:";

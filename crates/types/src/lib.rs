@@ -1,0 +1,15 @@
+//! The words that every room shares: identifiers, digests, image references, quantities.
+//!
+//! Everything here is plain data: parsed once at an edge, valid ever after, no I/O.
+#![forbid(unsafe_code)]
+
+mod digest;
+mod id;
+pub mod kinds;
+mod quantity;
+mod reference;
+
+pub use digest::{Digest, DigestError};
+pub use id::{ContainerId, ExecId, IdError, KernelName, NetworkId, SandboxId, TenantName};
+pub use quantity::{Quantity, QuantityError};
+pub use reference::{ImageReference, ReferenceError};

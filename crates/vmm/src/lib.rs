@@ -1,0 +1,236 @@
+//! MicroVM drivers behind one trait.
+//!
+//! A driver turns a [`VmSpec`] into a running [`Vm`]: a VMM process with its own uid, no network,
+//! nothing open but what it was handed. VMs outlive this process: [`Vm::record`] is what a restarted
+//! daemon needs to [`Vmm::adopt`] them.
+#![forbid(unsafe_code)]
+
+use std::{fs::File, os::fd::OwnedFd, path::PathBuf};
+
+use async_trait::async_trait;
+use hypernetes_types::SandboxId;
+use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast;
+
+/// How the guest's devices are attached: decided by what the kernel can drive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// QEMU `microvm`, virtio-mmio announced on the command line. HyperKernel.
+    Microvm,
+    /// QEMU `q35`, virtio-pci. Distribution kernels.
+    Q35,
+}
+
+/// The kernel to boot, as files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestKernel {
+    /// vmlinux (PVH) or bzImage.
+    pub kernel: PathBuf,
+    /// cpio archive with HyperStart as `/init`, and the modules the kernel needs.
+    pub initrd: PathBuf,
+    /// Machine that this kernel can drive.
+    pub machine: Machine,
+    /// Appended to the driver's own command line.
+    pub extra_cmdline: String,
+}
+
+/// Network device of the VM.
+#[derive(Debug)]
+pub struct NetDevice {
+    /// An open tap queue (IFF_TAP | IFF_NO_PI, with IFF_VNET_HDR).
+    pub tap: OwnedFd,
+    /// MAC address in the guest.
+    pub mac: String,
+}
+
+/// A block device of the VM.
+#[derive(Debug)]
+pub struct Disk {
+    /// SCSI id on the bus, 1..=254; the guest finds the disk as `<host>:0:<slot>:0`.
+    pub slot: u32,
+    /// Opened by the daemon; the VMM never sees a path.
+    pub file: File,
+    /// Image layers are read-only for VMM and guest.
+    pub read_only: bool,
+}
+
+/// What to start.
+#[derive(Debug)]
+pub struct VmSpec {
+    /// Names the VM; one VM per sandbox.
+    pub sandbox: SandboxId,
+    /// What boots.
+    pub kernel: GuestKernel,
+    /// Virtual CPUs, at least 1.
+    pub vcpus: u32,
+    /// Guest memory in MiB, at least 64.
+    pub memory_mib: u32,
+    /// The NIC, if the pod has a network.
+    pub net: Option<NetDevice>,
+    /// Disks that are there at boot.
+    pub disks: Vec<Disk>,
+    /// Empty directory that belongs to this VM: sockets, console log, launch record.
+    pub run_dir: PathBuf,
+    /// User and group id of the VMM process, used by no other VM.
+    pub uid: u32,
+    /// cgroup path below each controller's root that the VMM process is put into, if any.
+    pub cgroup: Option<String>,
+}
+
+/// What a restarted daemon needs to find a VM again. Stored before the VM is used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Driver that made the VM.
+    pub driver: String,
+    /// The VM's sandbox.
+    pub sandbox: SandboxId,
+    /// Process id of the VMM.
+    pub pid: u32,
+    /// Start time of that process in clock ticks (`/proc/PID/stat` field 22): tells a reused pid.
+    pub start_time: u64,
+    /// The VM's directory.
+    pub run_dir: PathBuf,
+    /// cgroup of the VMM.
+    pub cgroup: Option<String>,
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmExit {
+    /// The guest powered off or rebooted as it was told.
+    Shutdown,
+    /// The guest kernel panicked; the last lines of the console.
+    Panic {
+        /// From the panic line on, bounded.
+        console_tail: String,
+    },
+    /// The VMM process ended without the guest having asked for it.
+    VmmDied {
+        /// Exit status or signal, as far as known.
+        status: String,
+    },
+}
+
+/// What happens to a VM without being asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VmEvent {
+    /// The last event of every VM.
+    Exited(VmExit),
+}
+
+/// The byte stream to the agent in the guest.
+pub trait Channel: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Channel for T {}
+
+/// A running VM.
+#[async_trait]
+pub trait Vm: Send + Sync + std::fmt::Debug {
+    /// What is to be stored to find this VM again.
+    fn record(&self) -> VmRecord;
+    /// Hot-plugs a disk. An occupied slot is an error. Cancelled, it may leave the disk attached.
+    async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError>;
+    /// Unplugs a disk that the guest no longer uses. Idempotent.
+    async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError>;
+    /// Slots that the VM has disks in, boot disks included.
+    async fn list_disks(&self) -> Result<Vec<u32>, VmmError>;
+    /// Opens the raw byte stream to the agent. One at a time: a new one ends the former.
+    async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError>;
+    /// Events from now on; [`Vm::exit`] tells what was missed.
+    fn events(&self) -> broadcast::Receiver<VmEvent>;
+    /// The reason, once the VM has ended.
+    fn exit(&self) -> Option<VmExit>;
+    /// Waits until the VM has ended.
+    async fn wait(&self) -> VmExit;
+    /// The last bytes of the guest's serial console, at most 64 KiB.
+    fn console_tail(&self) -> String;
+    /// Kills the VMM and waits until it is gone. Idempotent.
+    async fn kill(&self) -> Result<(), VmmError>;
+}
+
+/// Starts and owns virtual machines of one kind.
+#[async_trait]
+pub trait Vmm: Send + Sync + std::fmt::Debug {
+    /// Name of the driver, for records and messages: `qemu-kvm`, `qemu-tcg`.
+    fn name(&self) -> &'static str;
+    /// Starts a VM. On error nothing is left running. Returns once the VMM answers; the guest may
+    /// still be booting.
+    async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, VmmError>;
+    /// Takes over a VM that survived a restart of this process. [`VmmError::Gone`] if it did not.
+    async fn adopt(&self, record: &VmRecord) -> Result<Box<dyn Vm>, VmmError>;
+    /// Kills what is left of a VM of which only the run directory is known (a launch that was cut
+    /// short), by the pid file there. Idempotent.
+    async fn destroy(&self, run_dir: &std::path::Path) -> Result<(), VmmError>;
+}
+
+/// Failure of a VMM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmmError {
+    /// The VMM program could not be started.
+    #[error("cannot start {vmm} for sandbox {sandbox}")]
+    Spawn {
+        /// Program.
+        vmm: String,
+        /// Sandbox.
+        sandbox: SandboxId,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VMM ended during the launch.
+    #[error("{vmm} for sandbox {sandbox} ended during launch: {output}")]
+    EarlyExit {
+        /// Program.
+        vmm: String,
+        /// Sandbox.
+        sandbox: SandboxId,
+        /// What it printed, bounded.
+        output: String,
+    },
+    /// The VM is not running any more.
+    #[error("the VM of sandbox {sandbox} is gone")]
+    Gone {
+        /// Sandbox.
+        sandbox: SandboxId,
+    },
+    /// A control command failed.
+    #[error("cannot {action} in sandbox {sandbox}: {message}")]
+    Control {
+        /// What was attempted.
+        action: String,
+        /// Sandbox.
+        sandbox: SandboxId,
+        /// The VMM's answer.
+        message: String,
+    },
+    /// The VMM did not answer in time.
+    #[error("the VMM of sandbox {sandbox} did not answer to {action} within {waited:?}")]
+    Timeout {
+        /// What was attempted.
+        action: String,
+        /// Sandbox.
+        sandbox: SandboxId,
+        /// Deadline.
+        waited: std::time::Duration,
+    },
+    /// A file or directory of the VM cannot be used.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The specification is impossible.
+    #[error("invalid VM specification: {field}: {rule}")]
+    Spec {
+        /// Field.
+        field: &'static str,
+        /// What would be right.
+        rule: String,
+    },
+}
