@@ -1,0 +1,313 @@
+//! The command line of the operator's binary.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Multi-tenant containers: every pod in its own microVM, Kubernetes as the interface.
+#[derive(Debug, Parser)]
+#[command(name = "hypernetes", version, about, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Directory of everything durable
+    #[arg(long, global = true, env = "HYPERNETES_STATE_DIR", default_value = "/var/lib/hypernetes")]
+    pub(crate) state_dir: PathBuf,
+
+    /// Log filter, as in RUST_LOG: `info`, `debug`, `warn,hypernetes_runtime=debug`
+    #[arg(long, global = true, env = "HYPERNETES_LOG", default_value = "warn")]
+    pub(crate) log: String,
+
+    /// Form of log lines
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run everything on this machine: API server, controllers, node
+    Up(Up),
+    /// Tenants: create, list, delete, hand out kubeconfigs
+    #[command(subcommand)]
+    Tenant(Tenant),
+    /// Guest kernels: build, import, list, verify, choose the default
+    #[command(subcommand)]
+    Kernel(Kernel),
+    /// Images in this node's store
+    #[command(subcommand)]
+    Image(Image),
+    /// Say whether this machine can run pods, how, and what is missing
+    Doctor(Doctor),
+    /// Write a consistent copy of the API's state to a file
+    Backup(Backup),
+    /// Print a completion script for a shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Start a VMM in its jail; called by the daemon only
+    #[command(name = "vmm-launch", hide = true)]
+    VmmLaunch {
+        /// What the daemon passes
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Up {
+    /// Address of the API server
+    #[arg(long, env = "HYPERNETES_LISTEN", default_value = "127.0.0.1:6443")]
+    pub(crate) listen: SocketAddr,
+
+    /// Name of this node; by default the host name
+    #[arg(long)]
+    pub(crate) node_name: Option<String>,
+
+    /// More names or addresses in the API server's certificate
+    #[arg(long = "tls-san", value_name = "NAME")]
+    pub(crate) tls_sans: Vec<String>,
+
+    /// Registry to reach by plain http; loopback registries are reached so anyway
+    #[arg(long = "insecure-registry", value_name = "HOST[:PORT]")]
+    pub(crate) insecure_registries: Vec<String>,
+
+    /// Address range of the network of namespaces that belong to no tenant
+    #[arg(long, default_value = "10.42.0.0/16")]
+    pub(crate) pod_cidr: ipnet::Ipv4Net,
+
+    /// DNS server that pods' queries are forwarded to; by default those of /etc/resolv.conf
+    #[arg(long = "upstream-dns", value_name = "ADDRESS:PORT")]
+    pub(crate) upstream_dns: Vec<SocketAddr>,
+
+    /// The guest's program; by default the one beside this binary
+    #[arg(long, env = "HYPERNETES_HYPERSTART", value_name = "FILE")]
+    pub(crate) hyperstart: Option<PathBuf>,
+
+    /// Directory of a built kernel to use when none is imported; by default the one beside this binary
+    #[arg(long, env = "HYPERNETES_KERNEL", value_name = "DIR")]
+    pub(crate) kernel_dir: Option<PathBuf>,
+
+    /// Directory for sockets of running VMs; short, as socket paths are limited to 107 bytes
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run_dir: Option<PathBuf>,
+
+    /// First of the 1000 user ids that VMMs run under, one for each VM
+    #[arg(long, default_value_t = 700_000)]
+    pub(crate) uid_base: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Tenant {
+    /// Create a tenant: namespace, network, roles, and a kubeconfig for its administrator
+    Create {
+        /// An RFC 1123 label; also the name of its first namespace
+        name: String,
+        /// Where to write the administrator's kubeconfig
+        #[arg(long, value_name = "FILE")]
+        kubeconfig: Option<PathBuf>,
+        /// Address range of its pods; other tenants may have the same
+        #[arg(long, default_value = "10.244.0.0/16")]
+        cidr: ipnet::Ipv4Net,
+        /// Name for people
+        #[arg(long)]
+        display_name: Option<String>,
+        /// Kernel that its pods may name; repeatable. Without it any imported kernel
+        #[arg(long = "allow-kernel", value_name = "NAME")]
+        kernels: Vec<String>,
+    },
+    /// List tenants
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Write a new kubeconfig for a member of a tenant
+    Kubeconfig {
+        /// The tenant
+        name: String,
+        /// Where to write it; `-` is standard output
+        #[arg(long, short = 'o', value_name = "FILE", default_value = "-")]
+        output: PathBuf,
+        /// Name of the user
+        #[arg(long)]
+        user: Option<String>,
+        /// What the user may do
+        #[arg(long, value_enum, default_value_t = Role::Admin)]
+        role: Role,
+        /// Days until the certificate ends
+        #[arg(long, default_value_t = 365)]
+        days: u32,
+    },
+    /// Delete a tenant with all it has
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// The tenant
+        name: String,
+        /// Return at once instead of waiting until everything is gone
+        #[arg(long)]
+        no_wait: bool,
+        /// Seconds to wait
+        #[arg(long, default_value_t = 180)]
+        timeout: u64,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Role {
+    /// Everything in the tenant, role bindings too
+    Admin,
+    /// Everything but roles
+    Edit,
+    /// Read only, no secrets
+    View,
+}
+
+impl Role {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::Edit => "edit",
+            Self::View => "view",
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Kernel {
+    /// Build HyperKernel from a kernel source tarball and import it
+    Build {
+        /// Name to import it under
+        #[arg(long, default_value = "hyperkernel")]
+        name: String,
+        /// Source tarball; by default Debian's linux-source package
+        #[arg(long, value_name = "FILE")]
+        source: Option<PathBuf>,
+        /// Configuration fragment; by default the one built in
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Replace a kernel of this name
+        #[arg(long)]
+        force: bool,
+    },
+    /// Import a distribution's kernel: a .deb, a directory made by `kernel build`, or a vmlinuz
+    Import {
+        /// Name for `hypernetes.io/kernel`
+        name: String,
+        /// .deb package, directory of a built kernel, vmlinux or vmlinuz
+        path: PathBuf,
+        /// Its modules (`/lib/modules/RELEASE`), for a vmlinuz
+        #[arg(long, value_name = "DIR")]
+        modules: Option<PathBuf>,
+        /// Its configuration, for a vmlinuz
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Replace a kernel of this name
+        #[arg(long)]
+        force: bool,
+    },
+    /// List kernels
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Boot a kernel and say what a pod would miss
+    Verify {
+        /// Name of an imported kernel
+        name: String,
+        /// The guest's program; by default the one beside this binary
+        #[arg(long, env = "HYPERNETES_HYPERSTART", value_name = "FILE")]
+        hyperstart: Option<PathBuf>,
+    },
+    /// Show or set the kernel of pods that name none
+    Default {
+        /// Name of an imported kernel
+        name: Option<String>,
+    },
+    /// Remove a kernel
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Name of an imported kernel
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    /// Fetch an image from a registry
+    Pull {
+        /// `[registry/]repository[:tag][@digest]`
+        reference: String,
+        /// `user:password`; better by HYPERNETES_REGISTRY_CREDENTIALS
+        #[arg(long, env = "HYPERNETES_REGISTRY_CREDENTIALS", hide_env_values = true)]
+        creds: Option<String>,
+        /// Registry to reach by plain http
+        #[arg(long = "insecure-registry", value_name = "HOST[:PORT]")]
+        insecure_registries: Vec<String>,
+        /// Print the image id only
+        #[arg(long, short)]
+        quiet: bool,
+    },
+    /// Load images from an OCI layout (directory or tar) or a docker-archive
+    Load {
+        /// Archive or directory
+        #[arg(short, long, value_name = "PATH")]
+        input: PathBuf,
+    },
+    /// List images
+    #[command(visible_alias = "list")]
+    Ls {
+        /// Print ids only
+        #[arg(long, short)]
+        quiet: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove images
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// References or ids
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+    /// Show images as JSON
+    Inspect {
+        /// References or ids
+        #[arg(required = true)]
+        images: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Backup {
+    /// File to write; must not exist
+    pub(crate) file: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,45 @@
+//! The first hour of a tenant, with two releases of the real kubectl.
+#![allow(clippy::tests_outside_test_module, reason = "an integration test is one module")]
+
+use std::{collections::BTreeMap, fs, os::unix::fs::symlink};
+
+use hypernetes_testkit::{
+    Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, Scenario, can_run_pods, kubectl,
+    workspace_root,
+};
+
+fn first_hour(version: &str) {
+    if !can_run_pods() {
+        return;
+    }
+    let scenario = Scenario::read(&workspace_root().join("tests/scenarios/first-hour.txt"));
+    assert!(scenario.len() >= 40, "{} commands", scenario.len());
+    let registry = Registry::start();
+    let daemon = Daemon::start(DaemonOptions::default());
+    let kubeconfig = daemon.tenant("acme", "10.88.0.0/24");
+    daemon.tenant("globex", "10.88.0.0/24");
+    let tools = daemon.dir().join("bin");
+    fs::create_dir(&tools).unwrap();
+    symlink(kubectl(version), tools.join("kubectl")).unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let report = scenario.run(&BTreeMap::from([
+        ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
+        ("PATH".to_owned(), format!("{}:{path}", tools.display())),
+        ("HOME".to_owned(), daemon.dir().display().to_string()),
+        ("WEB".to_owned(), registry.image("web:1")),
+        ("BOX".to_owned(), registry.image("busybox:1")),
+        ("REGISTRY".to_owned(), registry.address().to_owned()),
+    ]));
+    println!("kubectl {version}: {} of {} commands as expected", report.passed, scenario.len());
+    assert!(report.failures.is_empty(), "{}", report.failures.join("\n\n"));
+}
+
+#[test]
+fn first_hour_with_the_older_kubectl() {
+    first_hour(KUBECTL_VERSIONS[0]);
+}
+
+#[test]
+fn first_hour_with_the_newer_kubectl() {
+    first_hour(KUBECTL_VERSIONS[1]);
+}

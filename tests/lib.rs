@@ -1,0 +1,1 @@
+//! End-to-end tests: each file drives the real daemon, the real kubectl and real VMs.
