@@ -1,5 +1,8 @@
 //! Dependencies between rooms go down only (docs/architecture.md, "The rooms").
-#![allow(clippy::tests_outside_test_module, reason = "an integration test is one module")]
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is one module"
+)]
 
 use std::{collections::BTreeMap, process::Command};
 
@@ -10,7 +13,19 @@ const FLOORS: &[(u8, &[&str])] = &[
     (1, &["hypernetes", "hyperstart"]),
     (2, &["apiserver", "controllers", "nodelet"]),
     (3, &["runtime", "apimachinery", "policy", "streaming"]),
-    (4, &["image", "network", "vmm", "kernel", "container", "agent-api", "identity", "store"]),
+    (
+        4,
+        &[
+            "image",
+            "network",
+            "vmm",
+            "kernel",
+            "container",
+            "agent-api",
+            "identity",
+            "store",
+        ],
+    ),
     (5, &["types", "telemetry"]),
 ];
 
@@ -18,14 +33,19 @@ const FLOORS: &[(u8, &[&str])] = &[
 const SAME_FLOOR: &[(&str, &str)] = &[("policy", "apimachinery"), ("container", "agent-api")];
 
 /// The guest stays small: these rooms may use nothing else of the house.
-const GUEST: &[(&str, &[&str])] =
-    &[("hyperstart", &["types", "agent-api", "container"]), ("container", &["types", "agent-api"])];
+const GUEST: &[(&str, &[&str])] = &[
+    ("hyperstart", &["types", "agent-api", "container"]),
+    ("container", &["types", "agent-api"]),
+];
 
 /// Not part of the product.
 const DEV: &[&str] = &["testkit", "tests", "benches"];
 
 fn floors() -> BTreeMap<&'static str, u8> {
-    FLOORS.iter().flat_map(|(floor, rooms)| rooms.iter().map(move |room| (*room, *floor))).collect()
+    FLOORS
+        .iter()
+        .flat_map(|(floor, rooms)| rooms.iter().map(move |room| (*room, *floor)))
+        .collect()
 }
 
 /// What is wrong with the arrow `from` → `to`, if anything.
@@ -43,17 +63,29 @@ fn judge(from: &str, to: &str) -> Option<String> {
     if above < below || SAME_FLOOR.contains(&(from, to)) {
         return None;
     }
-    Some(format!("{from} (floor {above}) may not use {to} (floor {below})"))
+    Some(format!(
+        "{from} (floor {above}) may not use {to} (floor {below})"
+    ))
 }
 
 /// Normal dependencies between rooms, as (from, to).
 fn arrows() -> Vec<(String, String)> {
     let output = Command::new(env!("CARGO"))
-        .args(["metadata", "--no-deps", "--format-version", "1", "--offline"])
+        .args([
+            "metadata",
+            "--no-deps",
+            "--format-version",
+            "1",
+            "--offline",
+        ])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .expect("cargo metadata runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let metadata: Value = serde_json::from_slice(&output.stdout).expect("cargo prints JSON");
     let room = |name: &str| match name {
         "hypernetes" => Some(name.to_owned()),
@@ -61,7 +93,9 @@ fn arrows() -> Vec<(String, String)> {
     };
     let mut arrows = Vec::new();
     for package in metadata["packages"].as_array().expect("packages") {
-        let Some(from) = room(package["name"].as_str().expect("name")) else { continue };
+        let Some(from) = room(package["name"].as_str().expect("name")) else {
+            continue;
+        };
         for dependency in package["dependencies"].as_array().expect("dependencies") {
             let normal = dependency["kind"].is_null();
             if let (true, Some(to)) = (normal, room(dependency["name"].as_str().expect("name"))) {
@@ -88,7 +122,13 @@ fn arrows_go_down_only() {
 fn a_wrong_arrow_is_named_with_both_rooms() {
     let message = judge("vmm", "runtime").expect("an arrow that goes up");
     assert_eq!(message, "vmm (floor 4) may not use runtime (floor 3)");
-    assert!(judge("image", "network").is_some(), "mechanisms do not know each other");
-    assert!(judge("hyperstart", "telemetry").is_some(), "the guest stays small");
+    assert!(
+        judge("image", "network").is_some(),
+        "mechanisms do not know each other"
+    );
+    assert!(
+        judge("hyperstart", "telemetry").is_some(),
+        "the guest stays small"
+    );
     assert!(judge("runtime", "vmm").is_none());
 }

@@ -1,5 +1,8 @@
 //! The daemon is killed at random moments of create and delete.
-#![allow(clippy::tests_outside_test_module, reason = "an integration test is one module")]
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is one module"
+)]
 
 use std::{
     collections::hash_map::RandomState,
@@ -47,11 +50,29 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
     let mut daemon = Daemon::start(DaemonOptions::default());
     let acme = daemon.tenant("acme", "10.97.0.0/24");
     // A witness that lives through everything: its container and its log must never be disturbed.
-    run(&mut daemon.kubectl_as(&acme, &[
-        "run", "witness", "--image", &image, "--restart=Never", "--", "sh", "-c",
-        "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.1; done",
-    ]));
-    run(&mut daemon.kubectl_as(&acme, &["wait", "--for=condition=Ready", "pod/witness", "--timeout=240s"]));
+    run(&mut daemon.kubectl_as(
+        &acme,
+        &[
+            "run",
+            "witness",
+            "--image",
+            &image,
+            "--restart=Never",
+            "--",
+            "sh",
+            "-c",
+            "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.1; done",
+        ],
+    ));
+    run(&mut daemon.kubectl_as(
+        &acme,
+        &[
+            "wait",
+            "--for=condition=Ready",
+            "pod/witness",
+            "--timeout=240s",
+        ],
+    ));
     let identity = |daemon: &Daemon| {
         stdout(&mut daemon.kubectl_as(&acme, &[
             "get", "pod", "witness", "-o",
@@ -64,7 +85,19 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
         // Something is under way: a pod being made, a pod being deleted, or both.
         let victim = format!("p{round}");
         let created = daemon
-            .kubectl_as(&acme, &["run", &victim, "--image", &image, "--restart=Never", "--", "sleep", "infinity"])
+            .kubectl_as(
+                &acme,
+                &[
+                    "run",
+                    &victim,
+                    "--image",
+                    &image,
+                    "--restart=Never",
+                    "--",
+                    "sleep",
+                    "infinity",
+                ],
+            )
             .output()
             .unwrap();
         if created.status.success() {
@@ -73,32 +106,72 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
         if acknowledged.len() > 1 {
             let index = usize::try_from(random.below(acknowledged.len() as u64)).unwrap();
             let gone = acknowledged.remove(index);
-            run(&mut daemon.kubectl_as(&acme, &["delete", "pod", &gone, "--wait=false", "--grace-period=0", "--force"]));
+            run(&mut daemon.kubectl_as(
+                &acme,
+                &[
+                    "delete",
+                    "pod",
+                    &gone,
+                    "--wait=false",
+                    "--grace-period=0",
+                    "--force",
+                ],
+            ));
         }
         thread::sleep(Duration::from_millis(random.below(2500)));
         daemon.kill();
         daemon.start_again();
         for name in &acknowledged {
-            let found = daemon.kubectl_as(&acme, &["get", "pod", name, "-o", "name"]).output().unwrap();
-            assert!(found.status.success(), "round {round}: acknowledged pod {name} is lost");
+            let found = daemon
+                .kubectl_as(&acme, &["get", "pod", name, "-o", "name"])
+                .output()
+                .unwrap();
+            assert!(
+                found.status.success(),
+                "round {round}: acknowledged pod {name} is lost"
+            );
         }
-        assert_eq!(identity(&daemon), witness, "round {round}: the witness was disturbed");
+        assert_eq!(
+            identity(&daemon),
+            witness,
+            "round {round}: the witness was disturbed"
+        );
     }
     for name in &acknowledged {
-        run(&mut daemon.kubectl_as(&acme, &["wait", "--for=condition=Ready", &format!("pod/{name}"), "--timeout=240s"]));
+        run(&mut daemon.kubectl_as(
+            &acme,
+            &[
+                "wait",
+                "--for=condition=Ready",
+                &format!("pod/{name}"),
+                "--timeout=240s",
+            ],
+        ));
         let said = stdout(&mut daemon.kubectl_as(&acme, &["exec", name, "--", "echo", "alive"]));
         assert_eq!(said, "alive");
     }
     let log = stdout(&mut daemon.kubectl_as(&acme, &["logs", "witness"]));
     for (number, line) in log.lines().enumerate() {
-        assert_eq!(line, format!("line {number}"), "the witness's log has a gap or a double");
+        assert_eq!(
+            line,
+            format!("line {number}"),
+            "the witness's log has a gap or a double"
+        );
     }
-    println!("{} rounds, {} lines of log without a gap", rounds(), log.lines().count());
+    println!(
+        "{} rounds, {} lines of log without a gap",
+        rounds(),
+        log.lines().count()
+    );
 
     run(&mut daemon.hypernetes(&["tenant", "delete", "acme"]));
     eventually("no VM is left", Duration::from_secs(60), || {
         let left = daemon.vmm_processes();
-        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{left:?}"))
+        }
     });
     daemon.stop();
     let picture = daemon.host_picture();

@@ -1,5 +1,8 @@
 //! A full state directory: a clear error, and nothing acknowledged is lost.
-#![allow(clippy::tests_outside_test_module, reason = "an integration test is one module")]
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is one module"
+)]
 
 use std::{fs, path::Path, process::Command};
 
@@ -22,13 +25,21 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        Command::new("umount").arg("-l").arg(self.0.path()).status().ok();
+        Command::new("umount")
+            .arg("-l")
+            .arg(self.0.path())
+            .status()
+            .ok();
     }
 }
 
 fn fill(dir: &Path) {
     Command::new("dd")
-        .args(["if=/dev/zero", "bs=4096", &format!("of={}", dir.join("ballast").display())])
+        .args([
+            "if=/dev/zero",
+            "bs=4096",
+            &format!("of={}", dir.join("ballast").display()),
+        ])
         .output()
         .unwrap();
 }
@@ -43,11 +54,16 @@ fn writes_are_refused_clearly_and_come_back_with_space() {
         return;
     };
     let state = disk.0.path().join("state");
-    let mut daemon =
-        Daemon::start(DaemonOptions { state_dir: Some(state), ..DaemonOptions::default() });
+    let mut daemon = Daemon::start(DaemonOptions {
+        state_dir: Some(state),
+        ..DaemonOptions::default()
+    });
     let create = |daemon: &Daemon, name: &str| {
         let value = format!("--from-literal=data={}", "x".repeat(100_000));
-        daemon.kubectl(&["create", "configmap", name, &value]).output().unwrap()
+        daemon
+            .kubectl(&["create", "configmap", name, &value])
+            .output()
+            .unwrap()
     };
     let mut acknowledged = Vec::new();
     for number in 0..5 {
@@ -83,7 +99,10 @@ fn writes_are_refused_clearly_and_come_back_with_space() {
         assert!(names.contains(name.as_str()), "{name} is not readable");
     }
     fs::remove_file(disk.0.path().join("ballast")).unwrap();
-    assert!(create(&daemon, "after").status.success(), "space is back, writes are not");
+    assert!(
+        create(&daemon, "after").status.success(),
+        "space is back, writes are not"
+    );
     acknowledged.push("after".to_owned());
     daemon.kill();
     daemon.start_again();

@@ -1,5 +1,8 @@
 //! The first hour of a tenant, with two releases of the real kubectl.
-#![allow(clippy::tests_outside_test_module, reason = "an integration test is one module")]
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is one module"
+)]
 
 use std::{collections::BTreeMap, fs, os::unix::fs::symlink};
 
@@ -30,8 +33,16 @@ fn first_hour(version: &str) {
         ("BOX".to_owned(), registry.image("busybox:1")),
         ("REGISTRY".to_owned(), registry.address().to_owned()),
     ]));
-    println!("kubectl {version}: {} of {} commands as expected", report.passed, scenario.len());
-    assert!(report.failures.is_empty(), "{}", report.failures.join("\n\n"));
+    println!(
+        "kubectl {version}: {} of {} commands as expected",
+        report.passed,
+        scenario.len()
+    );
+    assert!(
+        report.failures.is_empty(),
+        "{}",
+        report.failures.join("\n\n")
+    );
 }
 
 #[test]

@@ -1,5 +1,8 @@
 //! A VM that dies fails its pod, with a reason, within five seconds.
-#![allow(clippy::tests_outside_test_module, reason = "an integration test is one module")]
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is one module"
+)]
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +20,10 @@ fn failed_with(daemon: &Daemon, kubeconfig: &std::path::Path, pod: &str, since: 
         if status.starts_with("Failed") {
             return status;
         }
-        assert!(since.elapsed() < Duration::from_secs(5), "{pod} after 5 s: {status}");
+        assert!(
+            since.elapsed() < Duration::from_secs(5),
+            "{pod} after 5 s: {status}"
+        );
     }
 }
 
@@ -31,12 +37,40 @@ fn a_killed_vmm_and_a_panicked_kernel_fail_their_pods() {
     let acme = daemon.tenant("acme", "10.95.0.0/24");
     let k = |args: &[&str]| run(&mut daemon.kubectl_as(&acme, args));
     let image = registry.image("busybox:1");
-    k(&["run", "killed", "--image", &image, "--restart=Never", "--", "sleep", "infinity"]);
-    k(&["wait", "--for=condition=Ready", "pod/killed", "--timeout=240s"]);
+    k(&[
+        "run",
+        "killed",
+        "--image",
+        &image,
+        "--restart=Never",
+        "--",
+        "sleep",
+        "infinity",
+    ]);
+    k(&[
+        "wait",
+        "--for=condition=Ready",
+        "pod/killed",
+        "--timeout=240s",
+    ]);
     let killed = daemon.vmm_processes();
     assert_eq!(killed.len(), 1);
-    k(&["run", "healthy", "--image", &image, "--restart=Never", "--", "sleep", "infinity"]);
-    k(&["wait", "--for=condition=Ready", "pod/healthy", "--timeout=240s"]);
+    k(&[
+        "run",
+        "healthy",
+        "--image",
+        &image,
+        "--restart=Never",
+        "--",
+        "sleep",
+        "infinity",
+    ]);
+    k(&[
+        "wait",
+        "--for=condition=Ready",
+        "pod/healthy",
+        "--timeout=240s",
+    ]);
 
     let since = Instant::now();
     let pid = rustix::process::Pid::from_raw(i32::try_from(killed[0]).unwrap()).unwrap();

@@ -4,6 +4,12 @@
 //! [`PodStreams`], which the node implements; this crate knows nothing of pods' insides.
 #![forbid(unsafe_code)]
 
+pub mod port_forward;
+pub mod remote_command;
+pub mod spdy;
+mod upgrade;
+mod websocket;
+
 use std::{fmt, pin::Pin};
 
 use async_trait::async_trait;
@@ -124,14 +130,28 @@ pub type LogStream = BoxStream<'static, std::io::Result<Bytes>>;
 #[async_trait]
 pub trait PodStreams: Send + Sync {
     /// Runs a process in a running container.
-    async fn exec(&self, target: &Target, request: ProcessRequest) -> Result<ProcessSession, StreamError>;
+    async fn exec(
+        &self,
+        target: &Target,
+        request: ProcessRequest,
+    ) -> Result<ProcessSession, StreamError>;
     /// Joins the container's first process.
-    async fn attach(&self, target: &Target, request: ProcessRequest) -> Result<ProcessSession, StreamError>;
+    async fn attach(
+        &self,
+        target: &Target,
+        request: ProcessRequest,
+    ) -> Result<ProcessSession, StreamError>;
     /// Connects to a TCP port on the pod's localhost. `target.container` is empty.
-    async fn port_forward(&self, target: &Target, port: u16) -> Result<Box<dyn Duplex>, StreamError>;
+    async fn port_forward(
+        &self,
+        target: &Target,
+        port: u16,
+    ) -> Result<Box<dyn Duplex>, StreamError>;
     /// Reads a container's log.
     async fn logs(&self, target: &Target, request: LogRequest) -> Result<LogStream, StreamError>;
 }
+
+pub use upgrade::{Rejected, Wire, negotiate_port_forward, negotiate_process};
 
 /// A boxed future that a connection task runs.
 pub type SessionFuture = Pin<Box<dyn Future<Output = ()> + Send>>;

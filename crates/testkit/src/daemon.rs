@@ -39,11 +39,29 @@ impl Daemon {
     pub fn start(options: DaemonOptions) -> Self {
         let dir = TempDir::new().unwrap();
         // Socket paths are limited to 107 bytes.
-        let run_dir = tempfile::Builder::new().prefix("hn-").tempdir_in("/run").unwrap();
-        let state_dir = options.state_dir.clone().unwrap_or_else(|| dir.path().join("state"));
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let run_dir = tempfile::Builder::new()
+            .prefix("hn-")
+            .tempdir_in("/run")
+            .unwrap();
+        let state_dir = options
+            .state_dir
+            .clone()
+            .unwrap_or_else(|| dir.path().join("state"));
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let kubectl = kubectl(crate::KUBECTL_VERSIONS[0]);
-        let mut daemon = Self { dir, run_dir, state_dir, options, child: None, port, kubectl };
+        let mut daemon = Self {
+            dir,
+            run_dir,
+            state_dir,
+            options,
+            child: None,
+            port,
+            kubectl,
+        };
         daemon.spawn();
         daemon.wait_ready();
         daemon
@@ -54,7 +72,11 @@ impl Daemon {
         assert!(self.child.is_none(), "the daemon runs already");
         let release = release_dir();
         let kernel = fs::read_to_string(release.join("kernel-path")).unwrap();
-        let log = File::options().create(true).append(true).open(self.log_path()).unwrap();
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())
+            .unwrap();
         let child = Command::new(release.join("hypernetes"))
             .arg("--state-dir")
             .arg(&self.state_dir)
@@ -76,16 +98,26 @@ impl Daemon {
     pub fn wait_ready(&mut self) {
         let end = Instant::now() + Duration::from_secs(180);
         loop {
-            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().unwrap()) {
+            if let Some(status) = self
+                .child
+                .as_mut()
+                .and_then(|child| child.try_wait().unwrap())
+            {
                 panic!("the daemon ended with {status}:\n{}", self.log_tail());
             }
             if self.admin_kubeconfig().exists() {
-                let probe = self.kubectl(&["--request-timeout=3s", "get", "--raw", "/readyz"]).output();
+                let probe = self
+                    .kubectl(&["--request-timeout=3s", "get", "--raw", "/readyz"])
+                    .output();
                 if probe.is_ok_and(|output| output.status.success()) {
                     return;
                 }
             }
-            assert!(Instant::now() < end, "the daemon is not ready:\n{}", self.log_tail());
+            assert!(
+                Instant::now() < end,
+                "the daemon is not ready:\n{}",
+                self.log_tail()
+            );
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -103,7 +135,11 @@ impl Daemon {
         let pid = rustix::process::Pid::from_child(&child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         eventually("the daemon stops", Duration::from_secs(60), || {
-            child.try_wait().unwrap().map(|_| ()).ok_or_else(|| "it still runs".to_owned())
+            child
+                .try_wait()
+                .unwrap()
+                .map(|_| ())
+                .ok_or_else(|| "it still runs".to_owned())
         });
     }
 
@@ -125,7 +161,11 @@ impl Daemon {
     /// `hypernetes --state-dir … ARGS`.
     pub fn hypernetes(&self, args: &[&str]) -> Command {
         let mut command = Command::new(release_dir().join("hypernetes"));
-        command.arg("--state-dir").arg(&self.state_dir).args(args).stdin(Stdio::null());
+        command
+            .arg("--state-dir")
+            .arg(&self.state_dir)
+            .args(args)
+            .stdin(Stdio::null());
         command
     }
 
@@ -223,7 +263,10 @@ impl Drop for Daemon {
             child.wait().ok();
         }
         for pid in self.vmm_processes() {
-            if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
+            if let Some(pid) = i32::try_from(pid)
+                .ok()
+                .and_then(rustix::process::Pid::from_raw)
+            {
                 rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
             }
         }
@@ -238,14 +281,22 @@ fn remove_leftovers(instance: &str) {
     for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
         let name = entry.file_name();
         if name.to_string_lossy().contains(instance) {
-            Command::new("ip").args(["netns", "delete"]).arg(&name).output().ok();
+            Command::new("ip")
+                .args(["netns", "delete"])
+                .arg(&name)
+                .output()
+                .ok();
         }
     }
     let tables = Command::new("nft").args(["list", "tables"]).output();
     for table in String::from_utf8_lossy(&tables.map(|o| o.stdout).unwrap_or_default()).lines() {
         if table.contains(instance) {
             let words: Vec<&str> = table.split_whitespace().skip(1).collect();
-            Command::new("nft").args(["delete", "table"]).args(words).output().ok();
+            Command::new("nft")
+                .args(["delete", "table"])
+                .args(words)
+                .output()
+                .ok();
         }
     }
 }

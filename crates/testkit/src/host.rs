@@ -20,7 +20,10 @@ impl HostPicture {
                 lines.insert(format!("link {name}"));
             }
         }
-        for route in stdout(Command::new("ip").args(["route"])).lines().filter(|line| mine(line)) {
+        for route in stdout(Command::new("ip").args(["route"]))
+            .lines()
+            .filter(|line| mine(line))
+        {
             lines.insert(format!("route {route}"));
         }
         for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
@@ -29,7 +32,10 @@ impl HostPicture {
                 lines.insert(format!("namespace {name}"));
             }
         }
-        for table in stdout(Command::new("nft").args(["list", "tables"])).lines().filter(|l| mine(l)) {
+        for table in stdout(Command::new("nft").args(["list", "tables"]))
+            .lines()
+            .filter(|l| mine(l))
+        {
             lines.insert(format!("nft {table}"));
         }
         for mount in fs::read_to_string("/proc/self/mounts").unwrap().lines() {

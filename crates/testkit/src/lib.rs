@@ -31,7 +31,10 @@ pub const KUBECTL_VERSIONS: [&str; 2] = ["1.36.4", "1.37.1"];
 
 /// Top of the checkout.
 pub fn workspace_root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().expect("the checkout exists")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../..")
+        .canonicalize()
+        .expect("the checkout exists")
 }
 
 /// Where `make build` left the binaries.
@@ -58,7 +61,9 @@ pub fn kubectl(version: &str) -> PathBuf {
 
 /// Runs a command that must succeed.
 pub fn run(command: &mut Command) -> Output {
-    let output = command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
     assert!(
         output.status.success(),
         "{command:?}: {}\n{}{}",
@@ -71,11 +76,17 @@ pub fn run(command: &mut Command) -> Output {
 
 /// Standard output of a command that must succeed, without the final newline.
 pub fn stdout(command: &mut Command) -> String {
-    String::from_utf8_lossy(&run(command).stdout).trim_end().to_owned()
+    String::from_utf8_lossy(&run(command).stdout)
+        .trim_end()
+        .to_owned()
 }
 
 /// Looks again until `look` gives a value; panics after `limit` with the last reason.
-pub fn eventually<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Result<T, String>) -> T {
+pub fn eventually<T>(
+    what: &str,
+    limit: Duration,
+    mut look: impl FnMut() -> Result<T, String>,
+) -> T {
     let end = Instant::now() + limit;
     loop {
         match look() {

@@ -18,8 +18,13 @@ impl Registry {
     pub fn start() -> Self {
         let root = workspace_root().join("tests/images");
         let dir = TempDir::new().unwrap();
-        run(Command::new(root.join("registry")).args(["up", "--dir"]).arg(dir.path()));
-        let address = fs::read_to_string(dir.path().join("address")).unwrap().trim().to_owned();
+        run(Command::new(root.join("registry"))
+            .args(["up", "--dir"])
+            .arg(dir.path()));
+        let address = fs::read_to_string(dir.path().join("address"))
+            .unwrap()
+            .trim()
+            .to_owned();
         let images = cache_dir().join("test-images");
         run(Command::new("flock")
             .arg(cache_dir().join("test-images.lock"))
@@ -47,7 +52,10 @@ impl Registry {
 impl Drop for Registry {
     fn drop(&mut self) {
         let script = workspace_root().join("tests/images/registry");
-        let ended = Command::new(script).args(["down", "--dir"]).arg(self.dir.path()).status();
+        let ended = Command::new(script)
+            .args(["down", "--dir"])
+            .arg(self.dir.path())
+            .status();
         if !ended.is_ok_and(|status| status.success()) {
             eprintln!("the registry in {} did not stop", self.dir.path().display());
         }

@@ -61,7 +61,10 @@ impl Scenario {
     pub fn read(path: &Path) -> Self {
         let text = std::fs::read_to_string(path)
             .unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()));
-        Self { name: path.display().to_string(), steps: parse(&text) }
+        Self {
+            name: path.display().to_string(),
+            steps: parse(&text),
+        }
     }
 
     /// Number of commands.
@@ -76,7 +79,10 @@ impl Scenario {
 
     /// Runs all commands in order with `vars` in the environment.
     pub fn run(&self, vars: &BTreeMap<String, String>) -> ScenarioReport {
-        let mut report = ScenarioReport { passed: 0, failures: Vec::new() };
+        let mut report = ScenarioReport {
+            passed: 0,
+            failures: Vec::new(),
+        };
         for step in &self.steps {
             let end = step.within.map(|within| Instant::now() + within);
             loop {
@@ -89,7 +95,9 @@ impl Scenario {
                         std::thread::sleep(Duration::from_millis(200));
                     }
                     Err(why) => {
-                        report.failures.push(format!("{}:{}: {why}", self.name, step.line));
+                        report
+                            .failures
+                            .push(format!("{}:{}: {why}", self.name, step.line));
                         break;
                     }
                 }
@@ -127,7 +135,9 @@ impl Step {
 
 /// Replaces `${NAME}` in expected output.
 fn fill(line: &str, vars: &BTreeMap<String, String>) -> String {
-    vars.iter().fold(line.to_owned(), |line, (name, value)| line.replace(&format!("${{{name}}}"), value))
+    vars.iter().fold(line.to_owned(), |line, (name, value)| {
+        line.replace(&format!("${{{name}}}"), value)
+    })
 }
 
 fn parse(text: &str) -> Vec<Step> {
@@ -144,7 +154,9 @@ fn parse(text: &str) -> Vec<Step> {
             });
             in_command = true;
         } else if let Some(seconds) = line.strip_prefix("@ ") {
-            within = Some(Duration::from_secs(seconds.trim().parse().expect("@ SECONDS")));
+            within = Some(Duration::from_secs(
+                seconds.trim().parse().expect("@ SECONDS"),
+            ));
         } else if line.starts_with('#') && !in_command {
             // A comment ends the step before it.
         } else if let Some(step) = steps.last_mut() {
@@ -185,8 +197,14 @@ fn matches(expected: &[String], actual: &[&str]) -> bool {
 
 fn line_matches(expected: &str, actual: &str) -> bool {
     let squeeze = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let pattern = squeeze(expected).split("{{*}}").map(regex::escape).collect::<Vec<_>>().join(".*");
-    Regex::new(&format!("^{pattern}$")).expect("an escaped pattern").is_match(&squeeze(actual))
+    let pattern = squeeze(expected)
+        .split("{{*}}")
+        .map(regex::escape)
+        .collect::<Vec<_>>()
+        .join(".*");
+    Regex::new(&format!("^{pattern}$"))
+        .expect("an escaped pattern")
+        .is_match(&squeeze(actual))
 }
 
 #[cfg(test)]
@@ -194,22 +212,35 @@ mod tests {
     use super::*;
 
     fn run(text: &str) -> ScenarioReport {
-        Scenario { name: "test".into(), steps: parse(text) }
-            .run(&BTreeMap::from([("NAME".into(), "value".into())]))
+        Scenario {
+            name: "test".into(),
+            steps: parse(text),
+        }
+        .run(&BTreeMap::from([("NAME".into(), "value".into())]))
     }
 
     #[test]
     fn output_and_exit_code_must_be_as_written() {
         let report = run("$ echo a   b\na b\n\n$ echo x; exit 3\nx\n? 3\n");
-        assert_eq!((report.passed, report.failures.len()), (2, 0), "{:?}", report.failures);
+        assert_eq!(
+            (report.passed, report.failures.len()),
+            (2, 0),
+            "{:?}",
+            report.failures
+        );
         assert_eq!(run("$ echo a\nb\n").failures.len(), 1);
         assert_eq!(run("$ false\n").failures.len(), 1);
-        assert_eq!(run("$ echo more\n").failures.len(), 1, "output that nobody expected");
+        assert_eq!(
+            run("$ echo more\n").failures.len(),
+            1,
+            "output that nobody expected"
+        );
     }
 
     #[test]
     fn wildcards_and_variables() {
-        let text = "$ printf '1\\n2\\n3\\nend 5s\\n'\n1\n...\nend {{*}}s\n\n$ echo $NAME\n${NAME}\n";
+        let text =
+            "$ printf '1\\n2\\n3\\nend 5s\\n'\n1\n...\nend {{*}}s\n\n$ echo $NAME\n${NAME}\n";
         let report = run(text);
         assert!(report.failures.is_empty(), "{:?}", report.failures);
     }

@@ -46,7 +46,11 @@ impl FromStr for Digest {
         let ok = value.strip_prefix(Self::PREFIX).is_some_and(|hex| {
             hex.len() == 64 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
         });
-        if ok { Ok(Self(value.to_owned())) } else { Err(DigestError(value.to_owned())) }
+        if ok {
+            Ok(Self(value.to_owned()))
+        } else {
+            Err(DigestError(value.to_owned()))
+        }
     }
 }
 
@@ -83,7 +87,13 @@ mod tests {
 
     #[test]
     fn refuses_what_could_leave_a_directory() {
-        for bad in ["", "sha256:", "sha512:00", "sha256:../../etc/passwd", "SHA256:00"] {
+        for bad in [
+            "",
+            "sha256:",
+            "sha512:00",
+            "sha256:../../etc/passwd",
+            "SHA256:00",
+        ] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
     }

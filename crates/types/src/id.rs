@@ -16,11 +16,13 @@ pub struct IdError {
 const HEX_RULE: &str = "must be 32 lower-case hexadecimal digits";
 const LABEL_RULE: &str = "must be 1 to 63 characters of a-z, 0-9 and '-', starting and ending \
                           with a letter or digit (RFC 1123 label)";
-const NAME_RULE: &str =
-    "must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-', starting with a letter or digit";
+const NAME_RULE: &str = "must be 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-', starting with a letter or digit";
 
 fn is_hex(value: &str) -> bool {
-    value.len() == 32 && value.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    value.len() == 32
+        && value
+            .bytes()
+            .all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 fn is_label(value: &str) -> bool {
@@ -29,13 +31,17 @@ fn is_label(value: &str) -> bool {
     (1..=63).contains(&bytes.len())
         && edge(bytes.first())
         && edge(bytes.last())
-        && bytes.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+        && bytes
+            .iter()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
 }
 
 fn is_name(value: &str) -> bool {
     (1..=64).contains(&value.len())
         && value.as_bytes()[0].is_ascii_alphanumeric()
-        && value.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && value
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
 macro_rules! id {
@@ -160,6 +166,9 @@ mod tests {
     #[test]
     fn error_names_kind_value_and_rule() {
         let error = "Acme".parse::<TenantName>().unwrap_err().to_string();
-        assert!(error.starts_with("invalid tenant name \"Acme\": must be 1 to 63"), "{error}");
+        assert!(
+            error.starts_with("invalid tenant name \"Acme\": must be 1 to 63"),
+            "{error}"
+        );
     }
 }

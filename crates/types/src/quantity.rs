@@ -21,7 +21,9 @@ const NANO: i128 = 1_000_000_000;
 impl Quantity {
     /// The amount of whole `units`.
     pub fn from_units(units: i64) -> Self {
-        Self { nano: i128::from(units) * NANO }
+        Self {
+            nano: i128::from(units) * NANO,
+        }
     }
 
     /// Whole units, rounded up as Kubernetes does; saturates at the bounds of `i64`.
@@ -37,7 +39,11 @@ impl Quantity {
 
 fn div_up(value: i128, by: i128) -> i128 {
     let floor = value.div_euclid(by);
-    if value.rem_euclid(by) == 0 { floor } else { floor + 1 }
+    if value.rem_euclid(by) == 0 {
+        floor
+    } else {
+        floor + 1
+    }
 }
 
 fn clamp(value: i128) -> i64 {
@@ -48,7 +54,9 @@ impl FromStr for Quantity {
     type Err = QuantityError;
 
     fn from_str(text: &str) -> Result<Self, QuantityError> {
-        parse(text).map(|nano| Self { nano }).ok_or_else(|| QuantityError(text.chars().take(64).collect()))
+        parse(text)
+            .map(|nano| Self { nano })
+            .ok_or_else(|| QuantityError(text.chars().take(64).collect()))
     }
 }
 
@@ -58,7 +66,9 @@ fn parse(text: &str) -> Option<i128> {
         b'+' => (false, &text[1..]),
         _ => (false, text),
     };
-    let end = body.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(body.len());
+    let end = body
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(body.len());
     let (number, suffix) = body.split_at(end);
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     if (whole.is_empty() && fraction.is_empty()) || fraction.contains('.') || number.len() > 30 {

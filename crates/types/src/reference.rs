@@ -57,7 +57,11 @@ impl ImageReference {
     /// The same repository, pinned to `digest` and without a tag.
     #[must_use]
     pub fn with_digest(&self, digest: Digest) -> Self {
-        Self { tag: None, digest: Some(digest), ..self.clone() }
+        Self {
+            tag: None,
+            digest: Some(digest),
+            ..self.clone()
+        }
     }
 }
 
@@ -77,29 +81,36 @@ fn valid_component(part: &str) -> bool {
     let bytes = part.as_bytes();
     alnum(bytes.first())
         && alnum(bytes.last())
-        && bytes.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
+        && bytes
+            .iter()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
         && !part.contains("..")
 }
 
 fn valid_tag(tag: &str) -> bool {
     (1..=128).contains(&tag.len())
         && !matches!(tag.as_bytes()[0], b'.' | b'-')
-        && tag.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && tag
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
 impl FromStr for ImageReference {
     type Err = ReferenceError;
 
     fn from_str(value: &str) -> Result<Self, ReferenceError> {
-        let fail = |rule| ReferenceError { value: value.chars().take(256).collect(), rule };
+        let fail = |rule| ReferenceError {
+            value: value.chars().take(256).collect(),
+            rule,
+        };
         if value.len() > 512 {
             return Err(fail("must be at most 512 characters"));
         }
         let (rest, digest) = match value.split_once('@') {
             Some((rest, digest)) => {
-                let digest = digest
-                    .parse()
-                    .map_err(|_: crate::DigestError| fail("the digest must be sha256:<64 hex>"))?;
+                let digest = digest.parse().map_err(|_wrong: crate::DigestError| {
+                    fail("the digest must be sha256:<64 hex>")
+                })?;
                 (rest, Some(digest))
             }
             None => (value, None),
@@ -109,27 +120,43 @@ impl FromStr for ImageReference {
             _ => (rest, None),
         };
         if tag.is_some_and(|tag| !valid_tag(tag)) {
-            return Err(fail("the tag must be 1 to 128 characters of A-Z, a-z, 0-9, '_', '.', '-'"));
+            return Err(fail(
+                "the tag must be 1 to 128 characters of A-Z, a-z, 0-9, '_', '.', '-'",
+            ));
         }
         let (registry, path) = match rest.split_once('/') {
             Some((first, path)) if is_domain(first) => (first, path.to_owned()),
             _ => ("docker.io", rest.to_owned()),
         };
         if !valid_domain(registry) {
-            return Err(fail("the registry must be a host name with an optional port"));
+            return Err(fail(
+                "the registry must be a host name with an optional port",
+            ));
         }
         if !path.split('/').all(valid_component) {
             return Err(fail("the repository must be lower-case path components"));
         }
-        let registry = if registry == "index.docker.io" { "docker.io" } else { registry };
-        let repository =
-            if registry == "docker.io" && !path.contains('/') { format!("library/{path}") } else { path };
+        let registry = if registry == "index.docker.io" {
+            "docker.io"
+        } else {
+            registry
+        };
+        let repository = if registry == "docker.io" && !path.contains('/') {
+            format!("library/{path}")
+        } else {
+            path
+        };
         let tag = match (tag, &digest) {
             (Some(tag), _) => Some(tag.to_owned()),
             (None, None) => Some("latest".to_owned()),
             (None, Some(_)) => None,
         };
-        Ok(Self { registry: registry.to_owned(), repository, tag, digest })
+        Ok(Self {
+            registry: registry.to_owned(),
+            repository,
+            tag,
+            digest,
+        })
     }
 }
 
@@ -187,14 +214,29 @@ mod tests {
 
     #[test]
     fn refuses_paths_and_upper_case() {
-        for bad in ["", "/", "a//b", "../etc", "A/b", "a:", "a@sha256:12", "x.y/../z", "a/.."] {
+        for bad in [
+            "",
+            "/",
+            "a//b",
+            "../etc",
+            "A/b",
+            "a:",
+            "a@sha256:12",
+            "x.y/../z",
+            "a/..",
+        ] {
             assert!(bad.parse::<ImageReference>().is_err(), "{bad}");
         }
     }
 
     #[test]
     fn host_is_told_apart_from_port() {
-        let host = |text: &str| text.parse::<ImageReference>().unwrap().registry_host().to_owned();
+        let host = |text: &str| {
+            text.parse::<ImageReference>()
+                .unwrap()
+                .registry_host()
+                .to_owned()
+        };
         assert_eq!(host("127.0.0.1:5000/a"), "127.0.0.1");
         assert_eq!(host("[::1]:5000/a"), "::1");
     }
