@@ -1,0 +1,96 @@
+//! A thin HTTP/1.1 client with a client certificate, so that the client costs little.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::{Context, Result, bail};
+use base64::Engine;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::{Request, client::conn::http1::SendRequest};
+use hyper_util::rt::TokioIo;
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+/// A server and who we are to it.
+pub(crate) struct Endpoint {
+    address: String,
+    tls: TlsConnector,
+}
+
+/// One connection.
+pub(crate) struct Connection {
+    sender: SendRequest<Full<Bytes>>,
+}
+
+impl Endpoint {
+    pub(crate) fn from_kubeconfig(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)?;
+        // Written by our own daemon: one cluster, one user, data inline.
+        let field = |name: &str| -> Result<String> {
+            let value = text
+                .lines()
+                .find_map(|line| line.trim().trim_start_matches("- ").strip_prefix(name))
+                .with_context(|| format!("the kubeconfig has no {name}"))?;
+            Ok(value.trim().trim_matches('"').to_owned())
+        };
+        let decode = |name: &str| -> Result<Vec<u8>> {
+            Ok(base64::engine::general_purpose::STANDARD.decode(field(name)?)?)
+        };
+        let ca = decode("certificate-authority-data:")?;
+        let certificate = decode("client-certificate-data:")?;
+        let key = decode("client-key-data:")?;
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(&ca) {
+            roots.add(certificate?)?;
+        }
+        let chain: Vec<_> =
+            CertificateDer::pem_slice_iter(&certificate).collect::<Result<_, _>>()?;
+        let key = PrivateKeyDer::from_pem_slice(&key)?;
+        let tls = ClientConfig::builder()
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, key)?;
+        let server = field("server:")?;
+        let address = server.trim_start_matches("https://").trim_end_matches('/').to_owned();
+        Ok(Self { address, tls: TlsConnector::from(Arc::new(tls)) })
+    }
+
+    pub(crate) async fn connect(&self) -> Result<Connection> {
+        let tcp = TcpStream::connect(&self.address).await?;
+        tcp.set_nodelay(true)?;
+        let host = self.address.rsplit_once(':').map_or(self.address.as_str(), |(host, _)| host);
+        let name = ServerName::try_from(host.to_owned())?;
+        let stream = self.tls.connect(name, tcp).await?;
+        let (sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(Connection { sender })
+    }
+}
+
+impl Connection {
+    /// Sends a request that must succeed; returns the body.
+    pub(crate) async fn request(
+        &mut self,
+        method: &str,
+        path: &str,
+        body: Option<String>,
+    ) -> Result<Bytes> {
+        self.sender.ready().await?;
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "hypernetes")
+            .header("accept", "application/json")
+            .header("content-type", "application/json")
+            .body(Full::from(body.unwrap_or_default()))?;
+        let response = self.sender.send_request(request).await?;
+        let status = response.status();
+        let body = response.into_body().collect().await?.to_bytes();
+        if !status.is_success() {
+            bail!("{method} {path}: {status}: {}", String::from_utf8_lossy(&body));
+        }
+        Ok(body)
+    }
+}
