@@ -4,12 +4,32 @@
 //! shared L2). What the kernel shall hold is planned as data ([`plan`]) and then applied.
 #![forbid(unsafe_code)]
 
+pub mod plan;
+
+mod builtin;
+#[cfg(feature = "fake")]
+pub mod conformance;
+mod dns;
+#[cfg(feature = "fake")]
+mod fake;
+mod firewall;
+mod ipam;
+mod links;
+mod netns;
+mod record;
+mod sysctl;
+mod tap;
+
 use std::{net::IpAddr, os::fd::OwnedFd};
 
 use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+
+pub use builtin::{BuiltinConfig, BuiltinDriver};
+#[cfg(feature = "fake")]
+pub use fake::FakeDriver;
 
 /// A tenant network as asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
