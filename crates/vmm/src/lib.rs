@@ -5,6 +5,16 @@
 //! daemon needs to [`Vmm::adopt`] them.
 #![forbid(unsafe_code)]
 
+mod channel;
+#[cfg(any(test, feature = "fake"))]
+pub mod conformance;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+pub mod launcher;
+mod process;
+pub mod qemu;
+mod run_dir;
+
 use std::{fs::File, os::fd::OwnedFd, path::PathBuf};
 
 use async_trait::async_trait;

@@ -1,0 +1,411 @@
+//! VMs in memory, for the tests of whoever uses a [`Vmm`].
+//!
+//! The VMs belong to the [`FakeVmm`]: a test that drops and makes anew what stands above it finds
+//! them again by [`Vmm::adopt`], as after a restart of the daemon.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use hypernetes_types::SandboxId;
+use tokio::{
+    io::{DuplexStream, copy_bidirectional, duplex},
+    sync::{broadcast, watch},
+    task::AbortHandle,
+};
+
+use crate::{Channel, Disk, Vm, VmEvent, VmExit, VmRecord, VmSpec, Vmm, VmmError};
+
+/// Plays the guest: called with the guest's end of each channel that is opened.
+pub type Guest = dyn Fn(&SandboxId, DuplexStream) + Send + Sync;
+
+/// A driver whose VMs are entries in a table.
+#[derive(Clone)]
+pub struct FakeVmm {
+    guest: Arc<Guest>,
+    next_pid: Arc<AtomicU32>,
+    vms: Arc<Mutex<HashMap<PathBuf, Arc<State>>>>,
+    refusals: Arc<Mutex<Vec<VmmError>>>,
+}
+
+impl fmt::Debug for FakeVmm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FakeVmm")
+            .field("vms", &self.lock().len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl FakeVmm {
+    /// A driver without VMs.
+    pub fn new(guest: impl Fn(&SandboxId, DuplexStream) + Send + Sync + 'static) -> Self {
+        Self {
+            guest: Arc::new(guest),
+            next_pid: Arc::new(AtomicU32::new(1_000_000)),
+            vms: Arc::default(),
+            refusals: Arc::default(),
+        }
+    }
+
+    /// Makes the next launch fail.
+    pub fn refuse_launch(&self, error: VmmError) {
+        self.refusals
+            .lock()
+            .expect("no holder of this lock panics")
+            .push(error);
+    }
+
+    /// Ends a running VM. False if there is none of this sandbox.
+    pub fn end(&self, sandbox: &SandboxId, exit: VmExit) -> bool {
+        let state = self.running(sandbox);
+        state.as_ref().is_some_and(|state| state.end(exit))
+    }
+
+    /// Slots of the disks of a running VM.
+    pub fn disks(&self, sandbox: &SandboxId) -> Option<Vec<u32>> {
+        self.running(sandbox).map(|state| state.slots())
+    }
+
+    /// Sandboxes that have a running VM.
+    pub fn sandboxes(&self) -> Vec<SandboxId> {
+        let vms = self.lock();
+        vms.values()
+            .filter(|vm| vm.ended().is_none())
+            .map(|vm| vm.record.sandbox.clone())
+            .collect()
+    }
+
+    fn running(&self, sandbox: &SandboxId) -> Option<Arc<State>> {
+        let vms = self.lock();
+        let of = |vm: &&Arc<State>| vm.record.sandbox == *sandbox && vm.ended().is_none();
+        vms.values().find(of).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<PathBuf, Arc<State>>> {
+        self.vms.lock().expect("no holder of this lock panics")
+    }
+
+    fn handle(&self, state: Arc<State>) -> Box<dyn Vm> {
+        Box::new(FakeVm {
+            guest: Arc::clone(&self.guest),
+            state,
+        })
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    record: VmRecord,
+    disks: Mutex<BTreeSet<u32>>,
+    channel: Mutex<Option<AbortHandle>>,
+    exit: watch::Sender<Option<VmExit>>,
+    events: broadcast::Sender<VmEvent>,
+}
+
+impl State {
+    fn ended(&self) -> Option<VmExit> {
+        self.exit.borrow().clone()
+    }
+
+    fn end(&self, exit: VmExit) -> bool {
+        let first = self.exit.send_if_modified(|current| {
+            let first = current.is_none();
+            current.get_or_insert_with(|| exit.clone());
+            first
+        });
+        if first {
+            self.end_channel();
+            // Nobody listening is no error.
+            drop(self.events.send(VmEvent::Exited(exit)));
+        }
+        first
+    }
+
+    fn end_channel(&self) {
+        let former = self
+            .channel
+            .lock()
+            .expect("no holder of this lock panics")
+            .take();
+        if let Some(former) = former {
+            former.abort();
+        }
+    }
+
+    fn slots(&self) -> Vec<u32> {
+        self.disks
+            .lock()
+            .expect("no holder of this lock panics")
+            .iter()
+            .copied()
+            .collect()
+    }
+}
+
+struct FakeVm {
+    guest: Arc<Guest>,
+    state: Arc<State>,
+}
+
+impl fmt::Debug for FakeVm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FakeVm")
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+impl FakeVm {
+    fn running(&self) -> Result<(), VmmError> {
+        match self.state.ended() {
+            None => Ok(()),
+            Some(_) => Err(VmmError::Gone {
+                sandbox: self.state.record.sandbox.clone(),
+            }),
+        }
+    }
+}
+
+fn check_slot(slot: u32) -> Result<(), VmmError> {
+    if (1..=254).contains(&slot) {
+        return Ok(());
+    }
+    Err(VmmError::Spec {
+        field: "disk.slot",
+        rule: format!("must be 1 to 254, not {slot}"),
+    })
+}
+
+#[async_trait]
+impl Vm for FakeVm {
+    fn record(&self) -> VmRecord {
+        self.state.record.clone()
+    }
+
+    async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError> {
+        check_slot(disk.slot)?;
+        self.running()?;
+        let mut disks = self
+            .state
+            .disks
+            .lock()
+            .expect("no holder of this lock panics");
+        if disks.insert(disk.slot) {
+            return Ok(());
+        }
+        Err(VmmError::Control {
+            action: format!("plug disk {}", disk.slot),
+            sandbox: self.state.record.sandbox.clone(),
+            message: "the slot is occupied".to_owned(),
+        })
+    }
+
+    async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError> {
+        self.running()?;
+        self.state
+            .disks
+            .lock()
+            .expect("no holder of this lock panics")
+            .remove(&slot);
+        Ok(())
+    }
+
+    async fn list_disks(&self) -> Result<Vec<u32>, VmmError> {
+        self.running()?;
+        Ok(self.state.slots())
+    }
+
+    async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError> {
+        self.running()?;
+        self.state.end_channel();
+        // Two pipes with a copier between them: aborting it ends both sides at once.
+        let (ours, mut left) = duplex(64 * 1024);
+        let (mut right, theirs) = duplex(64 * 1024);
+        let copier = tokio::spawn(async move {
+            drop(copy_bidirectional(&mut left, &mut right).await);
+        });
+        *self
+            .state
+            .channel
+            .lock()
+            .expect("no holder of this lock panics") = Some(copier.abort_handle());
+        (self.guest)(&self.state.record.sandbox, theirs);
+        Ok(Box::new(ours))
+    }
+
+    fn events(&self) -> broadcast::Receiver<VmEvent> {
+        self.state.events.subscribe()
+    }
+
+    fn exit(&self) -> Option<VmExit> {
+        self.state.ended()
+    }
+
+    async fn wait(&self) -> VmExit {
+        let mut exit = self.state.exit.subscribe();
+        let ended = exit
+            .wait_for(Option::is_some)
+            .await
+            .expect("the sender is in our state");
+        ended.clone().expect("waited for")
+    }
+
+    fn console_tail(&self) -> String {
+        match self.state.ended() {
+            Some(VmExit::Panic { console_tail }) => console_tail,
+            _ => String::new(),
+        }
+    }
+
+    async fn kill(&self) -> Result<(), VmmError> {
+        self.state.end(VmExit::VmmDied {
+            status: "killed by signal 9".to_owned(),
+        });
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Vmm for FakeVmm {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, VmmError> {
+        if let Some(error) = self
+            .refusals
+            .lock()
+            .expect("no holder of this lock panics")
+            .pop()
+        {
+            return Err(error);
+        }
+        let mut slots = BTreeSet::new();
+        for disk in &spec.disks {
+            check_slot(disk.slot)?;
+            if !slots.insert(disk.slot) {
+                let rule = "must have a slot each".to_owned();
+                return Err(VmmError::Spec {
+                    field: "disks",
+                    rule,
+                });
+            }
+        }
+        let pid = self.next_pid.fetch_add(1, Ordering::Relaxed);
+        let record = VmRecord {
+            driver: self.name().to_owned(),
+            sandbox: spec.sandbox,
+            pid,
+            start_time: pid.into(),
+            run_dir: spec.run_dir.clone(),
+            cgroup: spec.cgroup,
+        };
+        let state = Arc::new(State {
+            record,
+            disks: Mutex::new(slots),
+            channel: Mutex::default(),
+            exit: watch::Sender::new(None),
+            events: broadcast::Sender::new(16),
+        });
+        self.lock().insert(spec.run_dir, Arc::clone(&state));
+        Ok(self.handle(state))
+    }
+
+    async fn adopt(&self, record: &VmRecord) -> Result<Box<dyn Vm>, VmmError> {
+        let found = self.lock().get(&record.run_dir).cloned();
+        found
+            .filter(|vm| vm.record == *record && vm.ended().is_none())
+            .map(|state| self.handle(state))
+            .ok_or_else(|| VmmError::Gone {
+                sandbox: record.sandbox.clone(),
+            })
+    }
+
+    async fn destroy(&self, run_dir: &Path) -> Result<(), VmmError> {
+        let found = self.lock().remove(run_dir);
+        if let Some(state) = found {
+            state.end(VmExit::VmmDied {
+                status: "killed by signal 9".to_owned(),
+            });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::{GuestKernel, Machine, conformance};
+
+    fn echo(_: &SandboxId, stream: DuplexStream) {
+        tokio::spawn(async move {
+            let (mut from, mut to) = tokio::io::split(stream);
+            drop(tokio::io::copy(&mut from, &mut to).await);
+        });
+    }
+
+    fn spec() -> VmSpec {
+        let sandbox = SandboxId::random();
+        VmSpec {
+            run_dir: PathBuf::from("/fake").join(sandbox.as_str()),
+            sandbox,
+            kernel: GuestKernel {
+                kernel: PathBuf::new(),
+                initrd: PathBuf::new(),
+                machine: Machine::Microvm,
+                extra_cmdline: String::new(),
+            },
+            vcpus: 1,
+            memory_mib: 64,
+            net: None,
+            disks: Vec::new(),
+            uid: 1,
+            cgroup: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn the_fake_conforms() {
+        let file = || tempfile::tempfile().unwrap();
+        conformance::all(&FakeVmm::new(echo), &spec, &file).await;
+    }
+
+    #[tokio::test]
+    async fn channels_reach_the_guest_and_exits_are_scripted() {
+        let vmm = FakeVmm::new(echo);
+        let vm = vmm.launch(spec()).await.unwrap();
+        let mut channel = vm.open_channel().await.unwrap();
+        channel.write_all(b"hello").await.unwrap();
+        let mut word = [0; 5];
+        channel.read_exact(&mut word).await.unwrap();
+        assert_eq!(&word, b"hello");
+        let panic = VmExit::Panic {
+            console_tail: "oh".to_owned(),
+        };
+        assert!(vmm.end(&vm.record().sandbox, panic.clone()));
+        assert_eq!(vm.wait().await, panic);
+        assert_eq!(channel.read(&mut word).await.unwrap(), 0);
+        assert!(vmm.sandboxes().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_refused_launch_leaves_nothing() {
+        let vmm = FakeVmm::new(echo);
+        vmm.refuse_launch(VmmError::Spec {
+            field: "x",
+            rule: "y".to_owned(),
+        });
+        assert!(vmm.launch(spec()).await.is_err());
+        assert!(vmm.sandboxes().is_empty());
+        assert!(vmm.launch(spec()).await.is_ok());
+    }
+}

@@ -1,0 +1,425 @@
+//! The command line of QEMU: one type per group of options, each rendering its own arguments.
+//!
+//! Every path in it is a number: files, sockets, tap and disks arrive as descriptors. No text of a
+//! tenant gets here, and what comes from other rooms (MAC address, extra kernel parameters) is
+//! checked in [`check`](super::check_spec) first.
+
+use std::os::fd::RawFd;
+
+use super::disk;
+use crate::Machine;
+
+/// What executes the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// Hardware virtualisation.
+    Kvm,
+    /// QEMU's emulator.
+    Tcg,
+}
+
+/// Suffix of the virtio devices on a machine.
+fn transport(machine: Machine) -> &'static str {
+    match machine {
+        Machine::Microvm => "device",
+        Machine::Q35 => "pci",
+    }
+}
+
+/// The whole command line.
+#[derive(Debug)]
+pub(crate) struct CommandLine {
+    pub(crate) name: String,
+    pub(crate) machine: MachineArgs,
+    pub(crate) boot: Boot,
+    pub(crate) sockets: Sockets,
+    pub(crate) net: Option<Net>,
+    pub(crate) disks: Vec<BootDisk>,
+}
+
+impl CommandLine {
+    pub(crate) fn render(&self) -> Vec<String> {
+        let machine = self.machine.machine;
+        let mut out = Vec::new();
+        let mut push = |args: Vec<String>| out.extend(args);
+        push(base(&self.name));
+        push(self.machine.args());
+        push(self.boot.args(self.machine.accelerator));
+        push(self.sockets.args(machine));
+        push(common_devices(machine));
+        if let Some(net) = &self.net {
+            push(net.args(machine));
+        }
+        for disk in &self.disks {
+            push(disk.args());
+        }
+        push(sandbox());
+        out
+    }
+}
+
+fn strings<const N: usize>(args: [&str; N]) -> Vec<String> {
+    args.map(str::to_owned).to_vec()
+}
+
+fn base(name: &str) -> Vec<String> {
+    let mut args = strings([
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    args.extend(["-name".to_owned(), format!("guest={name}")]);
+    args
+}
+
+/// Machine, accelerator, processor and memory.
+#[derive(Debug)]
+pub(crate) struct MachineArgs {
+    pub(crate) machine: Machine,
+    pub(crate) accelerator: Accelerator,
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
+}
+
+impl MachineArgs {
+    fn args(&self) -> Vec<String> {
+        // mem-merge=off: pages merged between tenants are a side channel.
+        let common = "memory-backend=ram,mem-merge=off,dump-guest-core=off";
+        let machine = match self.machine {
+            // With ACPI, QEMU 10 and later put the tables where the initrd is.
+            Machine::Microvm => format!("microvm,acpi=off,{common}"),
+            Machine::Q35 => format!("q35,{common},usb=off,vmport=off,graphics=off"),
+        };
+        let (accelerator, cpu) = match self.accelerator {
+            Accelerator::Kvm => ("kvm", "host"),
+            // tb-size: the translation cache is memory that each VM pays for, MiB by MiB.
+            // cx16: QEMU 7.2 gets the flags of cmpxchg16b wrong when an interrupt follows; the
+            // kernel's allocator then crashes at random.
+            Accelerator::Tcg => ("tcg,tb-size=32", "max,-cx16"),
+        };
+        // memfd: shmem comes in 4 KiB pages unless the host asks for more, whereas anonymous
+        // memory gets transparent huge pages by QEMU's own madvise, which costs an idle VM 6 MiB.
+        // Shared costs the same as private, and another process may map it.
+        let memory = format!(
+            "memory-backend-memfd,id=ram,size={}M,share=on",
+            self.memory_mib
+        );
+        let mut args = strings(["-M", &machine, "-accel", accelerator, "-cpu", cpu]);
+        args.extend(strings(["-smp", &self.vcpus.to_string()]));
+        args.extend(strings([
+            "-m",
+            &format!("{}M", self.memory_mib),
+            "-object",
+            &memory,
+        ]));
+        if self.machine == Machine::Microvm {
+            // The default is virtio 0.9.
+            args.extend(strings(["-global", "virtio-mmio.force-legacy=false"]));
+        }
+        args
+    }
+}
+
+/// Kernel, initrd and kernel parameters.
+#[derive(Debug)]
+pub(crate) struct Boot {
+    pub(crate) kernel: RawFd,
+    pub(crate) initrd: RawFd,
+    /// Rate of the host's time stamp counter, which is the guest's under TCG.
+    pub(crate) tsc_khz: Option<u32>,
+    pub(crate) extra: String,
+}
+
+impl Boot {
+    fn args(&self, accelerator: Accelerator) -> Vec<String> {
+        // panic=-1 reboots at once, reboot=t by triple fault: with -no-reboot that ends QEMU
+        // within milliseconds, both for a panic and for the guest's own reboot(2).
+        let mut line = "console=ttyS0 quiet panic=-1 reboot=t".to_owned();
+        if accelerator == Accelerator::Tcg
+            && let Some(khz) = self.tsc_khz
+        {
+            // Calibration against the emulated PIT fails on a loaded host, and the guest crawls.
+            line.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
+        }
+        if !self.extra.is_empty() {
+            line.push(' ');
+            line.push_str(&self.extra);
+        }
+        let [kernel, initrd] = [self.kernel, self.initrd].map(|fd| format!("/proc/self/fd/{fd}"));
+        strings(["-kernel", &kernel, "-initrd", &initrd, "-append", &line])
+    }
+}
+
+/// The three listening sockets.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    pub(crate) agent: RawFd,
+    pub(crate) qmp: RawFd,
+    pub(crate) console: RawFd,
+}
+
+impl Sockets {
+    fn args(&self, machine: Machine) -> Vec<String> {
+        let socket = |id: &str, fd: RawFd| format!("socket,id={id},fd={fd},server=on,wait=off");
+        let mut args = Vec::new();
+        let Self {
+            agent,
+            qmp,
+            console,
+        } = *self;
+        args.extend(strings([
+            "-chardev",
+            &socket("qmp", qmp),
+            "-mon",
+            "chardev=qmp,mode=control",
+        ]));
+        args.extend(strings([
+            "-chardev",
+            &socket("console", console),
+            "-serial",
+            "chardev:console",
+        ]));
+        let bus = format!(
+            "virtio-serial-{},id=serial0,max_ports=2",
+            transport(machine)
+        );
+        args.extend(strings([
+            "-chardev",
+            &socket("agent", agent),
+            "-device",
+            &bus,
+        ]));
+        args.extend(strings([
+            "-device",
+            "virtserialport,bus=serial0.0,nr=1,chardev=agent,name=agent.0",
+        ]));
+        args
+    }
+}
+
+/// What every VM has: the bus of the disks, entropy, and the way back for memory.
+fn common_devices(machine: Machine) -> Vec<String> {
+    let transport = transport(machine);
+    let scsi = format!("virtio-scsi-{transport},id=scsi0,num_queues=1");
+    let rng = format!("virtio-rng-{transport},id=rng0");
+    let balloon =
+        format!("virtio-balloon-{transport},id=balloon0,free-page-reporting=on,deflate-on-oom=on");
+    strings(["-device", &scsi, "-device", &rng, "-device", &balloon])
+}
+
+/// The NIC.
+#[derive(Debug)]
+pub(crate) struct Net {
+    pub(crate) tap: RawFd,
+    pub(crate) mac: String,
+}
+
+impl Net {
+    fn args(&self, machine: Machine) -> Vec<String> {
+        let netdev = format!("tap,id=net0,fd={}", self.tap);
+        let mut device = format!(
+            "virtio-net-{},id=nic0,netdev=net0,mac={}",
+            transport(machine),
+            self.mac
+        );
+        if machine == Machine::Q35 {
+            // No boot ROM: the guest boots from -kernel.
+            device.push_str(",romfile=");
+        }
+        strings(["-netdev", &netdev, "-device", &device])
+    }
+}
+
+/// A disk that is there at boot.
+#[derive(Debug)]
+pub(crate) struct BootDisk {
+    pub(crate) slot: u32,
+    pub(crate) fd: RawFd,
+    pub(crate) read_only: bool,
+}
+
+impl BootDisk {
+    fn args(&self) -> Vec<String> {
+        let fd = format!("fd={},set={}", self.fd, self.slot);
+        let blockdev = disk::blockdev(self.slot, self.read_only).to_string();
+        let device = disk::device(self.slot).to_string();
+        strings(["-add-fd", &fd, "-blockdev", &blockdev, "-device", &device])
+    }
+}
+
+/// QEMU's own seccomp filter.
+pub(crate) fn sandbox() -> Vec<String> {
+    strings([
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(machine: Machine, accelerator: Accelerator) -> String {
+        let line = CommandLine {
+            name: "0123456789abcdef0123456789abcdef".to_owned(),
+            machine: MachineArgs {
+                machine,
+                accelerator,
+                vcpus: 2,
+                memory_mib: 128,
+            },
+            boot: Boot {
+                kernel: 4,
+                initrd: 5,
+                tsc_khz: Some(2_600_000),
+                extra: "x=1".to_owned(),
+            },
+            sockets: Sockets {
+                agent: 6,
+                qmp: 7,
+                console: 8,
+            },
+            net: Some(Net {
+                tap: 9,
+                mac: "02:00:00:00:00:01".to_owned(),
+            }),
+            disks: vec![BootDisk {
+                slot: 1,
+                fd: 10,
+                read_only: true,
+            }],
+        };
+        line.render().join("\n")
+    }
+
+    #[test]
+    fn microvm_under_tcg() {
+        insta::assert_snapshot!(line(Machine::Microvm, Accelerator::Tcg), @r#"
+        -nodefaults
+        -no-user-config
+        -display
+        none
+        -no-reboot
+        -name
+        guest=0123456789abcdef0123456789abcdef
+        -M
+        microvm,acpi=off,memory-backend=ram,mem-merge=off,dump-guest-core=off
+        -accel
+        tcg,tb-size=32
+        -cpu
+        max,-cx16
+        -smp
+        2
+        -m
+        128M
+        -object
+        memory-backend-memfd,id=ram,size=128M,share=on
+        -global
+        virtio-mmio.force-legacy=false
+        -kernel
+        /proc/self/fd/4
+        -initrd
+        /proc/self/fd/5
+        -append
+        console=ttyS0 quiet panic=-1 reboot=t tsc_early_khz=2600000 tsc=reliable x=1
+        -chardev
+        socket,id=qmp,fd=7,server=on,wait=off
+        -mon
+        chardev=qmp,mode=control
+        -chardev
+        socket,id=console,fd=8,server=on,wait=off
+        -serial
+        chardev:console
+        -chardev
+        socket,id=agent,fd=6,server=on,wait=off
+        -device
+        virtio-serial-device,id=serial0,max_ports=2
+        -device
+        virtserialport,bus=serial0.0,nr=1,chardev=agent,name=agent.0
+        -device
+        virtio-scsi-device,id=scsi0,num_queues=1
+        -device
+        virtio-rng-device,id=rng0
+        -device
+        virtio-balloon-device,id=balloon0,free-page-reporting=on,deflate-on-oom=on
+        -netdev
+        tap,id=net0,fd=9
+        -device
+        virtio-net-device,id=nic0,netdev=net0,mac=02:00:00:00:00:01
+        -add-fd
+        fd=10,set=1
+        -blockdev
+        {"cache":{"direct":false,"no-flush":false},"discard":"unmap","driver":"raw","file":{"aio":"threads","discard":"unmap","driver":"file","filename":"/dev/fdset/1","locking":"off"},"node-name":"disk-1","read-only":true}
+        -device
+        {"bus":"scsi0.0","channel":0,"drive":"disk-1","driver":"scsi-hd","id":"scsi-1","lun":0,"scsi-id":1,"serial":"hn-1"}
+        -sandbox
+        on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+        "#);
+    }
+
+    #[test]
+    fn q35_under_kvm() {
+        insta::assert_snapshot!(line(Machine::Q35, Accelerator::Kvm), @r#"
+        -nodefaults
+        -no-user-config
+        -display
+        none
+        -no-reboot
+        -name
+        guest=0123456789abcdef0123456789abcdef
+        -M
+        q35,memory-backend=ram,mem-merge=off,dump-guest-core=off,usb=off,vmport=off,graphics=off
+        -accel
+        kvm
+        -cpu
+        host
+        -smp
+        2
+        -m
+        128M
+        -object
+        memory-backend-memfd,id=ram,size=128M,share=on
+        -kernel
+        /proc/self/fd/4
+        -initrd
+        /proc/self/fd/5
+        -append
+        console=ttyS0 quiet panic=-1 reboot=t x=1
+        -chardev
+        socket,id=qmp,fd=7,server=on,wait=off
+        -mon
+        chardev=qmp,mode=control
+        -chardev
+        socket,id=console,fd=8,server=on,wait=off
+        -serial
+        chardev:console
+        -chardev
+        socket,id=agent,fd=6,server=on,wait=off
+        -device
+        virtio-serial-pci,id=serial0,max_ports=2
+        -device
+        virtserialport,bus=serial0.0,nr=1,chardev=agent,name=agent.0
+        -device
+        virtio-scsi-pci,id=scsi0,num_queues=1
+        -device
+        virtio-rng-pci,id=rng0
+        -device
+        virtio-balloon-pci,id=balloon0,free-page-reporting=on,deflate-on-oom=on
+        -netdev
+        tap,id=net0,fd=9
+        -device
+        virtio-net-pci,id=nic0,netdev=net0,mac=02:00:00:00:00:01,romfile=
+        -add-fd
+        fd=10,set=1
+        -blockdev
+        {"cache":{"direct":false,"no-flush":false},"discard":"unmap","driver":"raw","file":{"aio":"threads","discard":"unmap","driver":"file","filename":"/dev/fdset/1","locking":"off"},"node-name":"disk-1","read-only":true}
+        -device
+        {"bus":"scsi0.0","channel":0,"drive":"disk-1","driver":"scsi-hd","id":"scsi-1","lun":0,"scsi-id":1,"serial":"hn-1"}
+        -sandbox
+        on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+        "#);
+    }
+}

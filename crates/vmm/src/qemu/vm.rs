@@ -1,0 +1,412 @@
+//! A running QEMU: disks, channel, console and end.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use serde_json::json;
+use tokio::{
+    sync::{broadcast, watch},
+    task::JoinSet,
+    time::timeout,
+};
+
+use super::{
+    console::{Console, printable},
+    disk,
+    qmp::{Qmp, QmpError},
+};
+use crate::{
+    Channel, Disk, Vm, VmEvent, VmExit, VmRecord, VmmError,
+    channel::ChannelSlot,
+    launcher::cgroup,
+    process::{ExitStatus, Process},
+    run_dir::{AGENT, RunDir},
+};
+
+/// How long a panicked kernel may take to reboot, which ends QEMU, before it is killed.
+const PANIC_GRACE: Duration = Duration::from_secs(2);
+/// How long the sockets of a dead process may take to be read to their end.
+const DRAIN: Duration = Duration::from_millis(500);
+/// How long a killed process may take to vanish.
+const KILL_DEADLINE: Duration = Duration::from_secs(30);
+/// How much of the VMM's own messages is told.
+const MAX_MESSAGES: u64 = 4096;
+
+/// Why the guest stopped, by QEMU's SHUTDOWN event.
+pub(crate) type ShutdownReason = Arc<Mutex<Option<(bool, String)>>>;
+
+/// The parts of a VM that has just been launched or adopted.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) record: VmRecord,
+    pub(crate) process: Process,
+    pub(crate) qmp: Qmp,
+    pub(crate) console: Console,
+    pub(crate) messages: File,
+    pub(crate) shutdown: ShutdownReason,
+    pub(crate) deadline: Duration,
+}
+
+/// A VM whose VMM is QEMU. Dropping it leaves the VM running.
+#[derive(Debug)]
+pub(crate) struct QemuVm {
+    record: VmRecord,
+    run: RunDir,
+    process: Process,
+    qmp: Arc<Qmp>,
+    console: Arc<Console>,
+    channel: ChannelSlot,
+    /// One change of disks at a time: QEMU's names are checked, then used.
+    disks: tokio::sync::Mutex<()>,
+    events: broadcast::Sender<VmEvent>,
+    exit: watch::Receiver<Option<VmExit>>,
+    deadline: Duration,
+    _tasks: JoinSet<()>,
+}
+
+impl QemuVm {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Parts {
+            record,
+            process,
+            qmp,
+            console,
+            messages,
+            shutdown,
+            deadline,
+        } = parts;
+        let (events, _) = broadcast::channel(16);
+        let (exit_out, exit) = watch::channel(None);
+        let (qmp, console) = (Arc::new(qmp), Arc::new(console));
+        let run = RunDir::new(&record.run_dir);
+        let watcher = Watcher {
+            process: process.clone(),
+            console: Arc::clone(&console),
+            qmp: Arc::clone(&qmp),
+            messages,
+            shutdown,
+            run: run.clone(),
+            cgroup: record.cgroup.clone(),
+            exit: exit_out,
+            events: events.clone(),
+        };
+        let mut tasks = JoinSet::new();
+        tasks.spawn(watcher.run());
+        Self {
+            record,
+            run,
+            process,
+            qmp,
+            console,
+            channel: ChannelSlot::default(),
+            disks: tokio::sync::Mutex::new(()),
+            events,
+            exit,
+            deadline,
+            _tasks: tasks,
+        }
+    }
+
+    fn failed(&self, action: impl Into<String>) -> impl FnOnce(QmpError) -> VmmError {
+        let (action, sandbox) = (action.into(), self.record.sandbox.clone());
+        move |e| match e {
+            QmpError::Closed => VmmError::Gone { sandbox },
+            QmpError::Timeout(waited) => VmmError::Timeout {
+                action,
+                sandbox,
+                waited,
+            },
+            other => VmmError::Control {
+                action,
+                sandbox,
+                message: other.to_string(),
+            },
+        }
+    }
+
+    fn control(&self, action: String, message: &str) -> VmmError {
+        let sandbox = self.record.sandbox.clone();
+        VmmError::Control {
+            action,
+            sandbox,
+            message: message.to_owned(),
+        }
+    }
+
+    async fn slots(&self) -> Result<Vec<u32>, QmpError> {
+        let answer = self.qmp.execute("query-block", json!({})).await?;
+        let mut slots: Vec<u32> = answer
+            .as_array()
+            .ok_or_else(|| QmpError::Protocol("query-block".to_owned()))?
+            .iter()
+            .filter_map(|device| disk::slot_of_node(device["inserted"]["node-name"].as_str()?))
+            .collect();
+        slots.sort_unstable();
+        slots.dedup();
+        Ok(slots)
+    }
+
+    /// Takes down what is below a disk's device. What is not there is no error.
+    async fn remove_backend(&self, slot: u32) -> Result<(), QmpError> {
+        let tolerate = |answer: Result<_, QmpError>| match answer {
+            Err(e) if !e.is_not_found() => Err(e),
+            _ => Ok(()),
+        };
+        let node = json!({ "node-name": disk::node_name(slot) });
+        tolerate(self.qmp.execute("blockdev-del", node).await)?;
+        tolerate(
+            self.qmp
+                .execute("remove-fd", json!({ "fdset-id": slot }))
+                .await,
+        )
+    }
+}
+
+#[async_trait]
+impl Vm for QemuVm {
+    fn record(&self) -> VmRecord {
+        self.record.clone()
+    }
+
+    async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError> {
+        let (slot, read_only, fd) = disk::prepare(disk)?;
+        let action = format!("plug disk {slot}");
+        let _turn = self.disks.lock().await;
+        if self
+            .slots()
+            .await
+            .map_err(self.failed(&action))?
+            .contains(&slot)
+        {
+            return Err(self.control(action, "the slot is occupied"));
+        }
+        // A plug that was cancelled may have left its lower half.
+        self.remove_backend(slot)
+            .await
+            .map_err(self.failed(&action))?;
+        let plug = async {
+            let set = json!({ "fdset-id": slot });
+            self.qmp.execute_with_fd("add-fd", set, fd).await?;
+            self.qmp
+                .execute("blockdev-add", disk::blockdev(slot, read_only))
+                .await?;
+            self.qmp.execute("device_add", disk::device(slot)).await
+        };
+        if let Err(e) = plug.await {
+            if let Err(undo) = self.remove_backend(slot).await {
+                tracing::warn!(vm = %self.record.sandbox, slot, error = %undo, "cannot undo a failed plug");
+            }
+            return Err(self.failed(action)(e));
+        }
+        Ok(())
+    }
+
+    async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError> {
+        let action = format!("unplug disk {slot}");
+        let _turn = self.disks.lock().await;
+        let mut events = self.qmp.subscribe();
+        let device = disk::device_id(slot);
+        match self
+            .qmp
+            .execute("device_del", json!({ "id": device }))
+            .await
+        {
+            Err(e) if e.is_not_found() => {}
+            Err(e) => return Err(self.failed(action)(e)),
+            Ok(_) => {
+                let deleted = async {
+                    loop {
+                        match events.recv().await {
+                            Ok(event) => {
+                                if event.name == "DEVICE_DELETED" && event.data["device"] == device
+                                {
+                                    return Ok(());
+                                }
+                            }
+                            // Missed events may have held ours: let the backend decide.
+                            Err(broadcast::error::RecvError::Lagged(_)) => return Ok(()),
+                            Err(broadcast::error::RecvError::Closed) => {
+                                return Err(QmpError::Closed);
+                            }
+                        }
+                    }
+                };
+                let closed = self.qmp.closed();
+                let waited = tokio::select! {
+                    waited = timeout(self.deadline, deleted) => waited,
+                    () = closed => Ok(Err(QmpError::Closed)),
+                };
+                waited
+                    .unwrap_or(Err(QmpError::Timeout(self.deadline)))
+                    .map_err(self.failed(&action))?;
+            }
+        }
+        self.remove_backend(slot).await.map_err(self.failed(action))
+    }
+
+    async fn list_disks(&self) -> Result<Vec<u32>, VmmError> {
+        self.slots().await.map_err(self.failed("list disks"))
+    }
+
+    async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError> {
+        if self.exit().is_some() {
+            return Err(VmmError::Gone {
+                sandbox: self.record.sandbox.clone(),
+            });
+        }
+        self.channel.end_former();
+        // QEMU listens again once it has seen the end of the former connection; until then ours
+        // waits in the socket's queue.
+        match self.run.connect(AGENT).await {
+            Ok(stream) => Ok(Box::new(self.channel.put(stream))),
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => Err(VmmError::Gone {
+                sandbox: self.record.sandbox.clone(),
+            }),
+            Err(source) => Err(VmmError::Io {
+                action: "connect to",
+                path: self.record.run_dir.join(AGENT),
+                source,
+            }),
+        }
+    }
+
+    fn events(&self) -> broadcast::Receiver<VmEvent> {
+        self.events.subscribe()
+    }
+
+    fn exit(&self) -> Option<VmExit> {
+        self.exit.borrow().clone()
+    }
+
+    async fn wait(&self) -> VmExit {
+        let mut exit = self.exit.clone();
+        match exit.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(exit)) => exit.clone(),
+            _ => VmExit::VmmDied {
+                status: "no longer watched".to_owned(),
+            },
+        }
+    }
+
+    fn console_tail(&self) -> String {
+        self.console.tail()
+    }
+
+    async fn kill(&self) -> Result<(), VmmError> {
+        let sandbox = || self.record.sandbox.clone();
+        self.process
+            .kill()
+            .map_err(|e| self.control("kill".to_owned(), &e.to_string()))?;
+        timeout(KILL_DEADLINE, self.wait())
+            .await
+            .map_err(|_elapsed| VmmError::Timeout {
+                action: "kill".to_owned(),
+                sandbox: sandbox(),
+                waited: KILL_DEADLINE,
+            })?;
+        Ok(())
+    }
+}
+
+/// Waits for the end of the process, finds out the reason, clears up and tells.
+struct Watcher {
+    process: Process,
+    console: Arc<Console>,
+    qmp: Arc<Qmp>,
+    messages: File,
+    shutdown: ShutdownReason,
+    run: RunDir,
+    cgroup: Option<String>,
+    exit: watch::Sender<Option<VmExit>>,
+    events: broadcast::Sender<VmEvent>,
+}
+
+impl Watcher {
+    async fn run(self) {
+        let status = tokio::select! {
+            status = self.process.exited() => status,
+            () = self.after_panic() => self.process.exited().await,
+        };
+        let status = status.unwrap_or(ExitStatus::Unknown);
+        // The last words are in the sockets: read them before judging.
+        let words = async {
+            self.qmp.closed().await;
+            self.console.ended().await;
+        };
+        drop(timeout(DRAIN, words).await);
+        let exit = self.judge(status);
+        clear_up(&self.run, self.cgroup.as_deref()).await;
+        self.exit.send_replace(Some(exit.clone()));
+        drop(self.events.send(VmEvent::Exited(exit)));
+    }
+
+    async fn after_panic(&self) {
+        self.console.panicked().await;
+        tokio::time::sleep(PANIC_GRACE).await;
+        if let Err(e) = self.process.kill() {
+            tracing::warn!(error = %e, "cannot kill the VMM of a panicked guest");
+        }
+    }
+
+    fn judge(&self, status: ExitStatus) -> VmExit {
+        if let Some(console_tail) = self.console.panic_tail() {
+            return VmExit::Panic { console_tail };
+        }
+        let reason = self
+            .shutdown
+            .lock()
+            .expect("no holder of this lock panics")
+            .clone();
+        match reason {
+            Some((true, _)) => VmExit::Shutdown,
+            reason => {
+                let mut text = status.to_string();
+                if let Some((false, reason)) = reason {
+                    text.push_str(&format!(" ({reason})"));
+                }
+                let said = read_messages(&self.messages);
+                if !said.is_empty() {
+                    text.push_str(&format!(": {said}"));
+                }
+                VmExit::VmmDied { status: text }
+            }
+        }
+    }
+}
+
+/// What the VMM printed, as far as it fits.
+pub(crate) fn read_messages(mut messages: &File) -> String {
+    let mut bytes = Vec::new();
+    let mut chunk = [0; 1024];
+    while (bytes.len() as u64) < MAX_MESSAGES {
+        match messages.read(&mut chunk) {
+            Ok(count @ 1..) => bytes.extend_from_slice(&chunk[..count]),
+            // Nothing left, with a writer (EAGAIN) or without.
+            _ => break,
+        }
+    }
+    printable(&bytes).trim().to_owned()
+}
+
+/// Removes the traces of a VM whose process is dead: sockets, launch record, cgroup.
+pub(crate) async fn clear_up(run: &RunDir, group: Option<&str>) {
+    if let Err(e) = run.remove_live_files() {
+        tracing::warn!(path = %run.path().display(), error = %e, "cannot remove sockets");
+    }
+    let Some(group) = group else { return };
+    // A dead process leaves its cgroup a moment after it can be reaped.
+    for attempt in 0..20_u64 {
+        match cgroup::remove(group) {
+            Ok(()) => return,
+            Err(e) if attempt == 19 => {
+                tracing::warn!(cgroup = group, error = %e, "cannot remove the cgroup");
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(5 * (attempt + 1))).await,
+        }
+    }
+}
