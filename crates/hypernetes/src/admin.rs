@@ -1,46 +1,37 @@
-//! The operator's socket: what the running daemon does for the command line.
+//! The operator's socket: what only the running daemon knows or can do.
 //!
-//! One JSON request a connection, then JSON events a line each, the last of them `done` or `failed`.
-//! The socket is in the state directory and belongs to the daemon's user alone. Without a daemon the
-//! command line does the same work itself, under the state directory's lock.
+//! One JSON request a connection, one JSON answer. The socket is in the state directory and belongs
+//! to the daemon's user alone.
 
 use std::{
+    collections::HashSet,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use anyhow::{Context, Result, bail};
-use hypernetes_image::{Credentials, ImageStore, PullEvent, PullOptions};
-use hypernetes_store::Store;
+use anyhow::{Context, Result, anyhow, bail};
+use hypernetes_runtime::PodRuntime;
+use hypernetes_store::{Revision, Store};
+use hypernetes_types::Digest;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
-    sync::mpsc,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-/// Longest request.
-const MAX_REQUEST: u64 = 64 << 10;
+/// Longest request and answer.
+const MAX_MESSAGE: u64 = 4 << 20;
 
 /// What can be asked.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Request {
-    /// Fetch an image; `credentials` is `user:password`.
-    ImagePull { reference: String, credentials: Option<String>, insecure: Vec<String> },
-    /// Load images from a file or directory of this machine.
-    ImageLoad { path: PathBuf },
-    /// All images.
-    ImageList,
-    /// Some images.
-    ImageInspect { images: Vec<String> },
-    /// Remove images.
-    ImageRemove { images: Vec<String> },
+enum Request {
+    /// Ids of images that containers use.
+    ImagesInUse,
     /// Copy the API's state into a new file.
     Backup { path: PathBuf },
 }
@@ -48,84 +39,33 @@ pub(crate) enum Request {
 /// What is answered.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Event {
-    /// A pull goes on.
-    Progress(PullEvent),
-    /// The result.
-    Done(Value),
-    /// Why there is none.
+enum Answer {
+    ImagesInUse(HashSet<Digest>),
+    Backup(Revision),
     Failed(String),
 }
 
 /// What requests are done with.
 #[derive(Clone)]
 pub(crate) struct Backend {
-    pub(crate) images: Arc<ImageStore>,
-    /// Absent when the command line works without a daemon.
-    pub(crate) store: Option<Store>,
-    /// Image ids that pods use.
-    pub(crate) in_use: Arc<dyn Fn() -> Vec<String> + Send + Sync>,
+    pub(crate) runtime: Arc<dyn PodRuntime>,
+    pub(crate) store: Store,
 }
 
 impl Backend {
-    /// Does one request; progress goes to `events`.
-    pub(crate) async fn handle(
-        &self,
-        request: Request,
-        events: mpsc::UnboundedSender<Event>,
-    ) -> Result<Value> {
+    async fn handle(&self, request: Request) -> Result<Answer> {
         match request {
-            Request::ImagePull { reference, credentials, insecure } => {
-                let reference = reference.parse()?;
-                let credentials = match credentials {
-                    None => Credentials::Anonymous,
-                    Some(text) => {
-                        let (username, password) =
-                            text.split_once(':').context("credentials must be user:password")?;
-                        Credentials::Basic { username: username.into(), password: password.into() }
-                    }
-                };
-                let options = PullOptions {
-                    credentials,
-                    insecure_registries: insecure,
-                    progress: Some(Arc::new(move |event| {
-                        // A client that has gone does not stop the pull.
-                        drop(events.send(Event::Progress(event)));
-                    })),
-                    ..PullOptions::default()
-                };
-                let image = self.images.pull(&reference, &options).await?;
-                Ok(serde_json::to_value(image)?)
-            }
-            Request::ImageLoad { path } => Ok(serde_json::to_value(self.images.load(&path).await?)?),
-            Request::ImageList => Ok(serde_json::to_value(self.images.list())?),
-            Request::ImageInspect { images } => {
-                let found: Result<Vec<_>> = images
-                    .iter()
-                    .map(|name| {
-                        self.images.get(name).with_context(|| format!("image {name} not found"))
-                    })
-                    .collect();
-                Ok(serde_json::to_value(found?)?)
-            }
-            Request::ImageRemove { images } => {
-                let in_use = (self.in_use)();
-                let mut removed = Vec::new();
-                for name in images {
-                    removed.push(self.images.remove(&name, &in_use).await?);
-                }
-                Ok(serde_json::to_value(removed)?)
+            Request::ImagesInUse => {
+                let containers = self.runtime.list_containers(None).await;
+                let ids = containers.iter().filter_map(|container| container.image_id.parse().ok());
+                Ok(Answer::ImagesInUse(ids.collect()))
             }
             Request::Backup { path } => {
-                let Some(store) = self.store.clone() else {
-                    bail!("a backup needs the running daemon");
-                };
                 if path.exists() {
                     bail!("{} exists already", path.display());
                 }
-                let revision =
-                    tokio::task::spawn_blocking(move || store.backup(&path)).await??;
-                Ok(serde_json::json!({"revision": revision}))
+                let store = self.store.clone();
+                Ok(Answer::Backup(tokio::task::spawn_blocking(move || store.backup(&path)).await??))
             }
         }
     }
@@ -133,7 +73,7 @@ impl Backend {
 
 /// Serves the socket until `stop`.
 pub(crate) async fn serve(path: &Path, backend: Backend, stop: CancellationToken) -> Result<()> {
-    drop(std::fs::remove_file(path));
+    remove(path);
     let listener =
         UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
@@ -148,7 +88,7 @@ pub(crate) async fn serve(path: &Path, backend: Backend, stop: CancellationToken
             Ok((stream, _)) => {
                 let backend = backend.clone();
                 connections.spawn(async move {
-                    if let Err(error) = answer(stream, backend).await {
+                    if let Err(error) = answer(stream, &backend).await {
                         debug!(%error, "operator's connection ended");
                     }
                 });
@@ -157,58 +97,67 @@ pub(crate) async fn serve(path: &Path, backend: Backend, stop: CancellationToken
         }
     }
     connections.shutdown().await;
-    drop(std::fs::remove_file(path));
+    remove(path);
     Ok(())
 }
 
-async fn answer(stream: UnixStream, backend: Backend) -> Result<()> {
-    let (read, mut write) = stream.into_split();
-    let mut line = String::new();
-    BufReader::new(read.take(MAX_REQUEST)).read_line(&mut line).await?;
-    let (events, mut queue) = mpsc::unbounded_channel();
-    let work = async {
-        match serde_json::from_str(&line) {
-            Ok(request) => match backend.handle(request, events.clone()).await {
-                Ok(value) => Event::Done(value),
-                Err(error) => Event::Failed(format!("{error:#}")),
-            },
-            Err(error) => Event::Failed(format!("bad request: {error}")),
-        }
-    };
-    tokio::pin!(work);
-    loop {
-        let (event, last) = tokio::select! {
-            biased;
-            Some(event) = queue.recv() => (event, false),
-            event = &mut work => (event, true),
-        };
-        let mut text = serde_json::to_vec(&event)?;
-        text.push(b'\n');
-        write.write_all(&text).await?;
-        if last {
-            return Ok(());
-        }
+fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        warn!(%error, path = %path.display(), "cannot remove the operator's socket");
     }
 }
 
-/// Asks the daemon; `None` if none is running.
-pub(crate) async fn ask(
-    path: &Path,
-    request: &Request,
-    mut progress: impl FnMut(PullEvent),
-) -> Result<Option<Value>> {
-    let Ok(stream) = UnixStream::connect(path).await else { return Ok(None) };
-    let (read, mut write) = stream.into_split();
-    let mut text = serde_json::to_vec(request)?;
+async fn answer(mut stream: UnixStream, backend: &Backend) -> Result<()> {
+    let request = read(&mut stream).await?;
+    let answer = match serde_json::from_str(&request) {
+        Ok(request) => match backend.handle(request).await {
+            Ok(answer) => answer,
+            Err(error) => Answer::Failed(format!("{error:#}")),
+        },
+        Err(error) => Answer::Failed(format!("bad request: {error}")),
+    };
+    write(&mut stream, &answer).await
+}
+
+async fn read(stream: &mut UnixStream) -> Result<String> {
+    let mut line = String::new();
+    BufReader::new(stream.take(MAX_MESSAGE)).read_line(&mut line).await?;
+    Ok(line)
+}
+
+async fn write(stream: &mut UnixStream, message: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_vec(message)?;
     text.push(b'\n');
-    write.write_all(&text).await?;
-    let mut lines = BufReader::new(read).lines();
-    while let Some(line) = lines.next_line().await? {
-        match serde_json::from_str(&line)? {
-            Event::Progress(event) => progress(event),
-            Event::Done(value) => return Ok(Some(value)),
-            Event::Failed(message) => bail!(message),
-        }
+    Ok(stream.write_all(&text).await?)
+}
+
+/// Asks the daemon; `None` if none is running.
+async fn ask(path: &Path, request: &Request) -> Result<Option<Answer>> {
+    let Ok(mut stream) = UnixStream::connect(path).await else { return Ok(None) };
+    write(&mut stream, request).await?;
+    let text = read(&mut stream).await?;
+    match serde_json::from_str(&text).context("the daemon ended before it answered")? {
+        Answer::Failed(message) => Err(anyhow!(message)),
+        answer => Ok(Some(answer)),
     }
-    bail!("the daemon ended before it answered")
+}
+
+/// Images that containers use; none if no daemon runs.
+pub(crate) async fn images_in_use(path: &Path) -> Result<HashSet<Digest>> {
+    match ask(path, &Request::ImagesInUse).await? {
+        Some(Answer::ImagesInUse(ids)) => Ok(ids),
+        Some(other) => bail!("the daemon answered something else: {other:?}"),
+        None => Ok(HashSet::new()),
+    }
+}
+
+/// Has the daemon copy its state; the revision of the copy.
+pub(crate) async fn backup(path: &Path, file: PathBuf) -> Result<Revision> {
+    match ask(path, &Request::Backup { path: file }).await? {
+        Some(Answer::Backup(revision)) => Ok(revision),
+        Some(other) => bail!("the daemon answered something else: {other:?}"),
+        None => bail!("no daemon answers on {}", path.display()),
+    }
 }

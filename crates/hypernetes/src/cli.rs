@@ -101,8 +101,8 @@ pub(crate) struct Up {
     #[arg(long, value_name = "DIR")]
     pub(crate) run_dir: Option<PathBuf>,
 
-    /// First of the 1000 user ids that VMMs run under, one for each VM
-    #[arg(long, default_value_t = 700_000)]
+    /// First of the 65536 user ids that VMMs run under, one for each VM
+    #[arg(long, default_value_t = 0x7000_0000)]
     pub(crate) uid_base: u32,
 }
 
@@ -192,9 +192,6 @@ pub(crate) enum Kernel {
         /// Configuration fragment; by default the one built in
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
-        /// Replace a kernel of this name
-        #[arg(long)]
-        force: bool,
     },
     /// Import a distribution's kernel: a .deb, a directory made by `kernel build`, or a vmlinuz
     Import {
@@ -208,9 +205,6 @@ pub(crate) enum Kernel {
         /// Its configuration, for a vmlinuz
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
-        /// Replace a kernel of this name
-        #[arg(long)]
-        force: bool,
     },
     /// List kernels
     #[command(visible_alias = "list")]

@@ -1,96 +1,91 @@
-//! `hypernetes image`: the node's image store, through the daemon if one runs.
+//! `hypernetes image`: the node's image store. It may be used beside a running daemon.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+};
 
 use anyhow::{Context, Result};
-use hypernetes_image::{Image as StoredImage, ImageStore, PullEvent, StoreConfig};
-use hypernetes_types::Digest;
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use tokio::sync::mpsc;
-
-use crate::{
-    admin::{self, Backend, Event, Request},
-    cli::Image,
-    lock::StateLock,
-    paths::Paths,
-    terminal,
+use hypernetes_image::{
+    Credentials, Image as StoredImage, ImageStore, PullEvent, PullOptions, RegistryConfig,
+    StoreConfig,
 };
+use hypernetes_types::{Digest, ImageReference};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::{admin, cli::Image, paths::Paths, terminal};
 
 /// Runs one `image` verb.
 pub(crate) async fn run(paths: &Paths, command: Image) -> Result<()> {
     match command {
         Image::Pull { reference, creds, insecure_registries, quiet } => {
-            let request = Request::ImagePull {
-                reference: reference.clone(),
-                credentials: creds,
-                insecure: insecure_registries,
+            let reference: ImageReference = reference.parse()?;
+            let registry = RegistryConfig { insecure_registries, ..RegistryConfig::default() };
+            let store = open(paths, StoreConfig { registry, ..StoreConfig::default() })?;
+            let bars = std::sync::Arc::new(Bars::new(quiet));
+            let shown = bars.clone();
+            let options = PullOptions {
+                credentials: credentials(creds)?,
+                progress: Some(Box::new(move |event| shown.show(event))),
+                ..PullOptions::default()
             };
-            let bars = Bars::new(quiet);
-            let image: StoredImage = ask(paths, request, |event| bars.show(event)).await?;
+            let image = store.pull(&reference, &options).await;
             bars.finish();
+            let image = image?;
             if !quiet {
                 terminal::line(&format!("Digest: {}", image.manifest));
             }
             terminal::line(image.id.as_str());
-            Ok(())
         }
         Image::Load { input } => {
-            let path = std::path::absolute(&input)?;
-            let images: Vec<StoredImage> = ask(paths, Request::ImageLoad { path }, |_| {}).await?;
-            for image in images {
-                let name = image.tags.first().map_or_else(|| image.id.to_string(), ToString::to_string);
+            for image in open(paths, StoreConfig::default())?.load(&input).await? {
+                let name =
+                    image.tags.first().map_or_else(|| image.id.to_string(), ToString::to_string);
                 terminal::line(&format!("Loaded image: {name}"));
             }
-            Ok(())
         }
         Image::Ls { quiet, json } => {
-            let images: Vec<StoredImage> = ask(paths, Request::ImageList, |_| {}).await?;
-            list(&images, quiet, json)
+            let images = open(paths, StoreConfig::default())?.list().await?;
+            list(&images, quiet, json)?;
         }
         Image::Rm { images } => {
-            let removed: Vec<Vec<String>> =
-                ask(paths, Request::ImageRemove { images }, |_| {}).await?;
-            for line in removed.into_iter().flatten() {
-                terminal::line(&line);
+            let store = open(paths, StoreConfig::default())?;
+            let in_use = admin::images_in_use(&paths.admin_socket()).await?;
+            for name in images {
+                let removed = store.remove(&name, &in_use).await?;
+                for reference in removed.untagged {
+                    terminal::line(&format!("Untagged: {reference}"));
+                }
+                for digest in removed.deleted.iter().chain(&removed.layers) {
+                    terminal::line(&format!("Deleted: {digest}"));
+                }
             }
-            Ok(())
         }
         Image::Inspect { images } => {
-            let found: serde_json::Value =
-                ask(paths, Request::ImageInspect { images }, |_| {}).await?;
+            let store = open(paths, StoreConfig::default())?;
+            let mut found = Vec::new();
+            for name in images {
+                let seen = store.inspect(&name).await?;
+                let mut value = serde_json::to_value(seen.image)?;
+                value["ociConfig"] = seen.config;
+                value["ociManifest"] = seen.manifest;
+                found.push(value);
+            }
             terminal::line(&serde_json::to_string_pretty(&found)?);
-            Ok(())
         }
     }
+    Ok(())
 }
 
-/// Asks the daemon, or does it here under the state directory's lock.
-async fn ask<T: serde::de::DeserializeOwned>(
-    paths: &Paths,
-    request: Request,
-    mut progress: impl FnMut(PullEvent),
-) -> Result<T> {
-    if let Some(value) = admin::ask(&paths.admin_socket(), &request, &mut progress).await? {
-        return Ok(serde_json::from_value(value)?);
-    }
-    let _lock = StateLock::take(paths)?;
-    let images = ImageStore::open(paths.images(), StoreConfig::default())
-        .context("cannot open the image store")?;
-    let backend = Backend {
-        images: Arc::new(images),
-        store: None,
-        in_use: Arc::new(Vec::new),
-    };
-    let (events, mut queue) = mpsc::unbounded_channel();
-    let work = backend.handle(request, events);
-    tokio::pin!(work);
-    loop {
-        tokio::select! {
-            biased;
-            Some(Event::Progress(event)) = queue.recv() => progress(event),
-            result = &mut work => return Ok(serde_json::from_value(result?)?),
-        }
-    }
+fn open(paths: &Paths, config: StoreConfig) -> Result<ImageStore> {
+    ImageStore::open(paths.images(), config).context("cannot open the image store")
+}
+
+fn credentials(text: Option<String>) -> Result<Credentials> {
+    let Some(text) = text else { return Ok(Credentials::Anonymous) };
+    let (username, password) =
+        text.split_once(':').context("invalid --creds: must be user:password")?;
+    Ok(Credentials::Basic { username: username.to_owned(), password: password.to_owned() })
 }
 
 fn list(images: &[StoredImage], quiet: bool, json: bool) -> Result<()> {
@@ -125,17 +120,17 @@ fn list(images: &[StoredImage], quiet: bool, json: bool) -> Result<()> {
 /// Progress bars, one a layer, as docker shows them. Hidden when standard error is no terminal.
 struct Bars {
     all: Option<MultiProgress>,
-    layers: std::cell::RefCell<HashMap<Digest, ProgressBar>>,
+    layers: Mutex<HashMap<Digest, ProgressBar>>,
 }
 
 impl Bars {
     fn new(quiet: bool) -> Self {
-        Self { all: (!quiet).then(MultiProgress::new), layers: std::cell::RefCell::default() }
+        Self { all: (!quiet).then(MultiProgress::new), layers: Mutex::default() }
     }
 
     fn show(&self, event: PullEvent) {
         let Some(all) = &self.all else { return };
-        let mut layers = self.layers.borrow_mut();
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
             PullEvent::Resolved { layers: blobs, .. } => {
                 let style = ProgressStyle::with_template(
@@ -167,7 +162,7 @@ impl Bars {
     }
 
     fn finish(&self) {
-        for bar in self.layers.borrow().values() {
+        for bar in self.layers.lock().unwrap_or_else(PoisonError::into_inner).values() {
             if !bar.is_finished() {
                 bar.abandon();
             }

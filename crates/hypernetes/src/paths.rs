@@ -51,16 +51,13 @@ impl Paths {
         self.state.join("images")
     }
 
-    pub(crate) fn kernels(&self) -> PathBuf {
-        self.state.join("kernels")
-    }
-
     pub(crate) fn network(&self) -> PathBuf {
         self.state.join("network")
     }
 
-    pub(crate) fn logs(&self) -> PathBuf {
-        self.state.join("logs")
+    /// Scratch disks and what else the runtime keeps in files.
+    pub(crate) fn runtime(&self) -> PathBuf {
+        self.state.join("runtime")
     }
 }
 

@@ -1,16 +1,12 @@
 //! `hypernetes tenant`: a client of the API with the operator's kubeconfig.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
 use anyhow::{Context, Result, bail};
-use hypernetes_identity::{CertificateAuthority, Kubeconfig};
+use hypernetes_identity::{Authority, Kubeconfig, TenantRole, tenant_group};
 use hypernetes_types::{
     TenantName,
-    kinds::{GROUP, TENANT_GROUP_PREFIX, VERSION},
+    kinds::{GROUP, VERSION},
 };
 use kube::{
     Api, Client,
@@ -163,49 +159,29 @@ async fn write_kubeconfig(
     days: u32,
     output: &Path,
 ) -> Result<()> {
-    let authority = CertificateAuthority::load(&paths.pki())
+    let authority = Authority::load_or_create(&paths.pki())
         .context("cannot read the cluster's certificate authority; run as the daemon's user")?;
-    let group = format!("{TENANT_GROUP_PREFIX}{tenant}:{}", role.as_str());
-    let certificate = authority
-        .issue_client(user, &[group], Duration::from_secs(u64::from(days) * 24 * 3600))
-        .context("cannot issue a certificate")?;
+    let life = Duration::from_secs(u64::from(days) * 24 * 3600);
+    let credentials = authority.client(user, &[tenant_group(tenant, role.into())], life)?;
     let admin = AdminKubeconfig::read_from(paths.admin_kubeconfig())?;
     let server = admin
         .clusters
         .first()
         .and_then(|cluster| cluster.cluster.as_ref()?.server.clone())
         .context("the operator's kubeconfig names no server")?;
-    let text = Kubeconfig {
-        cluster: "hypernetes",
+    let kubeconfig = Kubeconfig {
         server: &server,
-        ca_pem: authority.ca_pem(),
+        context: tenant.as_str(),
         user,
-        certificate: &certificate,
-        namespace: Some(tenant.as_str()),
-    }
-    .to_yaml();
+        namespace: tenant.as_str(),
+        authority: &authority,
+        credentials: &credentials,
+    };
     if output == Path::new("-") {
-        terminal::raw(&text);
+        terminal::raw(&kubeconfig.to_yaml());
         return Ok(());
     }
-    write_private(output, &text).with_context(|| format!("cannot write {}", output.display()))
-}
-
-/// Writes a file that only its owner can read, whole or not at all.
-fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".tmp");
-    let temporary = PathBuf::from(temporary);
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&temporary, path)
+    Ok(kubeconfig.write(output)?)
 }
 
 async fn delete(paths: &Paths, name: &TenantName, wait: Option<Duration>) -> Result<()> {
@@ -231,4 +207,14 @@ async fn delete(paths: &Paths, name: &TenantName, wait: Option<Duration>) -> Res
     }
     terminal::line(&format!("tenant/{name} deleted"));
     Ok(())
+}
+
+impl From<Role> for TenantRole {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Admin => Self::Admin,
+            Role::Edit => Self::Edit,
+            Role::View => Self::View,
+        }
+    }
 }

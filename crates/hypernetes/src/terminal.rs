@@ -10,6 +10,14 @@ pub(crate) fn line(text: &str) {
     raw(&format!("{text}\n"));
 }
 
+/// One line beside the result: progress, advice.
+pub(crate) fn note(text: &str) {
+    let mut error = std::io::stderr().lock();
+    if writeln!(error, "{text}").is_err() {
+        tracing::debug!("standard error is closed");
+    }
+}
+
 /// Text as it is.
 pub(crate) fn raw(text: &str) {
     let mut out = std::io::stdout().lock();
@@ -21,7 +29,7 @@ pub(crate) fn raw(text: &str) {
 /// Columns without borders, as kubectl and docker print them.
 pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(presets::NOTHING);
     table.set_header(header.to_vec());
     for row in rows {
         table.add_row(row);

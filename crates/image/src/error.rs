@@ -13,7 +13,7 @@ pub enum ImageError {
     #[error("image {reference} not found: {message}")]
     NoSuchImage {
         /// Asked for.
-        reference: ImageReference,
+        reference: Box<ImageReference>,
         /// The registry's words.
         message: String,
     },
@@ -23,7 +23,7 @@ pub enum ImageError {
         /// Host.
         registry: String,
         /// Asked for.
-        reference: ImageReference,
+        reference: Box<ImageReference>,
         /// The registry's words.
         message: String,
     },
@@ -47,7 +47,7 @@ pub enum ImageError {
     #[error("image {reference} has no manifest for linux/amd64; it has {available}")]
     NoPlatform {
         /// Asked for.
-        reference: ImageReference,
+        reference: Box<ImageReference>,
         /// Platforms in the index.
         available: String,
     },

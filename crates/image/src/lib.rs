@@ -70,9 +70,10 @@ pub struct Layer {
 }
 
 /// User and password for a registry.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub enum Credentials {
     /// No account.
+    #[default]
     Anonymous,
     /// Basic or, through the registry's token server, bearer.
     Basic {
@@ -97,7 +98,7 @@ impl std::fmt::Debug for Credentials {
 }
 
 /// What a pull tells while it runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PullEvent {
     /// Manifest found; so many layers, so many bytes.
     Resolved {
@@ -122,5 +123,17 @@ pub enum PullEvent {
     },
 }
 
+pub mod erofs;
 mod error;
+mod flight;
+mod layer;
+mod limits;
+mod manifest;
+mod registry;
+mod store;
+mod tarball;
+
 pub use error::ImageError;
+pub use limits::Limits;
+pub use registry::RegistryConfig;
+pub use store::{ImageStore, Inspection, Progress, PullOptions, Removed, StoreConfig, Usage};

@@ -3,9 +3,48 @@
 //! etcd's data model in one process: every write transaction gets the next revision of one total
 //! order; reads are from memory; a write is acknowledged when it is durable in one redb file, where
 //! all waiting transactions share a commit.
+//!
+//! One writer thread owns the file. It takes everything that waits, checks the comparisons against
+//! the newest state (earlier transactions of the same batch included), makes one commit, and only
+//! then shows the result to readers and watchers. Superseded versions are kept in memory for a
+//! window of time and number, so lists can be paged consistently and watches resumed.
+//!
+//! ```
+//! # async fn example() -> Result<(), hypernetes_store::StoreError> {
+//! use hypernetes_store::{Compare, Durability, Op, Store, StoreConfig, Value};
+//!
+//! let store = Store::in_memory(StoreConfig::default())?;
+//! let mut watch = store.watch("pods/", None)?;
+//! let put = Op::Put("pods/a".into(), Value::Bytes("1".into()));
+//! let revision = store
+//!     .txn(vec![Compare::Absent("pods/a".into())], vec![put], Durability::Sync)
+//!     .await?;
+//! assert_eq!(watch.next().await?.revision, revision);
+//! # Ok(())
+//! # }
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(example()).unwrap();
+//! ```
 #![forbid(unsafe_code)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::needless_pass_by_value,
+        clippy::let_underscore_must_use,
+        reason = "tests are read more than they are run"
+    )
+)]
+
+mod disk;
+mod hub;
+mod memory;
+mod store;
+mod writer;
 
 use bytes::Bytes;
+
+pub use hub::Watch;
+pub use memory::ListPage;
+pub use store::{Store, StoreConfig};
 
 /// Position in the total order of writes; 1 is the first.
 pub type Revision = u64;
@@ -133,6 +172,12 @@ pub enum StoreError {
         path: String,
         /// Cause.
         message: String,
+    },
+    /// The watcher did not take its changes in time and has missed some.
+    #[error("the watcher is too slow: changes after revision {delivered} were dropped")]
+    Lagged {
+        /// Last revision that was delivered.
+        delivered: Revision,
     },
     /// The store was closed.
     #[error("the store is closed")]

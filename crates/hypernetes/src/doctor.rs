@@ -1,0 +1,121 @@
+//! `hypernetes doctor`: whether this machine can run pods, how, and what is missing.
+
+use std::{env, path::Path, process::ExitCode};
+
+use anyhow::Result;
+use hypernetes_vmm::qemu::{QemuConfig, QemuDriver};
+use serde_json::json;
+
+use crate::{cli::Doctor, paths, paths::Paths, terminal};
+
+/// Programs that a node calls, with the package that has them and what they are for.
+const PROGRAMS: &[(&str, &str, &str)] = &[
+    ("nft", "nftables", "tenant networks: isolation, translation, anti-spoofing"),
+    ("mkfs.ext4", "e2fsprogs", "the scratch disks of pods"),
+];
+
+/// One finding.
+struct Check {
+    ok: bool,
+    what: String,
+    advice: Option<String>,
+}
+
+/// Prints the findings; fails if pods cannot run.
+pub(crate) async fn run(paths: &Paths, options: &Doctor) -> Result<ExitCode> {
+    let mut checks = vec![root(), device("/dev/net/tun", "taps of pods"), user_namespaces()];
+    for (program, package, purpose) in PROGRAMS {
+        checks.push(program_found(program, package, purpose));
+    }
+    let (accelerator, why) = vmm(paths, &mut checks).await;
+    checks.push(guest_file("the guest's program (hyperstart)", paths::hyperstart(None).as_deref()));
+    checks.push(guest_file("a built kernel", paths::kernel_dir(None).as_deref()));
+    let able = checks.iter().all(|check| check.ok);
+    if options.json {
+        let checks: Vec<_> = checks
+            .iter()
+            .map(|check| json!({"ok": check.ok, "what": check.what, "advice": check.advice}))
+            .collect();
+        let report = json!({"able": able, "accelerator": accelerator, "why": why, "checks": checks});
+        terminal::line(&serde_json::to_string_pretty(&report)?);
+    } else {
+        for check in &checks {
+            let mark = if check.ok { "ok " } else { "NO " };
+            terminal::line(&format!("{mark} {}", check.what));
+            if let Some(advice) = &check.advice {
+                terminal::line(&format!("      {advice}"));
+            }
+        }
+        let verdict = if able { "This machine can run pods." } else { "This machine cannot run pods yet." };
+        terminal::line(verdict);
+    }
+    Ok(if able { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn root() -> Check {
+    let ok = rustix::process::geteuid().is_root();
+    Check {
+        ok,
+        what: "runs as root".to_owned(),
+        advice: (!ok).then(|| "pods get user ids, namespaces and taps of their own".to_owned()),
+    }
+}
+
+fn device(path: &str, purpose: &str) -> Check {
+    let ok = Path::new(path).exists();
+    Check {
+        ok,
+        what: format!("{path} ({purpose})"),
+        advice: (!ok).then(|| "load the module: modprobe tun".to_owned()),
+    }
+}
+
+fn user_namespaces() -> Check {
+    let ok = Path::new("/proc/self/ns/net").exists();
+    Check { ok, what: "network namespaces".to_owned(), advice: None }
+}
+
+fn program_found(program: &str, package: &str, purpose: &str) -> Check {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let sbin = ["/usr/sbin", "/sbin"].map(Into::into);
+    let found = env::split_paths(&path).chain(sbin).map(|dir| dir.join(program)).find(|p| p.is_file());
+    Check {
+        ok: found.is_some(),
+        what: found.as_ref().map_or_else(
+            || format!("{program} ({purpose})"),
+            |path| format!("{} ({purpose})", path.display()),
+        ),
+        advice: found.is_none().then(|| format!("apt-get install {package}")),
+    }
+}
+
+fn guest_file(what: &str, found: Option<&Path>) -> Check {
+    Check {
+        ok: found.is_some(),
+        what: found.map_or_else(|| what.to_owned(), |path| format!("{what}: {}", path.display())),
+        advice: found.is_none().then(|| "make build".to_owned()),
+    }
+}
+
+/// Boots a test guest: the only way to know whether KVM works.
+async fn vmm(paths: &Paths, checks: &mut Vec<Check>) -> (String, String) {
+    match QemuDriver::detect(QemuConfig::new(paths.state().to_owned())).await {
+        Ok(driver) => {
+            let probe = driver.probe();
+            checks.push(Check {
+                ok: true,
+                what: format!("QEMU {} runs guests by {}", probe.version, probe.accelerator),
+                advice: Some(probe.why.clone()),
+            });
+            for missing in &probe.missing {
+                checks.push(Check { ok: true, what: "could be better".to_owned(), advice: Some(missing.clone()) });
+            }
+            (probe.accelerator.to_string(), probe.why.clone())
+        }
+        Err(error) => {
+            let text = hypernetes_telemetry::chain(&error).to_string();
+            checks.push(Check { ok: false, what: "virtual machines".to_owned(), advice: Some(text.clone()) });
+            ("none".to_owned(), text)
+        }
+    }
+}

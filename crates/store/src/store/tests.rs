@@ -1,0 +1,550 @@
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use redb::{StorageBackend, backends::FileBackend};
+
+use super::*;
+use crate::{Change, Value};
+
+fn put(key: &str, value: &str) -> Op {
+    Op::Put(
+        key.into(),
+        Value::Bytes(Bytes::copy_from_slice(value.as_bytes())),
+    )
+}
+
+fn memory() -> Store {
+    Store::in_memory(StoreConfig::default()).unwrap()
+}
+
+async fn write(store: &Store, key: &str, value: &str) -> Revision {
+    store
+        .txn(vec![], vec![put(key, value)], Durability::Sync)
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn comparisons_guard_the_whole_transaction() {
+    let store = memory();
+    let first = write(&store, "a", "1").await;
+    let conflict = store
+        .txn(
+            vec![Compare::Absent("a".into())],
+            vec![put("b", "x")],
+            Durability::Sync,
+        )
+        .await
+        .unwrap_err();
+    let StoreError::Conflict { key, current } = conflict else {
+        panic!("{conflict}")
+    };
+    assert_eq!((key.as_str(), current.unwrap().mod_revision), ("a", first));
+    assert_eq!(store.get("b"), None);
+    let second = store
+        .txn(
+            vec![
+                Compare::ModRevision("a".into(), first),
+                Compare::Absent("b".into()),
+            ],
+            vec![put("a", "2"), put("b", "2")],
+            Durability::Sync,
+        )
+        .await
+        .unwrap();
+    assert_eq!(second, first + 1);
+    assert_eq!(store.get("a").unwrap().create_revision, first);
+    assert_eq!(store.get("b").unwrap().create_revision, second);
+    let stale = vec![Compare::ModRevision("a".into(), first)];
+    assert!(store.txn(stale, vec![], Durability::Sync).await.is_err());
+}
+
+#[tokio::test]
+async fn one_of_many_concurrent_creations_wins() {
+    let store = memory();
+    let mut tasks = tokio::task::JoinSet::new();
+    for index in 0..64 {
+        let store = store.clone();
+        tasks.spawn(async move {
+            let compares = vec![Compare::Absent("k".into())];
+            store
+                .txn(
+                    compares,
+                    vec![put("k", &index.to_string())],
+                    Durability::Sync,
+                )
+                .await
+        });
+    }
+    let results = tasks.join_all().await;
+    assert_eq!(results.iter().filter(|r| r.is_ok()).count(), 1);
+    assert_eq!(store.revision(), 1);
+}
+
+#[tokio::test]
+async fn values_may_carry_their_revision() {
+    let store = memory();
+    write(&store, "x", "").await;
+    let value = Value::WithRevision(Arc::new(|revision| Bytes::from(revision.to_string())));
+    let revision = store
+        .txn(vec![], vec![Op::Put("a".into(), value)], Durability::Sync)
+        .await
+        .unwrap();
+    assert_eq!(store.get("a").unwrap().value, revision.to_string());
+}
+
+#[tokio::test]
+async fn deleting_nothing_is_no_write() {
+    let store = memory();
+    let revision = write(&store, "a", "1").await;
+    let same = store
+        .txn(vec![], vec![Op::Delete("z".into())], Durability::Sync)
+        .await
+        .unwrap();
+    assert_eq!(same, revision);
+    assert!(
+        store
+            .txn(vec![], vec![Op::Delete("a".into())], Durability::Sync)
+            .await
+            .unwrap()
+            > revision
+    );
+    assert_eq!(store.get("a"), None);
+    assert_eq!(store.get_at("a", revision).unwrap().unwrap().value, "1");
+}
+
+#[tokio::test]
+async fn pages_of_a_list_are_of_one_moment() {
+    let store = memory();
+    for name in ["p/a", "p/b", "p/c", "q/a"] {
+        write(&store, name, "1").await;
+    }
+    let first = store.list("p/", None, None, Some(2)).unwrap();
+    assert_eq!(
+        (first.entries.len(), first.more, first.remaining),
+        (2, true, 1)
+    );
+    store
+        .txn(
+            vec![],
+            vec![Op::Delete("p/c".into()), put("p/d", "2")],
+            Durability::Sync,
+        )
+        .await
+        .unwrap();
+    let rest = store
+        .list("p/", Some(first.revision), Some("p/b"), Some(2))
+        .unwrap();
+    let keys: Vec<&str> = rest.entries.iter().map(|e| e.key.as_str()).collect();
+    assert_eq!((keys, rest.more), (vec!["p/c"], false));
+    assert!(matches!(
+        store.list("p/", Some(99), None, None),
+        Err(StoreError::Future { .. })
+    ));
+}
+
+#[tokio::test]
+async fn a_watch_replays_and_goes_on() {
+    let store = memory();
+    let first = write(&store, "a/1", "x").await;
+    write(&store, "a/2", "y").await;
+    let mut watch = store.watch("a/", Some(first)).unwrap();
+    write(&store, "b/1", "z").await;
+    let last = store
+        .txn(vec![], vec![Op::Delete("a/1".into())], Durability::Sync)
+        .await
+        .unwrap();
+    assert_eq!(watch.next().await.unwrap().key, "a/2");
+    let gone = watch.next().await.unwrap();
+    assert_eq!(
+        *gone,
+        Change {
+            revision: last,
+            key: "a/1".into(),
+            value: None,
+            previous: Some("x".into())
+        }
+    );
+    assert_eq!(watch.try_next().unwrap(), None);
+    let other = write(&store, "b/2", "z").await;
+    store.reached(other).await.unwrap();
+    assert_eq!(watch.progress(), other);
+}
+
+#[tokio::test]
+async fn a_slow_watcher_is_ended_after_what_it_had() {
+    let store = Store::in_memory(StoreConfig {
+        watch_queue: 2,
+        ..Default::default()
+    })
+    .unwrap();
+    let mut watch = store.watch("", None).unwrap();
+    for index in 0..5 {
+        write(&store, &index.to_string(), "").await;
+    }
+    assert_eq!(watch.next().await.unwrap().revision, 1);
+    assert_eq!(watch.next().await.unwrap().revision, 2);
+    assert!(matches!(
+        watch.next().await,
+        Err(StoreError::Lagged { delivered: 2 })
+    ));
+}
+
+#[tokio::test]
+async fn what_left_the_window_is_compacted() {
+    let store = Store::in_memory(StoreConfig {
+        history_changes: 3,
+        ..Default::default()
+    })
+    .unwrap();
+    for _ in 0..10 {
+        write(&store, "a", "x").await;
+    }
+    assert_eq!(store.oldest_revision(), 7);
+    assert!(matches!(
+        store.watch("", Some(6)),
+        Err(StoreError::Compacted { oldest: 7, .. })
+    ));
+    let mut watch = store.watch("", Some(7)).unwrap();
+    assert_eq!(watch.next().await.unwrap().revision, 8);
+}
+
+#[tokio::test]
+async fn closing_ends_everything() {
+    let store = memory();
+    let mut watch = store.watch("", None).unwrap();
+    store.close();
+    assert!(matches!(watch.next().await, Err(StoreError::Closed)));
+    assert!(matches!(
+        store.txn(vec![], vec![], Durability::Sync).await,
+        Err(StoreError::Closed)
+    ));
+}
+
+#[tokio::test]
+async fn everything_is_there_after_an_orderly_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state");
+    let store = Store::open(&path, StoreConfig::default()).unwrap();
+    write(&store, "a", "1").await;
+    let revision = store
+        .txn(vec![], vec![put("b", "2")], Durability::Relaxed)
+        .await
+        .unwrap();
+    drop(store);
+    let store = Store::open(&path, StoreConfig::default()).unwrap();
+    assert_eq!(store.revision(), revision);
+    assert_eq!(store.get("b").unwrap().mod_revision, revision);
+    assert!(matches!(
+        store.watch("", Some(1)),
+        Err(StoreError::Compacted { .. })
+    ));
+    assert_eq!(write(&store, "c", "3").await, revision + 1);
+}
+
+#[tokio::test]
+async fn a_backup_is_a_store_of_its_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(&directory.path().join("state"), StoreConfig::default()).unwrap();
+    write(&store, "a", "1").await;
+    store
+        .txn(vec![], vec![put("b", "2")], Durability::Relaxed)
+        .await
+        .unwrap();
+    let copy = directory.path().join("copy");
+    let revision = store.backup(&copy).unwrap();
+    write(&store, "c", "3").await;
+    let copy = Store::open(&copy, StoreConfig::default()).unwrap();
+    assert_eq!(copy.revision(), revision);
+    assert_eq!(copy.list("", None, None, None).unwrap().entries.len(), 2);
+    assert!(store.backup(&directory.path().join("none/copy")).is_err());
+}
+
+#[test]
+fn what_is_no_store_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state");
+    std::fs::write(&path, "not a store, but long enough to look like something").unwrap();
+    assert!(matches!(
+        Store::open(&path, StoreConfig::default()),
+        Err(StoreError::Open { .. })
+    ));
+}
+
+/// A file on a disk that can be made full.
+#[derive(Debug)]
+struct Disk {
+    file: FileBackend,
+    full: Arc<AtomicBool>,
+}
+
+impl Disk {
+    fn check(&self) -> Result<(), std::io::Error> {
+        if self.full.load(Ordering::SeqCst) {
+            return Err(std::io::Error::from(std::io::ErrorKind::StorageFull));
+        }
+        Ok(())
+    }
+}
+
+impl StorageBackend for Disk {
+    fn len(&self) -> Result<u64, std::io::Error> {
+        self.file.len()
+    }
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), std::io::Error> {
+        self.file.read(offset, out)
+    }
+    fn set_len(&self, len: u64) -> Result<(), std::io::Error> {
+        self.check()?;
+        self.file.set_len(len)
+    }
+    fn sync_data(&self) -> Result<(), std::io::Error> {
+        self.check()?;
+        self.file.sync_data()
+    }
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), std::io::Error> {
+        self.check()?;
+        self.file.write(offset, data)
+    }
+    fn close(&self) -> Result<(), std::io::Error> {
+        self.file.close()
+    }
+}
+
+fn on_disk(path: &Path, full: &Arc<AtomicBool>) -> Store {
+    let full = Arc::clone(full);
+    let open = move |path: &Path| {
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
+        let disk = Disk {
+            file: FileBackend::new(file)?,
+            full: Arc::clone(&full),
+        };
+        Database::builder().create_with_backend(disk)
+    };
+    Store::open_with(path, StoreConfig::default(), open).unwrap()
+}
+
+#[tokio::test]
+async fn a_full_disk_loses_nothing_and_is_survived() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state");
+    let full = Arc::new(AtomicBool::new(false));
+    let store = on_disk(&path, &full);
+    let before = write(&store, "a", "1").await;
+    let mut watch = store.watch("", None).unwrap();
+
+    full.store(true, Ordering::SeqCst);
+    let mut tasks = tokio::task::JoinSet::new();
+    for index in 0..8 {
+        let store = store.clone();
+        tasks.spawn(async move {
+            let durability = if index % 2 == 0 {
+                Durability::Sync
+            } else {
+                Durability::Relaxed
+            };
+            // The first failure makes the relaxed ones durable too, so that none is taken in vain.
+            let _ = store
+                .txn(vec![], vec![put("first", "x")], Durability::Sync)
+                .await;
+            store
+                .txn(vec![], vec![put(&format!("lost/{index}"), "x")], durability)
+                .await
+        });
+    }
+    for result in tasks.join_all().await {
+        assert!(
+            matches!(result, Err(StoreError::Write { .. })),
+            "{result:?}"
+        );
+    }
+    assert_eq!(store.revision(), before);
+    assert_eq!(store.get("first"), None);
+    assert_eq!(watch.try_next().unwrap(), None);
+
+    full.store(false, Ordering::SeqCst);
+    let after = write(&store, "b", "2").await;
+    assert!(after > before);
+    assert_eq!(watch.next().await.unwrap().key, "b");
+    drop((store, watch));
+    let store = on_disk(&path, &full);
+    let keys: Vec<String> = store
+        .list("", None, None, None)
+        .unwrap()
+        .entries
+        .into_iter()
+        .map(|e| e.key)
+        .collect();
+    assert_eq!(keys, ["a", "b"]);
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Put(u8, u8),
+    Delete(u8),
+    Guarded(u8, bool, u8),
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0u8..6, any::<u8>()).prop_map(|(k, v)| Step::Put(k, v)),
+        3 => (0u8..6).prop_map(Step::Delete),
+        3 => (0u8..6, any::<bool>(), any::<u8>()).prop_map(|(k, ok, v)| Step::Guarded(k, ok, v)),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+type Model = BTreeMap<String, (Revision, Revision, String)>;
+
+fn state_of(store: &Store, at: Option<Revision>) -> Model {
+    store
+        .list("", at, None, None)
+        .unwrap()
+        .entries
+        .into_iter()
+        .map(|e| {
+            let value = String::from_utf8(e.value.to_vec()).unwrap();
+            (e.key, (e.create_revision, e.mod_revision, value))
+        })
+        .collect()
+}
+
+async fn against_the_model(steps: Vec<Step>) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state");
+    let mut store = Store::open(&path, StoreConfig::default()).unwrap();
+    let mut model = Model::new();
+    let mut states: Vec<(Revision, Model)> = vec![(0, Model::new())];
+    let mut watch = store.watch("", None).unwrap();
+    for (index, step) in steps.into_iter().enumerate() {
+        let durability = if index % 3 == 0 {
+            Durability::Sync
+        } else {
+            Durability::Relaxed
+        };
+        let before = store.revision();
+        let (key, compares, op, value) = match step {
+            Step::Reopen => {
+                drop((store, watch));
+                store = Store::open(&path, StoreConfig::default()).unwrap();
+                assert!(store.revision() >= before);
+                watch = store.watch("", None).unwrap();
+                states = vec![(store.revision(), model.clone())];
+                assert_eq!(state_of(&store, None), model);
+                continue;
+            }
+            Step::Put(k, v) => {
+                let (key, value) = (format!("k{k}"), v.to_string());
+                (key.clone(), vec![], put(&key, &value), Some(value))
+            }
+            Step::Delete(k) => (format!("k{k}"), vec![], Op::Delete(format!("k{k}")), None),
+            Step::Guarded(k, ok, v) => {
+                let (key, value) = (format!("k{k}"), v.to_string());
+                let compare = match (model.get(&key), ok) {
+                    (None, true) => Compare::Absent(key.clone()),
+                    (Some(_), false) => Compare::Absent(key.clone()),
+                    (Some((_, revision, _)), true) => Compare::ModRevision(key.clone(), *revision),
+                    (None, false) => Compare::ModRevision(key.clone(), before),
+                };
+                let result = store
+                    .txn(vec![compare.clone()], vec![], Durability::Sync)
+                    .await;
+                assert_eq!(result.is_ok(), ok);
+                if !ok {
+                    continue;
+                }
+                (key.clone(), vec![compare], put(&key, &value), Some(value))
+            }
+        };
+        let revision = store.txn(compares, vec![op], durability).await.unwrap();
+        let old = match &value {
+            Some(value) => {
+                let created = model.get(&key).map_or(revision, |(created, ..)| *created);
+                model.insert(key.clone(), (created, revision, value.clone()))
+            }
+            None => model.remove(&key),
+        };
+        if old.is_none() && value.is_none() {
+            assert_eq!(revision, before);
+            continue;
+        }
+        assert_eq!(revision, before + 1);
+        let change = watch.next().await.unwrap();
+        assert_eq!(
+            (change.revision, change.key.as_str()),
+            (revision, key.as_str())
+        );
+        assert_eq!(change.value.as_deref(), value.as_deref().map(str::as_bytes));
+        assert_eq!(
+            change.previous.as_deref(),
+            old.as_ref().map(|(.., v)| v.as_bytes())
+        );
+        states.push((revision, model.clone()));
+    }
+    for (revision, model) in &states {
+        assert_eq!(&state_of(&store, Some(*revision)), model, "at {revision}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn behaves_as_the_model(steps in prop::collection::vec(step(), 1..60)) {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+            .block_on(against_the_model(steps));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn concurrent_watchers_see_every_change_once_in_order() {
+    let store = Store::in_memory(StoreConfig {
+        watch_queue: 4096,
+        ..Default::default()
+    })
+    .unwrap();
+    let mut watchers = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let store = store.clone();
+        watchers.spawn(async move {
+            // Somewhere in the storm: what was before is replayed, what comes after is live.
+            tokio::task::yield_now().await;
+            let mut watch = store.watch("k/", Some(0)).unwrap();
+            let mut seen = Vec::new();
+            while seen.len() < 1000 {
+                seen.push(watch.next().await.unwrap().revision);
+                let progress = watch.progress();
+                assert!(progress + 1 >= *seen.last().unwrap());
+            }
+            seen
+        });
+    }
+    let mut writers = tokio::task::JoinSet::new();
+    for writer in 0..10 {
+        let store = store.clone();
+        writers.spawn(async move {
+            for index in 0..100 {
+                write(&store, &format!("k/{writer}/{index}"), "v").await;
+            }
+        });
+    }
+    writers.join_all().await;
+    for seen in watchers.join_all().await {
+        assert_eq!(seen, (1..=1000).collect::<Vec<_>>());
+    }
+}
