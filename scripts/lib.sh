@@ -23,8 +23,17 @@ free_port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
+# Process ids of the VMs whose run directories are below $1: they have records of their launch.
+vmms() {
+    local record pid
+    for record in "$1"/vm/*/launch.json; do
+        [ -e "$record" ] || continue
+        pid=$(jq -r .pid "$record")
+        [ ! -e "/proc/$pid/exe" ] || echo "$pid"
+    done
+}
+
 # What the daemon could leave behind on the host, in a form that can be compared.
-# $1: the state directory, left out of the picture with all in it.
 host_picture() {
     echo "# links";      ip -o link | awk -F': ' '{print $2}' | sort
     echo "# routes";     ip route | sort
@@ -33,7 +42,6 @@ host_picture() {
     echo "# mounts";     awk '{print $2, $3}' /proc/self/mounts | sort
     echo "# cgroups";    find /sys/fs/cgroup -type d -name '*hypernetes*' | sort
     echo "# sysctls";    cat /proc/sys/net/ipv4/ip_forward
-    echo "# processes";  { pgrep -af 'qemu-system|vmm-launch' || true; } | grep -F -- "$1" | sort || true
 }
 
 # start_daemon STATE RUN PORT LOG ARGS...: sets daemon_pid.

@@ -239,7 +239,7 @@ fn a_tenant_meets_nothing_of_another() {
         pod_ip(&daemon, &globex, "web")
     );
     let only = pod_ip(&daemon, &acme, "only");
-    let fetch = format!("wget -T 5 -qO- http://{only}:8080/");
+    let fetch = format!("timeout 5 wget -qO- http://{only}:8080/");
     let own = stdout(&mut daemon.kubectl_as(&acme, &["exec", "box", "--", "sh", "-c", &fetch]));
     assert!(!own.is_empty(), "acme reaches its own pod");
     let foreign = daemon

@@ -1,1 +1,47 @@
-//! agent-api.
+//! The protocol between the node and HyperStart, the agent inside every microVM.
+//!
+//! [`v1`] holds the types generated from `proto/agent.proto`, which is the contract. [`sync`] makes
+//! one clean session out of a byte stream that has no connection semantics (virtio-serial), and
+//! [`AgentClient`] is the node's end of it. The guest is hostile: whatever it sends, the node spends
+//! bounded memory and bounded time.
+#![forbid(unsafe_code)]
+
+mod client;
+pub mod defaults;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+pub mod server;
+pub mod sync;
+
+pub use client::{AgentClient, AgentError, ConnectOptions};
+
+/// Generated from `proto/agent.proto`.
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated code; the .proto file holds the documentation"
+)]
+pub mod v1 {
+    tonic::include_proto!("hypernetes.agent.v1");
+}
+
+/// The newest protocol version that this build speaks.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// The oldest protocol version that this build speaks.
+pub const MIN_PROTOCOL_VERSION: u32 = 1;
+/// Largest encoded message in either direction.
+pub const MAX_MESSAGE_SIZE: usize = 4 * 1024 * 1024;
+/// Largest piece of data in one message of a byte stream.
+pub const MAX_CHUNK_SIZE: usize = 64 * 1024;
+/// Largest header list, trailers with a status message included.
+pub const MAX_HEADER_LIST_SIZE: u32 = 16 * 1024;
+/// HTTP/2 window of one stream: what one stalled reader can hold up.
+pub const STREAM_WINDOW: u32 = 256 * 1024;
+/// HTTP/2 window of the connection: thirty-two stalled streams do not starve the others, and a
+/// flooding guest cannot make the node buffer more than this.
+pub const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
+/// Name of the virtio-serial port that the agent serves.
+pub const PORT_NAME: &str = "agent.0";

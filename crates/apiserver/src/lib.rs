@@ -1,1 +1,51 @@
-//! apiserver.
+//! The embedded Kubernetes-compatible API server.
+//!
+//! One generic engine over JSON, driven by Kubernetes' own OpenAPI definitions and a table of
+//! kinds (`hypernetes_apimachinery`): no handler per kind. Objects are kept in
+//! `hypernetes_store` as canonical JSON that lists and watches send as it is.
+//!
+//! ```text
+//! TLS listener ─┐                                        ┌▶ engine: get list watch create update
+//!               ├▶ ApiService: authentication → impersonation → RBAC → flow │   patch delete deletecollection
+//! kube::Client ─┘   (a tower::Service)                   ├▶ subresources of pods, reviews
+//!                                                        └▶ discovery, OpenAPI, version, health, metrics
+//! ```
+//!
+//! [`ApiServer::service_as`] is a transport for `kube::Client` without a socket; what goes over it
+//! is the same HTTP. [`ApiServer::serve_tls`] serves the network.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::result_large_err,
+    reason = "a Status is made once, on the way out of a request that fails"
+)]
+
+mod authentication;
+mod authorizer;
+mod body;
+mod bootstrap;
+mod codec;
+mod config;
+mod endpoints;
+mod engine;
+mod events;
+mod flow;
+mod keys;
+mod listener;
+mod metrics;
+mod negotiate;
+mod pods;
+mod query;
+mod rbac;
+mod reaper;
+mod request_info;
+mod reviews;
+mod server;
+mod service;
+mod status;
+
+pub use authentication::InProcessUser;
+pub use body::{ApiBody, BoxError};
+pub use config::{ApiServerConfig, Clock, Limits, VersionInfo};
+pub use listener::{TlsError, tls_config};
+pub use server::{ApiServer, StartError};
+pub use service::ApiService;

@@ -1,1 +1,199 @@
-//! nodelet.
+//! The embedded mode's stand-in for the kubelet.
+//!
+//! Watches this node's pods through a [`kube::Client`], drives the node's [`PodRuntime`], reports
+//! statuses and events, and serves the streaming subresources. Every pod has one task
+//! (`worker`), which asks a pure planner (`plan`) what to do next. Nothing is kept here that
+//! cannot be found again in the API and in the runtime: after a restart pods go on as they are.
+//!
+//! It does not talk to registries, VMs or the kernel itself, and it does not schedule.
+#![forbid(unsafe_code)]
+
+mod access;
+mod backoff;
+mod config;
+mod container;
+mod env;
+mod events;
+mod fields;
+mod logs;
+mod network;
+mod node;
+mod plan;
+mod pods;
+mod pull;
+mod resources;
+mod sandbox;
+mod sources;
+mod status;
+mod steps;
+mod streams;
+mod volumes;
+mod worker;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use hypernetes_network::NetworkDriver;
+use hypernetes_runtime::PodRuntime;
+use hypernetes_streaming::PodStreams;
+use hypernetes_telemetry::chain;
+use jiff::Timestamp;
+use kube::Client;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+pub use config::NodeletConfig;
+
+/// Failure of the node as a whole.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NodeletError {
+    /// The API did not take what the node is.
+    #[error("cannot register {what}")]
+    Register {
+        /// Which object.
+        what: String,
+        /// Cause.
+        #[source]
+        source: Box<kube::Error>,
+    },
+    /// An object of the node's own making is not of its kind.
+    #[error("cannot build object {name}")]
+    Object {
+        /// Which object.
+        name: String,
+        /// Cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// What the node has to remember cannot be read.
+    #[error("cannot read {path}")]
+    State {
+        /// Which file.
+        path: std::path::PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A part of the node ended that should not have.
+    #[error("the node's {0} ended")]
+    Ended(&'static str),
+}
+
+/// How long the API may take to be there.
+const REGISTER_TRIES: u32 = 30;
+
+/// One node.
+pub struct Nodelet {
+    config: NodeletConfig,
+    client: Client,
+    runtime: Arc<dyn PodRuntime>,
+    networks: Arc<dyn NetworkDriver>,
+    board: worker::Board,
+}
+
+impl fmt::Debug for Nodelet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Nodelet")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Nodelet {
+    /// A node that does nothing until [`Nodelet::run`].
+    pub fn new(
+        config: NodeletConfig,
+        client: Client,
+        runtime: Arc<dyn PodRuntime>,
+        networks: Arc<dyn NetworkDriver>,
+    ) -> Self {
+        Self {
+            config,
+            client,
+            runtime,
+            networks,
+            board: Arc::new(Mutex::new(HashMap::new())),
+        }
+    }
+
+    /// Exec, attach, port-forward and logs of this node's pods. Works as long as the runtime does.
+    pub fn streams(&self) -> Arc<dyn PodStreams> {
+        Arc::new(streams::Streams {
+            runtime: self.runtime.clone(),
+            board: self.board.clone(),
+        })
+    }
+
+    /// Streaming alone, for an API server that has to exist before a client of it does. It does not
+    /// know why a container waits, and says `ContainerCreating` of each that does.
+    pub fn streams_of(runtime: Arc<dyn PodRuntime>) -> Arc<dyn PodStreams> {
+        Arc::new(streams::Streams {
+            runtime,
+            board: Arc::default(),
+        })
+    }
+
+    /// Registers the node and runs its pods until `stop`. Pods run on when it returns.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), NodeletError> {
+        let capacity = node::capacity(&self.config.state_dir);
+        let since = Timestamp::now();
+        for remaining in (0..REGISTER_TRIES).rev() {
+            match node::register(&self.client, &self.config, capacity, since).await {
+                Ok(()) => break,
+                Err(error) if remaining == 0 => return Err(error),
+                Err(error) => {
+                    tracing::debug!(error = %chain(&error), "cannot register the node yet");
+                    tokio::select! {
+                        () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                        () = stop.cancelled() => return Ok(()),
+                    }
+                }
+            }
+        }
+        let path = self.config.state_dir.join("image-access.json");
+        let access = access::ImageAccess::open(path.clone())
+            .map_err(|source| NodeletError::State { path, source })?;
+        let host = self.config.node_name.clone();
+        let (events, write_events) = events::Recorder::new(self.client.clone(), host, stop.clone());
+        let (names, publish_names) = network::Names::new(self.networks.clone(), stop.clone());
+        let node = Arc::new(steps::Node {
+            host_ip: self.config.address.to_string(),
+            capacity,
+            client: self.client.clone(),
+            runtime: self.runtime,
+            networks: self.networks,
+            sources: sources::Sources::new(self.client.clone()),
+            access,
+            events,
+            names,
+            config: self.config.clone(),
+        });
+        let mut parts = JoinSet::new();
+        let named = |name: &'static str, part: futures::future::BoxFuture<'static, ()>| async move {
+            part.await;
+            name
+        };
+        parts.spawn(named("event writer", Box::pin(write_events)));
+        parts.spawn(named("name publisher", Box::pin(publish_names)));
+        let keep_alive = node::keep_alive(self.client, self.config, capacity, since, stop.clone());
+        parts.spawn(named("heartbeat", Box::pin(keep_alive)));
+        parts.spawn(named(
+            "pod manager",
+            Box::pin(pods::run(node, self.board, stop.clone())),
+        ));
+        let mut failed = None;
+        while let Some(ended) = parts.join_next().await {
+            if !stop.is_cancelled() {
+                let name = ended.unwrap_or("task");
+                failed = Some(NodeletError::Ended(name));
+                stop.cancel();
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+}

@@ -365,11 +365,19 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     /// Creates or replaces a volume of the sandbox.
     async fn write_volume(&self, id: &SandboxId, volume: VolumeConfig) -> Result<(), RuntimeError>;
     /// Prepares a container. The same name and attempt again gives the same container.
-    async fn create_container(&self, sandbox: &SandboxId, config: ContainerConfig) -> Result<ContainerId, RuntimeError>;
+    async fn create_container(
+        &self,
+        sandbox: &SandboxId,
+        config: ContainerConfig,
+    ) -> Result<ContainerId, RuntimeError>;
     /// Runs its program. Of a running container: success.
     async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError>;
     /// Sends the image's stop signal, waits up to `grace`, kills.
-    async fn stop_container(&self, id: &ContainerId, grace: std::time::Duration) -> Result<(), RuntimeError>;
+    async fn stop_container(
+        &self,
+        id: &ContainerId,
+        grace: std::time::Duration,
+    ) -> Result<(), RuntimeError>;
     /// Forgets an exited container and its log. Kills a running one.
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError>;
     /// One container.

@@ -3,10 +3,47 @@
 //! Joins the mechanisms (image, network, vmm, kernel, agent) and knows nothing of Kubernetes or CRI.
 //! Intent is stored before every effect; at start what runs is adopted and what is half done is
 //! undone.
+//!
+//! ```text
+//! callers ──▶ NodeRuntime ──▶ one task per sandbox (actor) ──▶ records, image, network, vmm
+//!                 │                │         ▲
+//!                 │                │         └── link: session with the agent, events, list
+//!                 │                └── one pump per container: guest ──▶ log file
+//!                 └── sessions: exec, attach, port-forward
+//! ```
 #![forbid(unsafe_code)]
 
+mod actor;
 mod api;
+mod backoff;
+mod config;
+mod container;
 mod error;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+mod guest;
+mod identity;
+mod link;
+mod logs;
+mod node;
+mod ports;
+mod process;
+mod records;
+mod recovery;
+mod sandbox;
+mod scratch;
+mod sessions;
+mod shared;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod timing;
 
 pub use api::*;
+pub use config::{Deadlines, Defaults, RuntimeConfig, UidRange};
 pub use error::RuntimeError;
+pub use node::NodeRuntime;
+pub use ports::{Images, Kernels};
+pub use recovery::RecoveryReport;
+pub use timing::Timing;

@@ -222,11 +222,13 @@ impl Daemon {
         let mut found = Vec::new();
         for dir in [
             self.run_dir.path().to_owned(),
-            self.state_dir.join("sandboxes"),
+            self.state_dir.join("runtime"),
             self.state_dir.join("logs"),
         ] {
             files(&dir, &mut found);
         }
+        // The formatted empty disk that scratch disks are copied from is the node's.
+        found.retain(|path| !path.to_string_lossy().contains("template"));
         found
     }
 

@@ -56,22 +56,20 @@ impl HostPicture {
     }
 }
 
-/// Processes whose command line names the directory.
+/// Processes of VMs whose run directories are below `run_dir`: they have records of their launch.
 pub(crate) fn vmm_processes(run_dir: &Path) -> Vec<u32> {
-    let needle = run_dir.to_string_lossy().into_owned();
-    let me = std::process::id();
-    fs::read_dir("/proc")
+    fs::read_dir(run_dir.join("vm"))
         .into_iter()
         .flatten()
         .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|pid| *pid != me)
+        .filter_map(|entry| fs::read_to_string(entry.path().join("launch.json")).ok())
+        .filter_map(|record| {
+            let record: serde_json::Value = serde_json::from_str(&record).ok()?;
+            u32::try_from(record["pid"].as_u64()?).ok()
+        })
         .filter(|pid| {
-            let cmdline = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let cwd = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
             let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-            exe.to_string_lossy().contains("qemu-system")
-                && (String::from_utf8_lossy(&cmdline).contains(&needle) || cwd.starts_with(run_dir))
+            exe.to_string_lossy().contains("qemu")
         })
         .collect()
 }

@@ -1,0 +1,459 @@
+//! The generated server trait over [`FakeAgent`]'s state.
+
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt, stream};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use super::{Behaviour, FakeAgent, FakeContainer, FakeStream, Method};
+use crate::{
+    MAX_CHUNK_SIZE, MAX_MESSAGE_SIZE, PROTOCOL_VERSION,
+    v1::{self, agent_server::Agent},
+};
+
+type Answer<T> = Result<Response<T>, Status>;
+type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+const STARTED: i64 = 1_700_000_000_000_000_000;
+
+impl FakeAgent {
+    /// Records the call and applies its script. `true`: oversize the answer.
+    async fn enter(&self, method: Method) -> Result<bool, Status> {
+        let behaviour = {
+            let mut state = self.lock();
+            state.calls.push(method);
+            state.behaviours.get(&method).cloned().unwrap_or_default()
+        };
+        self.touch();
+        match behaviour {
+            Behaviour::Normal => Ok(false),
+            Behaviour::Oversize => Ok(true),
+            Behaviour::Fail(code, message) => Err(Status::new(code, message)),
+            Behaviour::Stall => std::future::pending().await,
+        }
+    }
+
+    fn missing(id: &str) -> Status {
+        Status::new(Code::NotFound, format!("no container {id}"))
+    }
+}
+
+#[async_trait::async_trait]
+impl Agent for FakeAgent {
+    async fn hello(&self, request: Request<v1::HelloRequest>) -> Answer<v1::HelloResponse> {
+        let oversize = self.enter(Method::Hello).await?;
+        if request.get_ref().min_version > PROTOCOL_VERSION {
+            return Err(Status::failed_precondition("no common protocol version"));
+        }
+        let state = self.lock();
+        let mut hello = state.hello.clone();
+        hello.configured |= state.sandbox.is_some();
+        if oversize {
+            hello.build = "x".repeat(MAX_MESSAGE_SIZE + 1);
+        }
+        Ok(Response::new(hello))
+    }
+
+    async fn configure_sandbox(
+        &self,
+        request: Request<v1::ConfigureSandboxRequest>,
+    ) -> Answer<v1::ConfigureSandboxResponse> {
+        self.enter(Method::ConfigureSandbox).await?;
+        self.lock().sandbox = Some(request.into_inner());
+        self.touch();
+        Ok(Response::new(Default::default()))
+    }
+
+    async fn write_volume(
+        &self,
+        request: Request<v1::WriteVolumeRequest>,
+    ) -> Answer<v1::WriteVolumeResponse> {
+        self.enter(Method::WriteVolume).await?;
+        let volume = request
+            .into_inner()
+            .volume
+            .ok_or_else(|| Status::invalid_argument("no volume"))?;
+        self.lock().volumes.insert(volume.name.clone(), volume);
+        self.touch();
+        Ok(Response::new(Default::default()))
+    }
+
+    async fn create_container(
+        &self,
+        request: Request<v1::CreateContainerRequest>,
+    ) -> Answer<v1::CreateContainerResponse> {
+        self.enter(Method::CreateContainer).await?;
+        let request = request.into_inner();
+        let user = request
+            .process
+            .as_ref()
+            .and_then(|process| process.user.clone())
+            .unwrap_or_default();
+        let created = {
+            let mut state = self.lock();
+            if state.sandbox.is_none() {
+                return Err(Status::failed_precondition("the sandbox is not configured"));
+            }
+            if state.containers.contains_key(&request.id) {
+                return Err(Status::already_exists(format!(
+                    "container {} exists",
+                    request.id
+                )));
+            }
+            state.next_pid += 1;
+            let container = FakeContainer {
+                state: v1::ContainerState {
+                    id: request.id.clone(),
+                    phase: v1::ContainerPhase::Created.into(),
+                    pid: state.next_pid,
+                    ..Default::default()
+                },
+                streams: Default::default(),
+                stdin: Vec::new(),
+                stdin_closed: false,
+                request,
+            };
+            let created = container.state.clone();
+            state.containers.insert(created.id.clone(), container);
+            created
+        };
+        self.emit(created);
+        Ok(Response::new(v1::CreateContainerResponse {
+            user: Some(user),
+        }))
+    }
+
+    async fn start_container(
+        &self,
+        request: Request<v1::StartContainerRequest>,
+    ) -> Answer<v1::StartContainerResponse> {
+        self.enter(Method::StartContainer).await?;
+        let id = request.into_inner().id;
+        let running = {
+            let mut state = self.lock();
+            let container = state
+                .containers
+                .get_mut(&id)
+                .ok_or_else(|| Self::missing(&id))?;
+            if container.state.phase() != v1::ContainerPhase::Created {
+                return Err(Status::failed_precondition(format!(
+                    "container {id} is not created"
+                )));
+            }
+            container.state.phase = v1::ContainerPhase::Running.into();
+            container.state.started_unix_nanos = STARTED;
+            container.state.clone()
+        };
+        self.emit(running);
+        Ok(Response::new(v1::StartContainerResponse {
+            started_unix_nanos: STARTED,
+        }))
+    }
+
+    async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {
+        self.enter(Method::Signal).await?;
+        let v1::SignalRequest { id, signal, .. } = request.into_inner();
+        let hook = {
+            let state = self.lock();
+            let container = state
+                .containers
+                .get(&id)
+                .ok_or_else(|| Self::missing(&id))?;
+            container
+                .state
+                .exit
+                .is_none()
+                .then(|| state.on_signal.clone())
+        };
+        if let Some(hook) = hook {
+            hook(self, &id, signal);
+        }
+        Ok(Response::new(Default::default()))
+    }
+
+    async fn remove_container(
+        &self,
+        request: Request<v1::RemoveContainerRequest>,
+    ) -> Answer<v1::RemoveContainerResponse> {
+        self.enter(Method::RemoveContainer).await?;
+        let removed = self.lock().containers.remove(&request.into_inner().id);
+        self.touch();
+        let released_slots = removed
+            .map(|container| container.request.layer_slots)
+            .unwrap_or_default();
+        Ok(Response::new(v1::RemoveContainerResponse {
+            released_slots,
+        }))
+    }
+
+    async fn list_containers(
+        &self,
+        _: Request<v1::ListContainersRequest>,
+    ) -> Answer<v1::ListContainersResponse> {
+        let oversize = self.enter(Method::ListContainers).await?;
+        let mut containers: Vec<_> = self
+            .lock()
+            .containers
+            .values()
+            .map(|c| c.state.clone())
+            .collect();
+        if oversize {
+            containers.push(v1::ContainerState {
+                id: "x".repeat(MAX_MESSAGE_SIZE),
+                ..Default::default()
+            });
+        }
+        Ok(Response::new(v1::ListContainersResponse { containers }))
+    }
+
+    type EventsStream = AnswerStream<v1::Event>;
+    async fn events(&self, _: Request<v1::EventsRequest>) -> Answer<Self::EventsStream> {
+        self.enter(Method::Events).await?;
+        let events = BroadcastStream::new(self.events.subscribe()).map(|state| match state {
+            Ok(state) => Ok(v1::Event {
+                event: Some(v1::event::Event::Container(state)),
+            }),
+            Err(_) => Err(Status::data_loss("events were missed")),
+        });
+        Ok(Response::new(Box::pin(events)))
+    }
+
+    type OutputStream = AnswerStream<v1::OutputChunk>;
+    async fn output(
+        &self,
+        request: Request<Streaming<v1::OutputAck>>,
+    ) -> Answer<Self::OutputStream> {
+        let oversize = self.enter(Method::Output).await?;
+        let mut acks = request.into_inner();
+        let first = acks
+            .message()
+            .await?
+            .ok_or_else(|| Status::invalid_argument("no first message"))?;
+        let id = first.id.clone();
+        if !self.lock().containers.contains_key(&id) {
+            return Err(Self::missing(&id));
+        }
+        let (tx, rx) = mpsc::channel(4);
+        let agent = self.clone();
+        tokio::spawn(async move {
+            let mut changed = agent.changed.subscribe();
+            let mut at = [first.stdout, first.stderr];
+            let mut done = [false; 2];
+            loop {
+                let Some(mut streams) = agent.lock().containers.get(&id).map(|c| c.streams.clone())
+                else {
+                    return;
+                };
+                for (index, FakeStream { data, eof, .. }) in streams.iter_mut().enumerate() {
+                    let start = usize::try_from(at[index])
+                        .unwrap_or(usize::MAX)
+                        .min(data.len());
+                    for piece in data[start..].chunks(MAX_CHUNK_SIZE) {
+                        let piece = if oversize {
+                            vec![0; MAX_MESSAGE_SIZE + 1]
+                        } else {
+                            piece.to_vec()
+                        };
+                        let offset = at[index];
+                        at[index] += piece.len() as u64;
+                        let chunk = v1::OutputChunk {
+                            stream: i32::try_from(index).unwrap_or_default(),
+                            offset,
+                            data: piece,
+                            eof: false,
+                        };
+                        if tx.send(Ok(chunk)).await.is_err() {
+                            return;
+                        }
+                    }
+                    if *eof && !done[index] {
+                        done[index] = true;
+                        let stream = i32::try_from(index).unwrap_or_default();
+                        let chunk = v1::OutputChunk {
+                            stream,
+                            offset: at[index],
+                            data: Vec::new(),
+                            eof: true,
+                        };
+                        if tx.send(Ok(chunk)).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                if done == [true; 2] {
+                    return;
+                }
+                tokio::select! {
+                    change = changed.changed() => if change.is_err() { return },
+                    () = tx.closed() => return,
+                    ack = acks.message() => {
+                        // The node may stop acknowledging and go on reading.
+                        let Ok(Some(ack)) = ack else {
+                            if changed.changed().await.is_err() { return }
+                            continue;
+                        };
+                        if let Some(container) = agent.lock().containers.get_mut(&id) {
+                            container.streams[0].acked = container.streams[0].acked.max(ack.stdout);
+                            container.streams[1].acked = container.streams[1].acked.max(ack.stderr);
+                        }
+                        agent.touch();
+                    }
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+
+    async fn stdin(
+        &self,
+        request: Request<Streaming<v1::StdinChunk>>,
+    ) -> Answer<v1::StdinResponse> {
+        self.enter(Method::Stdin).await?;
+        let mut chunks = request.into_inner();
+        let mut id = String::new();
+        while let Some(chunk) = chunks.message().await? {
+            if id.is_empty() {
+                id = chunk.id;
+            }
+            {
+                let mut state = self.lock();
+                let container = state
+                    .containers
+                    .get_mut(&id)
+                    .ok_or_else(|| Self::missing(&id))?;
+                container.stdin.extend(chunk.data);
+                container.stdin_closed |= chunk.close;
+            }
+            self.touch();
+        }
+        Ok(Response::new(Default::default()))
+    }
+
+    type ExecStream = AnswerStream<v1::ExecOutput>;
+    async fn exec(&self, request: Request<Streaming<v1::ExecInput>>) -> Answer<Self::ExecStream> {
+        use v1::{exec_input::Input, exec_output::Output};
+        self.enter(Method::Exec).await?;
+        let mut inputs = request.into_inner();
+        let Some(Input::Start(start)) = inputs.message().await?.and_then(|input| input.input)
+        else {
+            return Err(Status::invalid_argument("the first message is not start"));
+        };
+        let hook = {
+            let state = self.lock();
+            let id = &start.container_id;
+            let container = state.containers.get(id).ok_or_else(|| Self::missing(id))?;
+            if container.state.phase() != v1::ContainerPhase::Running {
+                return Err(Status::failed_precondition(format!(
+                    "container {id} is not running"
+                )));
+            }
+            state.exec.clone()
+        };
+        let (tx, rx) = mpsc::channel(8);
+        tokio::spawn(async move {
+            let output = async |output| {
+                tx.send(Ok(v1::ExecOutput {
+                    output: Some(output),
+                }))
+                .await
+                .is_ok()
+            };
+            if !output(Output::Started(true)).await {
+                return;
+            }
+            let mut stdin = Vec::new();
+            let mut wants_stdin = start.stdin;
+            while wants_stdin {
+                match inputs
+                    .message()
+                    .await
+                    .map(|message| message.and_then(|input| input.input))
+                {
+                    Ok(Some(Input::Stdin(data))) => stdin.extend(data),
+                    Ok(Some(Input::Start(_) | Input::Resize(_) | Input::Signal(_))) => {}
+                    Ok(Some(Input::CloseStdin(_)) | None) => wants_stdin = false,
+                    Err(_) => return,
+                }
+            }
+            let (stdout, stderr, code) = hook(&start, &stdin);
+            for piece in stdout.chunks(MAX_CHUNK_SIZE) {
+                if !output(Output::Stdout(piece.to_vec())).await {
+                    return;
+                }
+            }
+            for piece in stderr.chunks(MAX_CHUNK_SIZE) {
+                if !output(Output::Stderr(piece.to_vec())).await {
+                    return;
+                }
+            }
+            output(Output::Exit(v1::Exit {
+                code,
+                ..Default::default()
+            }))
+            .await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+    }
+
+    async fn resize_tty(
+        &self,
+        request: Request<v1::ResizeTtyRequest>,
+    ) -> Answer<v1::ResizeTtyResponse> {
+        self.enter(Method::ResizeTty).await?;
+        let id = request.into_inner().id;
+        match self.lock().containers.contains_key(&id) {
+            true => Ok(Response::new(Default::default())),
+            false => Err(Self::missing(&id)),
+        }
+    }
+
+    type ForwardStream = AnswerStream<v1::ForwardChunk>;
+    async fn forward(
+        &self,
+        request: Request<Streaming<v1::ForwardChunk>>,
+    ) -> Answer<Self::ForwardStream> {
+        self.enter(Method::Forward).await?;
+        // An echo server on every port.
+        let echo = request.into_inner().map(|chunk| {
+            chunk.map(|chunk| v1::ForwardChunk {
+                port: 0,
+                data: chunk.data,
+                eof: chunk.eof,
+            })
+        });
+        let end = stream::once(async {
+            Ok(v1::ForwardChunk {
+                port: 0,
+                data: Vec::new(),
+                eof: true,
+            })
+        });
+        Ok(Response::new(Box::pin(echo.chain(end))))
+    }
+
+    async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsResponse> {
+        self.enter(Method::Stats).await?;
+        let stats = |id: &String| v1::ContainerStats {
+            id: id.clone(),
+            pids: 1,
+            ..Default::default()
+        };
+        let containers = self.lock().containers.keys().map(stats).collect();
+        Ok(Response::new(v1::StatsResponse {
+            memory_total: 128 << 20,
+            memory_available: 96 << 20,
+            containers,
+        }))
+    }
+
+    async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownResponse> {
+        self.enter(Method::Shutdown).await?;
+        let agent = self.clone();
+        tokio::spawn(async move {
+            tokio::task::yield_now().await;
+            agent.disconnect();
+        });
+        Ok(Response::new(Default::default()))
+    }
+}

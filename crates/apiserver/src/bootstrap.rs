@@ -1,0 +1,311 @@
+//! Objects that every cluster has: the first namespaces, and the roles that others refer to.
+//!
+//! Roles are set to what is written here at every start; bindings and namespaces are only made if
+//! they are not there, so that an operator may change them.
+
+use http::HeaderMap;
+use hypernetes_apimachinery::{ResourceKind, kinds, meta};
+use hypernetes_identity::{ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, TenantRole, User};
+use serde_json::{Value, json};
+
+use crate::{
+    engine::{Call, Engine, Part},
+    query::Query,
+    request_info::RequestInfo,
+    server::StartError,
+};
+
+const RBAC: &str = "rbac.authorization.k8s.io";
+const NAMESPACES: [&str; 3] = ["default", "kube-system", "kube-public"];
+
+/// Makes what is not there.
+pub(crate) async fn ensure(engine: &Engine) -> Result<(), StartError> {
+    for name in NAMESPACES {
+        ensure_one(
+            engine,
+            "",
+            "namespaces",
+            json!({"metadata": {"name": name}}),
+            false,
+        )
+        .await?;
+    }
+    for (name, rules) in cluster_roles() {
+        let role = json!({"metadata": metadata(name), "rules": rules});
+        ensure_one(engine, RBAC, "clusterroles", role, true).await?;
+    }
+    for (name, role, groups) in BINDINGS {
+        let subjects: Vec<Value> = groups
+            .iter()
+            .map(|group| json!({"kind": "Group", "apiGroup": RBAC, "name": group}))
+            .collect();
+        let binding = json!({
+            "metadata": metadata(name),
+            "roleRef": {"apiGroup": RBAC, "kind": "ClusterRole", "name": role},
+            "subjects": subjects,
+        });
+        ensure_one(engine, RBAC, "clusterrolebindings", binding, false).await?;
+    }
+    Ok(())
+}
+
+fn metadata(name: &str) -> Value {
+    json!({"name": name, "labels": {"kubernetes.io/bootstrapping": "rbac-defaults"}})
+}
+
+const BINDINGS: [(&str, &str, &[&str]); 5] = [
+    ("cluster-admin", "cluster-admin", &["system:masters"]),
+    ("system:discovery", "system:discovery", &[ALL_AUTHENTICATED]),
+    (
+        "system:basic-user",
+        "system:basic-user",
+        &[ALL_AUTHENTICATED],
+    ),
+    (
+        "system:public-info-viewer",
+        "system:public-info-viewer",
+        &[ALL_AUTHENTICATED, ALL_UNAUTHENTICATED],
+    ),
+    (
+        "hypernetes:catalogue-viewer",
+        "hypernetes:catalogue-viewer",
+        &[ALL_AUTHENTICATED],
+    ),
+];
+
+const READ: [&str; 3] = ["get", "list", "watch"];
+const WRITE: [&str; 8] = [
+    "create",
+    "delete",
+    "deletecollection",
+    "get",
+    "list",
+    "patch",
+    "update",
+    "watch",
+];
+
+fn rule(group: &str, resources: &[&str], verbs: &[&str]) -> Value {
+    json!({"apiGroups": [group], "resources": resources, "verbs": verbs})
+}
+
+fn paths(paths: &[&str]) -> Value {
+    json!({"nonResourceURLs": paths, "verbs": ["get"]})
+}
+
+fn cluster_roles() -> Vec<(&'static str, Value)> {
+    let mut roles = vec![
+        (
+            "cluster-admin",
+            json!([
+                {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]},
+                {"nonResourceURLs": ["*"], "verbs": ["*"]},
+            ]),
+        ),
+        (
+            "system:discovery",
+            json!([paths(&[
+                "/api",
+                "/api/*",
+                "/apis",
+                "/apis/*",
+                "/healthz",
+                "/livez",
+                "/openapi",
+                "/openapi/*",
+                "/readyz",
+                "/version",
+                "/version/",
+            ])]),
+        ),
+        (
+            "system:public-info-viewer",
+            json!([paths(&[
+                "/healthz",
+                "/livez",
+                "/readyz",
+                "/version",
+                "/version/"
+            ])]),
+        ),
+        (
+            "system:basic-user",
+            json!([
+                rule(
+                    "authorization.k8s.io",
+                    &["selfsubjectaccessreviews", "selfsubjectrulesreviews"],
+                    &["create"],
+                ),
+                rule(
+                    "authentication.k8s.io",
+                    &["selfsubjectreviews"],
+                    &["create"]
+                ),
+            ]),
+        ),
+        (
+            // Names that every user of the cluster chooses from.
+            "hypernetes:catalogue-viewer",
+            json!([rule("node.k8s.io", &["runtimeclasses"], &READ)]),
+        ),
+    ];
+    for role in TenantRole::ALL {
+        roles.push((role.cluster_role(), tenant_rules(role)));
+    }
+    roles
+}
+
+/// What members of a tenant may do in its namespaces. Only kinds that live in a namespace, and
+/// nothing that reaches beyond it.
+fn tenant_rules(role: TenantRole) -> Value {
+    let mut rules = vec![
+        rule("", &["namespaces"], &["get"]),
+        rule(
+            "",
+            &[
+                "pods",
+                "pods/log",
+                "pods/status",
+                "configmaps",
+                "serviceaccounts",
+                "events",
+            ],
+            &READ,
+        ),
+        rule("events.k8s.io", &["events"], &READ),
+        rule("coordination.k8s.io", &["leases"], &READ),
+        rule("hypernetes.io", &["networks", "networks/status"], &READ),
+    ];
+    if role >= TenantRole::Edit {
+        rules.extend([
+            rule(
+                "",
+                &["pods", "configmaps", "secrets", "serviceaccounts"],
+                &WRITE,
+            ),
+            rule(
+                "",
+                &["pods/attach", "pods/exec", "pods/portforward"],
+                &["create", "get"],
+            ),
+            rule("", &["pods/eviction"], &["create"]),
+            rule("coordination.k8s.io", &["leases"], &WRITE),
+        ]);
+    }
+    if role >= TenantRole::Admin {
+        rules.extend([
+            rule("hypernetes.io", &["networks"], &WRITE),
+            rule(RBAC, &["roles", "rolebindings"], &WRITE),
+            rule(
+                "authorization.k8s.io",
+                &["localsubjectaccessreviews"],
+                &["create"],
+            ),
+        ]);
+    }
+    Value::Array(rules)
+}
+
+async fn ensure_one(
+    engine: &Engine,
+    group: &'static str,
+    plural: &'static str,
+    object: Value,
+    keep_rules: bool,
+) -> Result<(), StartError> {
+    let version = "v1";
+    let kind: &'static ResourceKind =
+        kinds::by_resource(group, version, plural).ok_or_else(|| StartError::Bootstrap {
+            object: plural.to_owned(),
+            message: "the kind is not served".into(),
+        })?;
+    let name = meta::name(&object).unwrap_or_default().to_owned();
+    let failed = |message: String| StartError::Bootstrap {
+        object: format!("{plural} {name}"),
+        message,
+    };
+    let mut object = object;
+    object["apiVersion"] = kind.api_version().into();
+    object["kind"] = kind.kind.into();
+    let call = |verb: &'static str| Call {
+        kind,
+        info: RequestInfo {
+            verb,
+            is_resource: true,
+            group: group.into(),
+            version: version.into(),
+            resource: plural.into(),
+            name: name.clone(),
+            ..RequestInfo::default()
+        },
+        query: Query::default(),
+        headers: HeaderMap::new(),
+        user: User::system("system:apiserver"),
+    };
+    match engine.find(kind, "", &name) {
+        Err(_absent) => {
+            let created = engine.create_object(&call("create"), object).await;
+            created.map(|_| ()).map_err(|status| failed(status.message))
+        }
+        Ok((entry, stored)) if keep_rules && stored["rules"] != object["rules"] => {
+            let mut changed = stored;
+            changed["rules"] = object["rules"].take();
+            let replaced = engine
+                .replace(&call("update"), Part::Main, &entry, changed, false)
+                .await;
+            replaced
+                .map(|_| ())
+                .map_err(|status| failed(status.message))
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tenants_roles_name_only_kinds_that_live_in_a_namespace() {
+        for role in TenantRole::ALL {
+            for rule in tenant_rules(role).as_array().unwrap() {
+                let group = rule["apiGroups"][0].as_str().unwrap();
+                for resource in rule["resources"].as_array().unwrap() {
+                    let resource = resource.as_str().unwrap();
+                    let plural = resource.split('/').next().unwrap();
+                    let kind = kinds::all()
+                        .iter()
+                        .find(|k| k.group == group && k.plural == plural);
+                    let kind = kind.unwrap_or_else(|| panic!("{resource} is not served"));
+                    let own = plural == "namespaces" && rule["verbs"] == json!(["get"]);
+                    assert!(kind.namespaced || own, "{role}: {resource}");
+                }
+                let text = rule.to_string();
+                for word in [
+                    "*",
+                    "escalate",
+                    "bind\"",
+                    "impersonate",
+                    "finalize",
+                    "nodes",
+                ] {
+                    assert!(!text.contains(word), "{role}: {text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn viewers_see_no_secrets() {
+        assert!(
+            !tenant_rules(TenantRole::View)
+                .to_string()
+                .contains("secrets")
+        );
+        assert!(
+            tenant_rules(TenantRole::Edit)
+                .to_string()
+                .contains("secrets")
+        );
+    }
+}

@@ -1,0 +1,112 @@
+//! What a server is made from.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use hypernetes_identity::{Authenticator, CertificateAuthenticator};
+use hypernetes_store::Store;
+use hypernetes_streaming::PodStreams;
+use jiff::Timestamp;
+
+/// Tells the time.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// What a server is made from.
+#[derive(Clone)]
+pub struct ApiServerConfig {
+    /// Where objects are kept.
+    pub store: Store,
+    /// Ways to find out who calls, asked in order.
+    pub authenticators: Vec<Arc<dyn Authenticator>>,
+    /// Where logs, exec, attach and port-forward come from; without it they are refused.
+    pub streams: Option<Arc<dyn PodStreams>>,
+    /// The node that new pods are bound to; without it they wait for a binding.
+    pub node_name: Option<String>,
+    /// Address of the server as discovery shows it, `host:port`.
+    pub server_address: String,
+    /// What `/version` says.
+    pub version: VersionInfo,
+    /// Bounds.
+    pub limits: Limits,
+    /// Tells the time.
+    pub clock: Clock,
+}
+
+impl ApiServerConfig {
+    /// Client certificates, no node, the system's clock, default bounds.
+    pub fn new(store: Store) -> Self {
+        Self {
+            store,
+            authenticators: vec![Arc::new(CertificateAuthenticator)],
+            streams: None,
+            node_name: None,
+            server_address: "127.0.0.1:6443".into(),
+            version: VersionInfo::default(),
+            limits: Limits::default(),
+            clock: Arc::new(Timestamp::now),
+        }
+    }
+}
+
+impl fmt::Debug for ApiServerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiServerConfig")
+            .field("node_name", &self.node_name)
+            .field("server_address", &self.server_address)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Bounds of what clients may take.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Requests that one user may have under way; system components are exempt.
+    pub in_flight_per_user: usize,
+    /// Watches, logs, execs and the like that one user may have open.
+    pub long_running_per_user: usize,
+    /// How long a request may take that is none of these.
+    pub request_timeout: Duration,
+    /// How long a client may take for its TLS handshake, and for the headers of a request.
+    pub handshake_timeout: Duration,
+    /// Connections that may be open.
+    pub connections: usize,
+    /// How often an idle watch gets a bookmark.
+    pub bookmark_interval: Duration,
+    /// How long events are kept.
+    pub event_life: Duration,
+    /// How long connections may take to end at shutdown.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            in_flight_per_user: 200,
+            long_running_per_user: 1000,
+            request_timeout: Duration::from_secs(60),
+            handshake_timeout: Duration::from_secs(10),
+            connections: 8192,
+            bookmark_interval: Duration::from_secs(60),
+            event_life: Duration::from_secs(60 * 60),
+            drain: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What `/version` says.
+#[derive(Debug, Clone)]
+pub struct VersionInfo {
+    /// Kubernetes' API level and this project's version.
+    pub git_version: String,
+    /// Commit of this build, if known.
+    pub git_commit: String,
+}
+
+impl Default for VersionInfo {
+    fn default() -> Self {
+        Self {
+            git_version: format!("v1.36.2+hypernetes.{}", hypernetes_telemetry::VERSION),
+            git_commit: String::new(),
+        }
+    }
+}

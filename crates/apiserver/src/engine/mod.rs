@@ -1,0 +1,195 @@
+//! The generic engine: every kind is read, watched and written by the same code.
+//!
+//! A write goes decode → strict check → defaults → strategy → admission → validation → one store
+//! transaction; reads go from the store's bytes to the client without being parsed where nothing
+//! asks for it.
+
+mod admission;
+mod create;
+mod decode;
+mod delete;
+mod options;
+mod read;
+mod strategy;
+mod update;
+mod watch;
+
+use std::time::Duration;
+
+use http::{HeaderMap, Response};
+use hypernetes_apimachinery::{ResourceKind, Status, meta};
+use hypernetes_identity::User;
+use hypernetes_store::{Durability, Entry, Store, StoreError};
+use serde_json::Value;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub(crate) use decode::{Expected, body as decode_body};
+pub(crate) use delete::{DeleteOptions, Deleted};
+pub(crate) use strategy::Part;
+
+use crate::{
+    authorizer::Authorizer,
+    body::ApiBody,
+    codec,
+    config::{Clock, Limits},
+    events, keys,
+    query::Query,
+    request_info::RequestInfo,
+    status::{self, Result},
+};
+
+/// What the generic verbs work with.
+pub(crate) struct Engine {
+    pub(crate) store: Store,
+    pub(crate) authorizer: Authorizer,
+    pub(crate) clock: Clock,
+    pub(crate) node_name: Option<String>,
+    pub(crate) limits: Limits,
+    /// Ends watches at shutdown.
+    pub(crate) shutdown: CancellationToken,
+    /// Streams on upgraded connections.
+    pub(crate) tasks: TaskTracker,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").finish_non_exhaustive()
+    }
+}
+
+/// One request for objects of a kind.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub(crate) kind: &'static ResourceKind,
+    pub(crate) info: RequestInfo,
+    pub(crate) query: Query,
+    pub(crate) headers: HeaderMap,
+    pub(crate) user: User,
+}
+
+impl Call {
+    pub(crate) fn key(&self) -> String {
+        keys::object(self.kind, &self.info.namespace, &self.info.name)
+    }
+
+    pub(crate) fn not_found(&self) -> Status {
+        not_found(self.kind, &self.info.name)
+    }
+
+    /// Whether nothing is to be stored.
+    pub(crate) fn is_dry_run(&self) -> Result<bool> {
+        dry_run(self.query.all("dryRun"))
+    }
+}
+
+/// Reads the values of `dryRun`.
+pub(crate) fn dry_run<'a>(values: impl Iterator<Item = &'a str>) -> Result<bool> {
+    let mut set = false;
+    for value in values.filter(|value| !value.is_empty()) {
+        if value != "All" {
+            return Err(Status::bad_request(format!(
+                "invalid dryRun value {value:?}: the only one supported is \"All\""
+            )));
+        }
+        set = true;
+    }
+    Ok(set)
+}
+
+pub(crate) fn not_found(kind: &ResourceKind, name: &str) -> Status {
+    Status::not_found(kind.group, kind.plural, name)
+}
+
+pub(crate) fn modified(kind: &ResourceKind, name: &str) -> Status {
+    Status::modified(kind.group, kind.plural, name)
+}
+
+/// The answer of a write, with warnings.
+#[derive(Debug)]
+pub(crate) struct Written {
+    pub(crate) code: u16,
+    pub(crate) object: Value,
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Engine {
+    /// How soon writes of the kind must be on disk.
+    pub(crate) fn durability(kind: &ResourceKind) -> Durability {
+        match kind.plural {
+            "events" | "leases" => Durability::Relaxed,
+            _ => Durability::Sync,
+        }
+    }
+
+    /// The stored object and its entry.
+    pub(crate) fn find(
+        &self,
+        kind: &ResourceKind,
+        namespace: &str,
+        name: &str,
+    ) -> Result<(Entry, Value)> {
+        let entry = self
+            .store
+            .get(&keys::object(kind, namespace, name))
+            .ok_or_else(|| not_found(kind, name))?;
+        let object = codec::decode(&entry.value);
+        Ok((entry, object))
+    }
+
+    /// The stored object of a kind in the form in which its clients know it.
+    pub(crate) fn present(kind: &ResourceKind, object: Value) -> Value {
+        if events::is_view(kind) {
+            events::to_view(object)
+        } else {
+            object
+        }
+    }
+
+    /// Waits a little for a revision that may be on its way.
+    pub(crate) async fn reach(&self, revision: u64) -> Result<()> {
+        let wait = Duration::from_secs(3);
+        match tokio::time::timeout(wait, self.store.reached(revision)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(status::of_store(&error)),
+            Err(_elapsed) => Err(Status::too_large_resource_version(
+                revision,
+                self.store.revision(),
+                1,
+            )),
+        }
+    }
+
+    /// Answers a write.
+    pub(crate) fn answer(&self, call: &Call, written: Written) -> Result<Response<ApiBody>> {
+        let object = Self::present(call.kind, written.object);
+        let mut response = self.one(call, written.code, &object)?;
+        crate::body::warn(&mut response, &written.warnings);
+        Ok(response)
+    }
+}
+
+/// The conflict of a transaction, told from its other failures.
+pub(crate) fn conflict_of(error: StoreError) -> Result<Option<Entry>> {
+    match error {
+        StoreError::Conflict { current, .. } => Ok(current),
+        other => Err(status::of_store(&other)),
+    }
+}
+
+/// Parses a resource version; empty and `0` are `None`.
+pub(crate) fn parse_revision(text: &str) -> Result<Option<u64>> {
+    if text.is_empty() || text == "0" {
+        return Ok(None);
+    }
+    match text.parse() {
+        Ok(revision) => Ok(Some(revision)),
+        Err(_) => Err(Status::bad_request(format!(
+            "invalid resource version {text:?}"
+        ))),
+    }
+}
+
+/// The revision that an object carries.
+pub(crate) fn revision_of(object: &Value) -> Result<Option<u64>> {
+    parse_revision(meta::resource_version(object).unwrap_or_default())
+}

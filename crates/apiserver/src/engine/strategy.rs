@@ -1,0 +1,298 @@
+//! What is special about a kind when it is written.
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use hypernetes_apimachinery::{ResourceKind, kinds, meta};
+use jiff::Timestamp;
+use serde_json::{Map, Value, json};
+
+use crate::events;
+
+/// Fields of metadata that only the server sets.
+const SYSTEM_FIELDS: [&str; 5] = [
+    "uid",
+    "creationTimestamp",
+    "deletionTimestamp",
+    "deletionGracePeriodSeconds",
+    "generation",
+];
+
+/// Which part of an object a write is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// The object without its status.
+    Main,
+    /// The status.
+    Status,
+    /// A namespace's finalizers.
+    Finalize,
+}
+
+/// The kind under which objects are stored, validated and defaulted.
+pub(crate) fn stored_kind(kind: &'static ResourceKind) -> &'static ResourceKind {
+    if events::is_view(kind) {
+        kinds::by_resource("", "v1", "events").unwrap_or(kind)
+    } else {
+        kind
+    }
+}
+
+fn has_status(kind: &ResourceKind) -> bool {
+    kind.subresource("status").is_some()
+}
+
+fn has_generation(kind: &ResourceKind) -> bool {
+    has_status(kind) && !matches!(kind.kind, "Namespace" | "Node")
+}
+
+/// Whether `PUT` makes an object that is not there.
+pub(crate) fn creates_on_update(kind: &ResourceKind) -> bool {
+    matches!(
+        kind.kind,
+        "Lease" | "Event" | "Role" | "ClusterRole" | "RoleBinding" | "ClusterRoleBinding"
+    )
+}
+
+/// Sets what the server sets in a new object.
+pub(crate) fn prepare_create(kind: &ResourceKind, object: &mut Value, now: Timestamp) {
+    for field in SYSTEM_FIELDS
+        .into_iter()
+        .chain(["resourceVersion", "selfLink", "managedFields"])
+    {
+        meta::remove(object, field);
+    }
+    meta::set(object, "uid", uuid::Uuid::new_v4().to_string());
+    meta::set(object, "creationTimestamp", meta::format_time(now));
+    if has_generation(kind) {
+        meta::set(object, "generation", 1);
+    }
+    match kind.kind {
+        "Namespace" => {
+            let name = meta::name(object).unwrap_or_default().to_owned();
+            meta::set_label(object, "kubernetes.io/metadata.name", &name);
+            object["spec"] = json!({"finalizers": ["kubernetes"]});
+            object["status"] = json!({"phase": "Active"});
+        }
+        "Pod" => {
+            object["status"] = json!({"phase": "Pending"});
+        }
+        // Nodes register with their status.
+        "Node" => {}
+        _ if has_status(kind) => {
+            if let Some(fields) = object.as_object_mut() {
+                fields.remove("status");
+            }
+        }
+        _ => {}
+    }
+    take_string_data(kind, object);
+}
+
+/// What follows from an object's defaulted fields.
+pub(crate) fn finish_create(kind: &ResourceKind, object: &mut Value) {
+    if kind.kind == "Pod" {
+        object["status"]["qosClass"] = quality_of_service(&object["spec"]).into();
+    }
+}
+
+/// Takes over from the old object what the write may not change.
+pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, old: &Value) {
+    match part {
+        Part::Main => {
+            for field in SYSTEM_FIELDS {
+                restore(new, old, field);
+            }
+            meta::remove(new, "managedFields");
+            meta::remove(new, "selfLink");
+            if has_status(kind) {
+                restore_field(new, old, "status");
+            }
+            if kind.kind == "Namespace" {
+                restore_field(new, old, "spec");
+                let name = meta::name(old).unwrap_or_default().to_owned();
+                meta::set_label(new, "kubernetes.io/metadata.name", &name);
+            }
+            take_string_data(kind, new);
+            if has_generation(kind) && differs_in_spec(new, old) {
+                meta::set(new, "generation", meta::generation(old) + 1);
+            }
+        }
+        Part::Status => keep_only(new, old, &["status"]),
+        Part::Finalize => keep_only(new, old, &["spec"]),
+    }
+}
+
+/// Makes `new` the old object but for some fields.
+fn keep_only(new: &mut Value, old: &Value, fields: &[&str]) {
+    let mut out = old.clone();
+    for field in fields {
+        match new.get_mut(*field) {
+            Some(value) => out[*field] = value.take(),
+            None => {
+                if let Some(out) = out.as_object_mut() {
+                    out.remove(*field);
+                }
+            }
+        }
+    }
+    *new = out;
+}
+
+fn restore(new: &mut Value, old: &Value, field: &str) {
+    match old["metadata"].get(field) {
+        Some(value) => meta::set(new, field, value.clone()),
+        None => {
+            meta::remove(new, field);
+        }
+    }
+}
+
+fn restore_field(new: &mut Value, old: &Value, field: &str) {
+    if let Some(fields) = new.as_object_mut() {
+        match old.get(field) {
+            Some(value) => fields.insert(field.to_owned(), value.clone()),
+            None => fields.remove(field),
+        };
+    }
+}
+
+/// Whether anything but type, metadata and status differs.
+fn differs_in_spec(new: &Value, old: &Value) -> bool {
+    let empty = Map::new();
+    let rest = |value: &Value| {
+        let mut fields = value.as_object().unwrap_or(&empty).clone();
+        for field in ["apiVersion", "kind", "metadata", "status"] {
+            fields.remove(field);
+        }
+        fields
+    };
+    rest(new) != rest(old)
+}
+
+/// A Secret's `stringData` goes into its `data`.
+fn take_string_data(kind: &ResourceKind, object: &mut Value) {
+    if kind.kind != "Secret" {
+        return;
+    }
+    let Some(fields) = object.as_object_mut() else {
+        return;
+    };
+    let Some(Value::Object(strings)) = fields.remove("stringData") else {
+        return;
+    };
+    let data = fields.entry("data").or_insert_with(|| json!({}));
+    if data.is_null() {
+        *data = json!({});
+    }
+    for (key, value) in strings {
+        if let (Some(data), Some(text)) = (data.as_object_mut(), value.as_str()) {
+            data.insert(key, STANDARD.encode(text).into());
+        }
+    }
+}
+
+/// Whether an object that is being deleted is to be removed.
+pub(crate) fn is_finished(kind: &ResourceKind, object: &Value) -> bool {
+    if !meta::is_deleting(object) || meta::finalizers(object).next().is_some() {
+        return false;
+    }
+    if kind.kind == "Namespace" {
+        return object["spec"]["finalizers"]
+            .as_array()
+            .is_none_or(Vec::is_empty);
+    }
+    meta::deletion_grace_seconds(object).unwrap_or(0) == 0
+}
+
+/// A pod's quality of service, from the resources of its containers.
+fn quality_of_service(spec: &Value) -> &'static str {
+    let containers = ["containers", "initContainers"]
+        .into_iter()
+        .flat_map(|field| spec[field].as_array().into_iter().flatten());
+    let (mut any, mut all) = (false, true);
+    for container in containers {
+        let resources = &container["resources"];
+        for resource in ["cpu", "memory"] {
+            let amount = |field: &str| {
+                let text = match &resources[field][resource] {
+                    Value::String(text) => text.clone(),
+                    Value::Number(number) => number.to_string(),
+                    _ => return None,
+                };
+                text.parse::<hypernetes_apimachinery::Quantity>().ok()
+            };
+            let (request, limit) = (amount("requests"), amount("limits"));
+            any |= request.is_some() || limit.is_some();
+            all &= limit.is_some() && (request.is_none() || request == limit);
+        }
+    }
+    match (any, all) {
+        (false, _) => "BestEffort",
+        (true, true) => "Guaranteed",
+        (true, false) => "Burstable",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(plural: &str) -> &'static ResourceKind {
+        kinds::by_resource("", "v1", plural).unwrap()
+    }
+
+    fn qos(resources: &[Value]) -> &'static str {
+        let containers: Vec<Value> = resources.iter().map(|r| json!({"resources": r})).collect();
+        quality_of_service(&json!({"containers": containers}))
+    }
+
+    #[test]
+    fn quality_of_service_follows_the_resources() {
+        let full = json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "1000m"}});
+        assert_eq!(qos(&[json!({})]), "BestEffort");
+        assert_eq!(qos(std::slice::from_ref(&full)), "Guaranteed");
+        assert_eq!(qos(&[full, json!({})]), "Burstable");
+        assert_eq!(qos(&[json!({"requests": {"cpu": "1"}})]), "Burstable");
+    }
+
+    #[test]
+    fn an_update_cannot_change_what_the_server_sets() {
+        let old = json!({"metadata": {"name": "a", "uid": "1", "generation": 3}, "spec": {"x": 1},
+            "status": {"phase": "Running"}});
+        let mut new = json!({"metadata": {"name": "a", "uid": "2", "deletionTimestamp": "now"},
+            "spec": {"x": 2}, "status": {"phase": "Failed"}});
+        prepare_update(kind("pods"), Part::Main, &mut new, &old);
+        assert_eq!(
+            new["metadata"],
+            json!({"name": "a", "uid": "1", "generation": 4})
+        );
+        assert_eq!(new["status"]["phase"], "Running");
+        let mut new =
+            json!({"metadata": {"name": "a"}, "spec": {"x": 2}, "status": {"phase": "Failed"}});
+        prepare_update(kind("pods"), Part::Status, &mut new, &old);
+        assert_eq!(new["spec"]["x"], 1);
+        assert_eq!(new["metadata"]["generation"], 3);
+        assert_eq!(new["status"]["phase"], "Failed");
+    }
+
+    #[test]
+    fn string_data_is_encoded() {
+        let mut secret = json!({"metadata": {"name": "a"}, "stringData": {"p": "x"}});
+        prepare_create(kind("secrets"), &mut secret, Timestamp::UNIX_EPOCH);
+        assert_eq!(secret["data"], json!({"p": "eA=="}));
+        assert!(secret.get("stringData").is_none());
+    }
+
+    #[test]
+    fn an_object_is_gone_when_nobody_holds_it() {
+        let mut pod =
+            json!({"metadata": {"deletionTimestamp": "x", "deletionGracePeriodSeconds": 30}});
+        assert!(!is_finished(kind("pods"), &pod));
+        pod["metadata"]["deletionGracePeriodSeconds"] = 0.into();
+        assert!(is_finished(kind("pods"), &pod));
+        pod["metadata"]["finalizers"] = json!(["a/b"]);
+        assert!(!is_finished(kind("pods"), &pod));
+        let namespace =
+            json!({"metadata": {"deletionTimestamp": "x"}, "spec": {"finalizers": ["kubernetes"]}});
+        assert!(!is_finished(kind("namespaces"), &namespace));
+    }
+}

@@ -1,0 +1,126 @@
+//! The server: made from a configuration, handed out as a service.
+
+use std::sync::Arc;
+
+use hypernetes_identity::{Authenticator, User};
+use hypernetes_streaming::PodStreams;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    authorizer::Authorizer,
+    bootstrap,
+    config::{ApiServerConfig, VersionInfo},
+    engine::Engine,
+    flow::Flow,
+    metrics::Metrics,
+    reaper,
+    service::ApiService,
+};
+
+/// Failure to start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The objects that every cluster has could not be made.
+    #[error("cannot make {object}: {message}")]
+    Bootstrap {
+        /// Which one.
+        object: String,
+        /// Why.
+        message: String,
+    },
+}
+
+/// The embedded Kubernetes-compatible API server. Clones share it.
+#[derive(Debug, Clone)]
+pub struct ApiServer {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) engine: Engine,
+    pub(crate) authenticators: Vec<Arc<dyn Authenticator>>,
+    pub(crate) streams: Option<Arc<dyn PodStreams>>,
+    pub(crate) flow: Flow,
+    pub(crate) metrics: Metrics,
+    pub(crate) version: VersionInfo,
+    pub(crate) server_address: String,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Ends the background task.
+        self.engine.shutdown.cancel();
+    }
+}
+
+impl ApiServer {
+    /// Makes a server, and in its store the objects that every cluster has.
+    ///
+    /// # Errors
+    /// [`StartError::Bootstrap`] if these cannot be made.
+    pub async fn new(config: ApiServerConfig) -> Result<Self, StartError> {
+        let shutdown = CancellationToken::new();
+        let engine = Engine {
+            authorizer: Authorizer::new(config.store.clone()),
+            store: config.store,
+            clock: config.clock,
+            node_name: config.node_name,
+            limits: config.limits,
+            shutdown: shutdown.clone(),
+            tasks: TaskTracker::new(),
+        };
+        bootstrap::ensure(&engine).await?;
+        engine.tasks.spawn(reaper::run(
+            engine.store.clone(),
+            engine.clock.clone(),
+            engine.limits.event_life,
+            shutdown,
+        ));
+        let inner = Inner {
+            engine,
+            authenticators: config.authenticators,
+            streams: config.streams,
+            flow: Flow::default(),
+            metrics: Metrics::new(),
+            version: config.version,
+            server_address: config.server_address,
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// The server as a service. The caller of a request is told by the extensions
+    /// [`InProcessUser`](crate::InProcessUser) and
+    /// [`PeerCertificate`](hypernetes_identity::PeerCertificate), or by its headers.
+    pub fn service(&self) -> ApiService {
+        ApiService {
+            inner: Arc::clone(&self.inner),
+            user: None,
+        }
+    }
+
+    /// The server as a service for one caller inside this process, for instance under a
+    /// `kube::Client`.
+    pub fn service_as(&self, user: User) -> ApiService {
+        ApiService {
+            inner: Arc::clone(&self.inner),
+            user: Some(user),
+        }
+    }
+
+    /// Ends watches and streams, and waits until the streams have ended. Requests are still
+    /// answered; `/readyz` says no.
+    pub async fn shut_down(&self) {
+        self.inner.engine.shutdown.cancel();
+        self.inner.engine.tasks.close();
+        self.inner.engine.tasks.wait().await;
+    }
+}

@@ -1,0 +1,232 @@
+//! cgroup v2 of a container, from the agent's side.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Where the guest has its cgroup tree.
+pub const ROOT: &str = "/sys/fs/cgroup";
+/// Below it: all containers.
+const CONTAINERS: &str = "containers";
+/// Deepest nesting that is looked into: a container may make cgroups of its own.
+const MAX_DEPTH: u32 = 16;
+
+/// What a container may use. Zero means no limit.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Limits {
+    /// Bytes.
+    pub memory: u64,
+    /// Microseconds per period.
+    pub cpu_quota: u64,
+    /// Microseconds.
+    pub cpu_period: u64,
+    /// cgroup v1 shares, 2 to 262144.
+    pub cpu_shares: u64,
+    /// Processes.
+    pub pids: u64,
+}
+
+/// What a container uses.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Usage {
+    /// CPU time in nanoseconds.
+    pub cpu_nanos: u64,
+    /// Bytes charged.
+    pub memory: u64,
+    /// Bytes that cannot be dropped at once.
+    pub working_set: u64,
+    /// Processes.
+    pub pids: u64,
+}
+
+/// Enables every controller for the containers and moves the calling process out of the root.
+pub fn prepare_tree() -> io::Result<()> {
+    let root = Path::new(ROOT);
+    fs::create_dir_all(root.join("agent"))?;
+    fs::create_dir_all(root.join(CONTAINERS))?;
+    fs::write(root.join("agent/cgroup.procs"), "0")?;
+    for directory in [root.to_owned(), root.join(CONTAINERS)] {
+        for controller in
+            fs::read_to_string(directory.join("cgroup.controllers"))?.split_whitespace()
+        {
+            // One by one: a controller that cannot be delegated must not keep the others away.
+            drop(fs::write(
+                directory.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A container's cgroup.
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes the cgroup of a container. `name` must be a plain file name.
+    pub fn create(name: &str, limits: &Limits) -> io::Result<Self> {
+        let cgroup = Self {
+            path: Path::new(ROOT).join(CONTAINERS).join(name),
+        };
+        fs::create_dir(&cgroup.path)?;
+        if let Err(error) = cgroup.set(limits) {
+            drop(fs::remove_dir(&cgroup.path));
+            return Err(error);
+        }
+        Ok(cgroup)
+    }
+
+    fn set(&self, limits: &Limits) -> io::Result<()> {
+        if limits.memory > 0 {
+            self.write("memory.max", &limits.memory.to_string())?;
+            // The whole container, not one of its processes: half a container is of no use.
+            self.write("memory.oom.group", "1")?;
+            // Absent without swap.
+            drop(self.write("memory.swap.max", "0"));
+        }
+        if limits.cpu_quota > 0 {
+            let period = if limits.cpu_period == 0 {
+                100_000
+            } else {
+                limits.cpu_period
+            };
+            self.write("cpu.max", &format!("{} {period}", limits.cpu_quota))?;
+        }
+        if limits.cpu_shares > 0 {
+            self.write("cpu.weight", &weight(limits.cpu_shares).to_string())?;
+        }
+        if limits.pids > 0 {
+            self.write("pids.max", &limits.pids.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Moves a process in.
+    pub fn add(&self, pid: i32) -> io::Result<()> {
+        self.write("cgroup.procs", &pid.to_string())
+    }
+
+    /// Kills everything in it and below.
+    pub fn kill(&self) -> io::Result<()> {
+        self.write("cgroup.kill", "1")
+    }
+
+    /// All processes in it and below.
+    pub fn processes(&self) -> Vec<i32> {
+        let mut pids = Vec::new();
+        collect(&self.path, MAX_DEPTH, &mut |directory| {
+            let text = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+            pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
+        });
+        pids
+    }
+
+    /// Whether any process is left.
+    pub fn is_populated(&self) -> bool {
+        self.value("cgroup.events", "populated") != Some(0)
+    }
+
+    /// Processes that were killed for want of memory.
+    pub fn oom_kills(&self) -> u64 {
+        self.value("memory.events", "oom_kill").unwrap_or_default()
+    }
+
+    /// What is used at present.
+    pub fn usage(&self) -> Usage {
+        let memory = self.number("memory.current");
+        let inactive = self
+            .value("memory.stat", "inactive_file")
+            .unwrap_or_default();
+        Usage {
+            cpu_nanos: self
+                .value("cpu.stat", "usage_usec")
+                .unwrap_or_default()
+                .saturating_mul(1000),
+            memory,
+            working_set: memory.saturating_sub(inactive),
+            pids: self.number("pids.current"),
+        }
+    }
+
+    /// Removes it with everything below. Fails while processes are in it.
+    pub fn remove(&self) -> io::Result<()> {
+        let mut directories = Vec::new();
+        collect(&self.path, MAX_DEPTH, &mut |directory| {
+            directories.push(directory.to_owned());
+        });
+        for directory in directories.iter().rev() {
+            match fs::remove_dir(directory) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, file: &str, value: &str) -> io::Result<()> {
+        fs::write(self.path.join(file), value)
+    }
+
+    fn number(&self, file: &str) -> u64 {
+        let text = fs::read_to_string(self.path.join(file)).unwrap_or_default();
+        text.trim().parse().unwrap_or_default()
+    }
+
+    fn value(&self, file: &str, key: &str) -> Option<u64> {
+        field(&fs::read_to_string(self.path.join(file)).ok()?, key)
+    }
+}
+
+/// Visits a cgroup and those below, parents first.
+fn collect(directory: &Path, depth: u32, visit: &mut impl FnMut(&Path)) {
+    visit(directory);
+    let Some(depth) = depth.checked_sub(1) else {
+        return;
+    };
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            collect(&entry.path(), depth, visit);
+        }
+    }
+}
+
+fn field(text: &str, key: &str) -> Option<u64> {
+    text.lines().find_map(|line| {
+        line.strip_prefix(key)?
+            .strip_prefix(' ')?
+            .trim()
+            .parse()
+            .ok()
+    })
+}
+
+/// cgroup v1 shares (2 to 262144) to v2 weight (1 to 10000), as container runtimes convert them.
+fn weight(shares: u64) -> u64 {
+    let shares = shares.clamp(2, 262_144);
+    1 + ((shares - 2) * 9999) / 262_142
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_become_weights() {
+        assert_eq!(
+            [0, 2, 1024, 262_144, u64::MAX].map(weight),
+            [1, 1, 39, 10_000, 10_000]
+        );
+    }
+
+    #[test]
+    fn fields_are_found_by_their_whole_name() {
+        let text = "oom 3\noom_kill 2\noom_group_kill 1\n";
+        assert_eq!(field(text, "oom_kill"), Some(2));
+        assert_eq!(field(text, "oom_kil"), None);
+        assert_eq!(field(text, "absent"), None);
+    }
+}

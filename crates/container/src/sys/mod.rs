@@ -1,0 +1,109 @@
+//! The few system calls that no safe crate offers. The only unsafe code of the guest.
+#![allow(unsafe_code, reason = "see each block")]
+
+use std::{io, os::fd::AsRawFd};
+
+use seccompiler::sock_filter;
+
+/// `struct sock_fprog` of linux/filter.h.
+#[repr(C)]
+struct Program {
+    len: libc::c_ushort,
+    filter: *const sock_filter,
+}
+
+/// Installs a system call filter on the calling thread.
+///
+/// JUSTIFICATION: `seccompiler::apply_filter` also sets no_new_privs, which would break programs
+/// that may gain privileges.
+pub(crate) fn install_filter(filter: &[sock_filter]) -> io::Result<()> {
+    let len = libc::c_ushort::try_from(filter.len()).map_err(io::Error::other)?;
+    let program = Program {
+        len,
+        filter: filter.as_ptr(),
+    };
+    // SAFETY: `program` and the filter it points to live until the call has returned; the kernel
+    // copies both, and checks the filter.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const program,
+        )
+    };
+    check(result)
+}
+
+/// Closes every descriptor from 3 on at the next execve.
+///
+/// JUSTIFICATION: neither rustix nor nix has close_range(2).
+pub(crate) fn close_others_on_exec() -> io::Result<()> {
+    // SAFETY: takes three numbers and changes a flag of descriptors; none is closed here.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    check(result)
+}
+
+/// Resets every signal to its default action: ignored ones would stay ignored over execve.
+///
+/// JUSTIFICATION: safe crates can install handlers only behind an unsafe function too.
+pub(crate) fn reset_signals() {
+    for signal in 1..=64 {
+        // SAFETY: SIG_DFL installs no handler code. Numbers that cannot be changed (SIGKILL,
+        // SIGSTOP, those that libc keeps) give an error, which changes nothing.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
+/// `struct rand_pool_info` of linux/random.h with 32 bytes.
+#[repr(C)]
+struct Entropy {
+    bits: libc::c_int,
+    size: libc::c_int,
+    bytes: [u8; 32],
+}
+
+const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+
+/// Puts a seed into the kernel's pool and has its generator take it up at once.
+///
+/// JUSTIFICATION: no crate has these ioctls.
+pub fn add_entropy(seed: [u8; 32]) -> io::Result<()> {
+    let device = std::fs::File::options().write(true).open("/dev/urandom")?;
+    let entropy = Entropy {
+        bits: 256,
+        size: 32,
+        bytes: seed,
+    };
+    // SAFETY: the argument is a rand_pool_info whose size field matches its buffer.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const entropy) };
+    check(result.into())?;
+    // SAFETY: takes no argument.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) };
+    check(result.into())
+}
+
+/// Sends a signal, real-time ones included, to a process, or with a negative pid to its group.
+/// The caller guarantees that the pid is not yet reaped, else it may be somebody else's.
+///
+/// JUSTIFICATION: rustix and nix have only the named signals.
+pub fn kill(pid: i32, signal: i32) -> io::Result<()> {
+    // SAFETY: takes two numbers.
+    let result = unsafe { libc::kill(pid, signal) };
+    check(result.into())
+}
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    match result {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}

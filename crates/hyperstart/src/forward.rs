@@ -1,0 +1,75 @@
+//! One TCP connection from the node into the pod's network.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr},
+};
+
+use hypernetes_agent_api::{MAX_CHUNK_SIZE, v1};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::mpsc,
+};
+use tonic::{Status, Streaming};
+
+use crate::error::GuestError;
+
+/// Connects to a server on the pod's loopback, IPv4 first.
+pub(crate) async fn connect(port: u32) -> Result<TcpStream, Status> {
+    let number = u16::try_from(port).ok().filter(|port| *port != 0);
+    let number = number
+        .ok_or_else(|| Status::from(GuestError::Invalid(format!("there is no port {port}"))))?;
+    let refused =
+        |error: io::Error| Status::unavailable(format!("cannot connect to port {port}: {error}"));
+    match TcpStream::connect((Ipv4Addr::LOCALHOST, number)).await {
+        Ok(stream) => Ok(stream),
+        Err(first) => TcpStream::connect((Ipv6Addr::LOCALHOST, number))
+            .await
+            .map_err(|_second| refused(first)),
+    }
+}
+
+/// Carries both directions, each to its own end.
+pub(crate) async fn serve(
+    stream: TcpStream,
+    first: Vec<u8>,
+    mut inputs: Streaming<v1::ForwardChunk>,
+    tx: mpsc::Sender<Result<v1::ForwardChunk, Status>>,
+) {
+    let (mut reader, mut writer) = stream.into_split();
+    let inward = async {
+        writer.write_all(&first).await?;
+        while let Ok(Some(chunk)) = inputs.message().await {
+            writer.write_all(&chunk.data).await?;
+            if chunk.eof {
+                break;
+            }
+        }
+        writer.shutdown().await
+    };
+    let outward = async {
+        loop {
+            let mut data = Vec::with_capacity(MAX_CHUNK_SIZE);
+            // A reset ends the stream like an end does: the bytes so far are the node's.
+            let count = reader.read_buf(&mut data).await.unwrap_or(0);
+            let eof = count == 0;
+            if tx
+                .send(Ok(v1::ForwardChunk { port: 0, data, eof }))
+                .await
+                .is_err()
+                || eof
+            {
+                return;
+            }
+        }
+    };
+    let both = async {
+        // A server that reads no more may still write.
+        let (_written, ()) = tokio::join!(inward, outward);
+    };
+    tokio::select! {
+        () = both => {}
+        () = tx.closed() => {}
+    }
+}

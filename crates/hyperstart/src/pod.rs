@@ -1,0 +1,316 @@
+//! What the VM is: its configuration, volumes and containers. Survives connections.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use hypernetes_agent_api::v1;
+use hypernetes_container::{FileBind, Job, PidNamespace, Reply, Spawned};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::sync::{Semaphore, broadcast, oneshot};
+
+use crate::{
+    console::log,
+    container::Container,
+    disks::{Layers, blocking},
+    error::{Attempt, GuestError},
+    reaper::{Ended, Reaper},
+    request, sandbox,
+    volume::Volumes,
+};
+
+const MAX_CONTAINERS: usize = 64;
+const MAX_EXECS: usize = 512;
+/// Events that a slow reader may be behind.
+const EVENTS: usize = 1024;
+/// How long a child may take to prepare a container: it mounts disks.
+pub(crate) const PREPARE: Duration = Duration::from_secs(60);
+
+/// A container, or the name of one that is being made.
+#[derive(Debug)]
+enum Slot {
+    Reserved,
+    There(Arc<Container>),
+}
+
+#[derive(Debug, Default)]
+struct State {
+    configured: Option<v1::ConfigureSandboxRequest>,
+    files: Vec<FileBind>,
+    volumes: Volumes,
+    containers: HashMap<String, Slot>,
+    /// First process of the shared pid namespace, if the pod has one.
+    pause: Option<Arc<OwnedFd>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    reaper: Reaper,
+    layers: Layers,
+    state: Mutex<State>,
+    configuring: tokio::sync::Mutex<()>,
+    events: broadcast::Sender<v1::ContainerState>,
+    execs: Arc<Semaphore>,
+}
+
+/// See the module. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Pod(Arc<Inner>);
+
+/// Wall clock.
+pub(crate) fn now() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+impl Pod {
+    pub(crate) fn new(reaper: Reaper) -> Self {
+        Self(Arc::new(Inner {
+            reaper,
+            layers: Layers::default(),
+            state: Mutex::default(),
+            configuring: tokio::sync::Mutex::default(),
+            events: broadcast::channel(EVENTS).0,
+            execs: Arc::new(Semaphore::new(MAX_EXECS)),
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn layers(&self) -> &Layers {
+        &self.0.layers
+    }
+
+    pub(crate) fn execs(&self) -> &Arc<Semaphore> {
+        &self.0.execs
+    }
+
+    pub(crate) fn is_configured(&self) -> bool {
+        self.lock().configured.is_some()
+    }
+
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<v1::ContainerState> {
+        self.0.events.subscribe()
+    }
+
+    pub(crate) fn emit(&self, state: v1::ContainerState) {
+        // Nobody may be listening.
+        drop(self.0.events.send(state));
+    }
+
+    /// Makes the VM a pod. Repeated with equal content it sets the clock and stirs the entropy again.
+    pub(crate) async fn configure(
+        &self,
+        request: v1::ConfigureSandboxRequest,
+    ) -> Result<(), GuestError> {
+        let _one_at_a_time = self.0.configuring.lock().await;
+        sandbox::set_clock(request.unix_nanos)?;
+        sandbox::add_entropy(&request.seed)?;
+        let identity = v1::ConfigureSandboxRequest {
+            unix_nanos: 0,
+            seed: Vec::new(),
+            ..request
+        };
+        if let Some(known) = &self.lock().configured {
+            return match *known == identity {
+                true => Ok(()),
+                false => Err(GuestError::AlreadyExists(
+                    "the sandbox is configured otherwise".into(),
+                )),
+            };
+        }
+        let files = sandbox::configure(&identity).await?;
+        let pause = match identity.share_process_namespace {
+            true => Some(Arc::new(self.start_pause().await?)),
+            false => None,
+        };
+        let mut state = self.lock();
+        state.files = files;
+        state.pause = pause;
+        state.configured = Some(identity);
+        Ok(())
+    }
+
+    async fn start_pause(&self) -> Result<OwnedFd, GuestError> {
+        let (Spawned { pid, control }, ended) = self.0.reaper.spawn(PidNamespace::New)?;
+        let pidfd = open_pid(pid)?;
+        let answer = blocking(move || {
+            control
+                .set_deadline(PREPARE)
+                .map_err(std::io::Error::other)?;
+            control
+                .send_job(&Job::Pause, &[])
+                .map_err(std::io::Error::other)?;
+            control.answer().map_err(std::io::Error::other)
+        });
+        match answer.await.attempt("start the pod's first process")? {
+            (Reply::Ready { .. }, _) => {}
+            (other, _) => {
+                return Err(GuestError::Internal(format!(
+                    "the pod's first process says {other:?}"
+                )));
+            }
+        }
+        tokio::spawn(async move {
+            if let Ok(ended) = ended.await {
+                log!("the pod's first process ended: {ended:?}");
+            }
+        });
+        Ok(pidfd)
+    }
+
+    /// Starts a child in a new pid namespace, or in the one that the pod shares.
+    pub(crate) fn spawn_init(
+        &self,
+    ) -> Result<(Spawned, oneshot::Receiver<Ended>, OwnedFd), GuestError> {
+        let pause = self.lock().pause.clone();
+        let namespace = pause
+            .as_ref()
+            .map_or(PidNamespace::New, |pause| PidNamespace::Of(pause.as_fd()));
+        let (spawned, ended) = self.0.reaper.spawn(namespace)?;
+        let pidfd = open_pid(spawned.pid)?;
+        Ok((spawned, ended, pidfd))
+    }
+
+    /// Starts a child in a container's pid namespace.
+    pub(crate) fn spawn_exec(
+        &self,
+        container: &OwnedFd,
+    ) -> Result<(Spawned, oneshot::Receiver<Ended>), GuestError> {
+        self.0.reaper.spawn(PidNamespace::Of(container.as_fd()))
+    }
+
+    pub(crate) fn write_volume(
+        &self,
+        volume: v1::Volume,
+        gid: Option<u32>,
+    ) -> Result<(), GuestError> {
+        let mut state = self.lock();
+        if state.configured.is_none() {
+            return Err(not_configured());
+        }
+        state.volumes.write(volume, gid)
+    }
+
+    /// The child's job for a container, from the pod's volumes and files.
+    pub(crate) fn plan(
+        &self,
+        request: &v1::CreateContainerRequest,
+        places: &request::Places,
+    ) -> Result<hypernetes_container::InitSpec, GuestError> {
+        let state = self.lock();
+        request::init(request, places, &state.volumes, &state.files)
+    }
+
+    /// Takes an id for a container that is to be made.
+    pub(crate) fn reserve(&self, id: &str) -> Result<Reservation, GuestError> {
+        if !request::is_plain_name(id) {
+            return Err(GuestError::Invalid(format!("{id:?} is no container id")));
+        }
+        let mut state = self.lock();
+        if state.configured.is_none() {
+            return Err(not_configured());
+        }
+        if state.containers.contains_key(id) {
+            return Err(GuestError::AlreadyExists(format!("container {id} exists")));
+        }
+        if state.containers.len() >= MAX_CONTAINERS {
+            return Err(GuestError::Exhausted(format!(
+                "more than {MAX_CONTAINERS} containers"
+            )));
+        }
+        state.containers.insert(id.to_owned(), Slot::Reserved);
+        Ok(Reservation {
+            pod: self.clone(),
+            id: id.to_owned(),
+            kept: false,
+        })
+    }
+
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, GuestError> {
+        match self.lock().containers.get(id) {
+            Some(Slot::There(container)) => Ok(container.clone()),
+            Some(Slot::Reserved) | None => {
+                Err(GuestError::NotFound(format!("there is no container {id}")))
+            }
+        }
+    }
+
+    pub(crate) fn containers(&self) -> Vec<Arc<Container>> {
+        let state = self.lock();
+        state
+            .containers
+            .values()
+            .filter_map(|slot| match slot {
+                Slot::There(container) => Some(container.clone()),
+                Slot::Reserved => None,
+            })
+            .collect()
+    }
+
+    /// Forgets a container that has been removed.
+    pub(crate) fn forget(&self, id: &str) {
+        self.lock().containers.remove(id);
+    }
+
+    /// Kills everything and powers the VM off.
+    pub(crate) async fn shut_down(&self) {
+        let containers = self.containers();
+        for container in &containers {
+            container.kill();
+        }
+        for container in &containers {
+            if tokio::time::timeout(Duration::from_secs(2), container.wait())
+                .await
+                .is_err()
+            {
+                log!("container {} does not end", container.id());
+            }
+        }
+        sandbox::unmount_scratch().await;
+        sandbox::power_off();
+    }
+}
+
+fn not_configured() -> GuestError {
+    GuestError::Precondition("the sandbox is not configured".into())
+}
+
+fn open_pid(pid: i32) -> Result<OwnedFd, GuestError> {
+    let pid =
+        Pid::from_raw(pid).ok_or_else(|| GuestError::Internal("a child without a pid".into()))?;
+    pidfd_open(pid, PidfdFlags::empty()).attempt("open a child process")
+}
+
+/// An id that is taken until the container is there, or given back.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    pod: Pod,
+    id: String,
+    kept: bool,
+}
+
+impl Reservation {
+    pub(crate) fn keep(mut self, container: Arc<Container>) {
+        self.kept = true;
+        self.pod
+            .lock()
+            .containers
+            .insert(self.id.clone(), Slot::There(container));
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.pod.lock().containers.remove(&self.id);
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! From what the node asks for to what the container's child is told, with everything checked that
+//! can be checked before something is made.
+
+use std::path::{Component, Path, PathBuf};
+
+use hypernetes_agent_api::v1::{self, mount::Source};
+use hypernetes_container::{
+    CapabilitySpec, FileBind, InitSpec, MountSource, MountSpec, ProcessSpec, RlimitSpec,
+    RootfsSpec, UserSpec, cgroup::Limits,
+};
+
+use crate::{boot::dir, disks, error::GuestError, volume::Volumes};
+
+const MAX_LAYERS: usize = 128;
+const MAX_MOUNTS: usize = 512;
+
+/// Whether a text can be a file name of ours.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    (1..=128).contains(&name.len()) && !name.starts_with('.') && name.chars().all(plain)
+}
+
+/// A path in the container: absolute, without `..`.
+fn check_path(what: &str, path: &str) -> Result<(), GuestError> {
+    let plain = Path::new(path)
+        .components()
+        .all(|part| matches!(part, Component::Normal(_) | Component::RootDir));
+    if path.starts_with('/') && plain && !path.contains('\0') && path.len() < 4096 {
+        return Ok(());
+    }
+    Err(GuestError::Invalid(format!(
+        "{what} {path:?} is not an absolute plain path"
+    )))
+}
+
+/// Where one container keeps its own things.
+#[derive(Debug, Clone)]
+pub(crate) struct Places {
+    /// Upper and work directory of the overlay.
+    pub(crate) writable: PathBuf,
+    /// Its mount point.
+    pub(crate) root: PathBuf,
+}
+
+impl Places {
+    pub(crate) fn of(id: &str) -> Self {
+        Self {
+            writable: Path::new(dir::SCRATCH).join("containers").join(id),
+            root: Path::new(dir::ROOTS).join(id),
+        }
+    }
+}
+
+/// The child's job for a container.
+pub(crate) fn init(
+    request: &v1::CreateContainerRequest,
+    places: &Places,
+    volumes: &Volumes,
+    files: &[FileBind],
+) -> Result<InitSpec, GuestError> {
+    let layers = &request.layer_slots;
+    if layers.is_empty() || layers.len() > MAX_LAYERS {
+        return Err(GuestError::Invalid(format!(
+            "a container needs 1 to {MAX_LAYERS} layers"
+        )));
+    }
+    if let Some(slot) = layers.iter().find(|slot| !disks::SLOTS.contains(slot)) {
+        return Err(GuestError::Invalid(format!("there is no slot {slot}")));
+    }
+    if request.mounts.len() > MAX_MOUNTS {
+        return Err(GuestError::Invalid(format!(
+            "more than {MAX_MOUNTS} mounts"
+        )));
+    }
+    for path in request.masked_paths.iter().chain(&request.readonly_paths) {
+        check_path("masked or read-only path", path)?;
+    }
+    let spec = request
+        .process
+        .as_ref()
+        .ok_or_else(|| GuestError::invalid("no process"))?;
+    Ok(InitSpec {
+        rootfs: RootfsSpec {
+            layers_dir: dir::LAYERS.into(),
+            layers: layers.iter().map(|slot| disks::layer_name(*slot)).collect(),
+            writable: places.writable.clone(),
+            target: places.root.clone(),
+            readonly: request.readonly_rootfs,
+        },
+        mounts: request
+            .mounts
+            .iter()
+            .map(|spec| mount(spec, volumes))
+            .collect::<Result<_, _>>()?,
+        files: files
+            .iter()
+            .map(|file| FileBind {
+                source: file.source.clone(),
+                destination: file.destination.clone(),
+            })
+            .collect(),
+        shm: dir::SHM.into(),
+        masked_paths: request.masked_paths.clone(),
+        readonly_paths: request.readonly_paths.clone(),
+        privileged: request.privileged,
+        process: process(spec, request.privileged)?,
+    })
+}
+
+fn mount(spec: &v1::Mount, volumes: &Volumes) -> Result<MountSpec, GuestError> {
+    let destination = spec.destination.clone();
+    check_path("mount destination", &destination)?;
+    let place: PathBuf = Path::new(&destination).components().collect();
+    if place == Path::new("/") || place.starts_with("/proc") {
+        // What the agent itself reads and writes there must be the kernel's.
+        return Err(GuestError::Invalid(format!(
+            "nothing can be mounted on {destination}"
+        )));
+    }
+    let source = match &spec.source {
+        Some(Source::Volume(name)) => {
+            let inside = |part| matches!(part, Component::Normal(_) | Component::CurDir);
+            if !Path::new(&spec.sub_path).components().all(inside) || spec.sub_path.contains('\0') {
+                return Err(GuestError::Invalid(format!(
+                    "sub path {:?} leads out of its volume",
+                    spec.sub_path
+                )));
+            }
+            let directory = volumes.directory(name);
+            let directory = directory
+                .ok_or_else(|| GuestError::Invalid(format!("there is no volume {name}")))?;
+            MountSource::Volume {
+                directory: directory.to_owned(),
+                sub_path: spec.sub_path.clone(),
+            }
+        }
+        Some(Source::Tmpfs(tmpfs)) => MountSource::Tmpfs {
+            size: tmpfs.size,
+            mode: tmpfs.mode,
+        },
+        None => {
+            return Err(GuestError::Invalid(format!(
+                "the mount on {destination} has no source"
+            )));
+        }
+    };
+    Ok(MountSpec {
+        destination,
+        source,
+        readonly: spec.readonly,
+    })
+}
+
+/// A process of a container.
+pub(crate) fn process(spec: &v1::Process, privileged: bool) -> Result<ProcessSpec, GuestError> {
+    if spec.args.is_empty() {
+        return Err(GuestError::invalid("the process has no arguments"));
+    }
+    if spec
+        .args
+        .iter()
+        .chain(&spec.env)
+        .any(|text| text.contains('\0'))
+    {
+        return Err(GuestError::invalid(
+            "an argument or variable holds a zero byte",
+        ));
+    }
+    if !spec.cwd.is_empty() {
+        check_path("working directory", &spec.cwd)?;
+    }
+    let size = |value: u32, default: u16| match value {
+        0 => default,
+        value => u16::try_from(value).unwrap_or(u16::MAX),
+    };
+    let user = spec.user.clone().unwrap_or_default();
+    let capabilities = spec.capabilities.clone().unwrap_or_default();
+    Ok(ProcessSpec {
+        args: spec.args.clone(),
+        env: spec.env.clone(),
+        cwd: spec.cwd.clone(),
+        user: UserSpec {
+            uid: user.uid,
+            gid: user.gid,
+            additional_gids: user.additional_gids,
+            username: Some(user.username).filter(|name| !name.is_empty()),
+            run_as_group: user.run_as_group,
+        },
+        tty: spec
+            .tty
+            .then(|| (size(spec.width, 80), size(spec.height, 24))),
+        capabilities: CapabilitySpec {
+            add: capabilities.add,
+            drop: capabilities.drop,
+            privileged,
+        },
+        no_new_privs: spec.no_new_privs,
+        rlimits: spec
+            .rlimits
+            .iter()
+            .map(|limit| RlimitSpec {
+                name: limit.name.clone(),
+                soft: limit.soft,
+                hard: limit.hard,
+            })
+            .collect(),
+        seccomp: spec.seccomp_default,
+        oom_score_adj: spec.oom_score_adj.unwrap_or(0),
+    })
+}
+
+/// cgroup limits.
+pub(crate) fn limits(resources: Option<&v1::Resources>) -> Result<Limits, GuestError> {
+    let Some(resources) = resources else {
+        return Ok(Limits::default());
+    };
+    // The kernel's interfaces have -1 for "no limit", as callers may.
+    let positive = |value: i64| u64::try_from(value).unwrap_or(0);
+    if resources.cpu_period != 0 && !(1000..=1_000_000).contains(&resources.cpu_period) {
+        return Err(GuestError::invalid("the CPU period must be 1 ms to 1 s"));
+    }
+    Ok(Limits {
+        memory: positive(resources.memory_limit),
+        cpu_quota: positive(resources.cpu_quota),
+        cpu_period: resources.cpu_period,
+        cpu_shares: resources.cpu_shares,
+        pids: positive(resources.pids_limit),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> v1::CreateContainerRequest {
+        v1::CreateContainerRequest {
+            id: "c".into(),
+            layer_slots: vec![2],
+            process: Some(v1::Process {
+                args: vec!["sh".into()],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn refused(request: &v1::CreateContainerRequest) -> bool {
+        matches!(
+            init(request, &Places::of("c"), &Volumes::default(), &[]),
+            Err(GuestError::Invalid(_))
+        )
+    }
+
+    #[test]
+    fn requests_that_cannot_be_are_refused_by_name() {
+        assert!(!refused(&request()));
+        assert!(refused(&v1::CreateContainerRequest {
+            layer_slots: vec![],
+            ..request()
+        }));
+        assert!(refused(&v1::CreateContainerRequest {
+            layer_slots: vec![0],
+            ..request()
+        }));
+        assert!(refused(&v1::CreateContainerRequest {
+            process: None,
+            ..request()
+        }));
+        assert!(refused(&v1::CreateContainerRequest {
+            masked_paths: vec!["/proc/../x".into()],
+            ..request()
+        }));
+        let tmpfs = || Some(Source::Tmpfs(v1::Tmpfs::default()));
+        for (destination, source) in [
+            ("/", tmpfs()),
+            ("/proc", tmpfs()),
+            ("/proc/self", tmpfs()),
+            ("//proc/", tmpfs()),
+            ("relative", tmpfs()),
+            ("/a/../b", tmpfs()),
+            ("/a", None),
+            ("/a", Some(Source::Volume("unknown".into()))),
+        ] {
+            let mounts = vec![v1::Mount {
+                destination: destination.into(),
+                source,
+                ..Default::default()
+            }];
+            assert!(
+                refused(&v1::CreateContainerRequest {
+                    mounts,
+                    ..request()
+                }),
+                "{destination}"
+            );
+        }
+    }
+
+    #[test]
+    fn names_are_plain() {
+        for name in ["", ".", "..", "a/b", "a b", ".hidden", "a\n"] {
+            assert!(!is_plain_name(name), "{name:?}");
+        }
+        assert!(is_plain_name("web-0_1.x"));
+    }
+}

@@ -1,0 +1,213 @@
+//! Makes the VM a pod: identity, clock, entropy, network, disks. And its end.
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt,
+    path::{Component, Path},
+    time::Duration,
+};
+
+use hypernetes_agent_api::v1;
+use hypernetes_container::{FileBind, open_beneath};
+use nix::mount::{MsFlags, mount};
+use rustix::{
+    fs::OFlags,
+    system::{RebootCommand, reboot, sethostname},
+    time::{ClockId, Timespec, clock_settime},
+};
+
+use crate::{
+    boot::dir,
+    console::log,
+    disks,
+    error::{Attempt, GuestError},
+    net,
+};
+
+const MAX_FILES: usize = 64;
+const DEFAULT_SHM: u64 = 64 * 1024 * 1024;
+
+/// Sets the clock from the node's. Done at every configuration, also of a pod that has one.
+pub(crate) fn set_clock(unix_nanos: i64) -> Result<(), GuestError> {
+    if unix_nanos <= 0 {
+        return Err(GuestError::invalid("the node's clock is missing"));
+    }
+    let time = Timespec {
+        tv_sec: unix_nanos / 1_000_000_000,
+        tv_nsec: unix_nanos % 1_000_000_000,
+    };
+    clock_settime(ClockId::Realtime, time).attempt("set the clock")
+}
+
+/// Mixes the node's entropy in: VMs cloned from one template would else draw the same numbers.
+pub(crate) fn add_entropy(seed: &[u8]) -> Result<(), GuestError> {
+    let seed = <[u8; 32]>::try_from(seed)
+        .map_err(|_wrong| GuestError::invalid("the seed must have 32 bytes"))?;
+    hypernetes_container::sys::add_entropy(seed).attempt("add entropy")
+}
+
+/// Everything else. May be repeated after a failure. Returns the files to bind into containers.
+pub(crate) async fn configure(
+    request: &v1::ConfigureSandboxRequest,
+) -> Result<Vec<FileBind>, GuestError> {
+    let hostname = &request.hostname;
+    if hostname.is_empty() || hostname.len() > 64 || hostname.contains(char::is_control) {
+        return Err(GuestError::Invalid(format!("{hostname:?} is no host name")));
+    }
+    sethostname(hostname.as_bytes()).attempt("set the host name")?;
+    for interface in &request.interfaces {
+        net::configure(interface)?;
+    }
+    for (name, value) in &request.sysctls {
+        set_sysctl(name, value)?;
+    }
+    mount_scratch(request.scratch_slot).await?;
+    mount_shm(request.shm_size)?;
+    write_files(&request.files)
+}
+
+fn is_mounted(path: &str) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    mounts
+        .lines()
+        .any(|line| line.split(' ').nth(1) == Some(path))
+}
+
+async fn mount_scratch(slot: u32) -> Result<(), GuestError> {
+    if !is_mounted(dir::SCRATCH) {
+        match slot {
+            0 => mount(
+                Some("scratch"),
+                dir::SCRATCH,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                Some("mode=0755"),
+            )
+            .attempt("mount the scratch tmpfs")?,
+            slot if disks::SLOTS.contains(&slot) => {
+                let device = disks::find(slot).await?;
+                disks::mount_disk(device, dir::SCRATCH.into(), "ext4", MsFlags::MS_NOATIME).await?;
+            }
+            slot => return Err(GuestError::Invalid(format!("there is no slot {slot}"))),
+        }
+    }
+    for name in ["containers", "volumes", "trash"] {
+        fs::create_dir_all(Path::new(dir::SCRATCH).join(name))
+            .attempt("prepare the scratch disk")?;
+    }
+    Ok(())
+}
+
+fn mount_shm(size: u64) -> Result<(), GuestError> {
+    if is_mounted(dir::SHM) {
+        return Ok(());
+    }
+    let size = if size == 0 { DEFAULT_SHM } else { size };
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let options = format!("mode=1777,size={size}");
+    mount(
+        Some("shm"),
+        dir::SHM,
+        Some("tmpfs"),
+        flags,
+        Some(options.as_str()),
+    )
+    .attempt("mount the shared memory")
+}
+
+/// Sets one kernel parameter of the VM. Only what is below /proc/sys.
+fn set_sysctl(name: &str, value: &str) -> Result<(), GuestError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
+    if name.is_empty()
+        || !name.chars().all(plain)
+        || name.contains("..")
+        || name.starts_with(['.', '/'])
+    {
+        return Err(GuestError::Invalid(format!("{name:?} is no sysctl")));
+    }
+    // `net/ipv4/conf/eth0.1/x` has slashes where names have dots.
+    let path = if name.contains('/') {
+        name.to_owned()
+    } else {
+        name.replace('.', "/")
+    };
+    let set = || -> io::Result<()> {
+        let root = fs::File::open("/proc/sys")?;
+        let file = open_beneath(&root, &path, OFlags::WRONLY)?;
+        io::Write::write_all(&mut fs::File::from(file), value.as_bytes())
+    };
+    set().attempt(format!("set sysctl {name}"))
+}
+
+fn write_files(files: &[v1::File]) -> Result<Vec<FileBind>, GuestError> {
+    if files.len() > MAX_FILES {
+        return Err(GuestError::Invalid(format!("more than {MAX_FILES} files")));
+    }
+    let mut binds = Vec::new();
+    for (index, file) in files.iter().enumerate() {
+        let mut components = Path::new(&file.path).components();
+        let absolute = components.next() == Some(Component::RootDir);
+        if !absolute
+            || !components.all(|part| matches!(part, Component::Normal(_)))
+            || file.path.contains('\0')
+        {
+            return Err(GuestError::Invalid(format!(
+                "file {:?} is not an absolute plain path",
+                file.path
+            )));
+        }
+        let source = Path::new(dir::FILES).join(index.to_string());
+        fs::write(&source, &file.content).attempt(format!("write {}", file.path))?;
+        let mode = if file.mode == 0 {
+            0o644
+        } else {
+            file.mode & 0o777
+        };
+        fs::set_permissions(&source, PermissionsExt::from_mode(mode))
+            .attempt(format!("write {}", file.path))?;
+        binds.push(FileBind {
+            source,
+            destination: file.path.clone(),
+        });
+    }
+    Ok(binds)
+}
+
+/// Lets go of the disk, in order.
+pub(crate) async fn unmount_scratch() {
+    let unmounted = disks::blocking(|| {
+        rustix::fs::sync();
+        if is_mounted(dir::SCRATCH) {
+            return nix::mount::umount(dir::SCRATCH).map_err(io::Error::from);
+        }
+        Ok(())
+    });
+    match tokio::time::timeout(Duration::from_secs(5), unmounted).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => log!("cannot unmount the scratch disk: {error}"),
+        Err(_) => log!("the scratch disk does not answer"),
+    }
+}
+
+/// Ends the VM: the VMM was told to exit at a reboot, which with `reboot=t` is one fault away.
+pub(crate) fn power_off() {
+    rustix::fs::sync();
+    if let Err(error) = reboot(RebootCommand::Restart) {
+        log!("cannot reboot: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sysctls_stay_below_proc_sys() {
+        for bad in ["", "..", "a/../../x", "/kernel/x", "kernel..x", "a b", ".x"] {
+            assert!(
+                matches!(set_sysctl(bad, "1"), Err(GuestError::Invalid(_))),
+                "{bad:?}"
+            );
+        }
+    }
+}

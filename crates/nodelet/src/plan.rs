@@ -1,0 +1,615 @@
+//! What to do next for one pod: a pure function of its object, the runtime's state and the clock.
+//!
+//! ```text
+//!            unsupported field, deadline
+//!   new ───────────────────────────────────────▶ failed ──▶ containers stopped ──▶ VM stopped
+//!    │                                              ▲
+//!    ▼ RunSandbox          FillVolumes              │ restartPolicy Never and the VM died
+//!   no sandbox ──▶ sandbox ready ──▶ init containers in order ──▶ containers ──▶ all ended ──▶ VM stopped
+//!    ▲                                              │
+//!    └── VM ended and something shall run again ◀───┘
+//!
+//!   any ── deletionTimestamp, or gone from the API ──▶ StopContainers ──▶ RemoveSandboxes ──▶ DeleteObject
+//! ```
+//! Steps that take long run in a [`Slot`]; a busy slot gets nothing new.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use hypernetes_runtime::{ContainerState, ContainerStatus, SandboxState, SandboxStatus};
+use hypernetes_types::{ContainerId, SandboxId};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+
+use crate::backoff::Backoff;
+
+/// How long `ErrImagePull` stands before it reads `ImagePullBackOff`.
+const FRESH_ERROR: SignedDuration = SignedDuration::from_secs(2);
+/// Grace of a pod that was deleted by force: enough for a clean end, not for a wait.
+const FORCED_GRACE: i64 = 2;
+
+/// A place where one long step runs at a time.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Slot {
+    Sandbox,
+    Container(String),
+    Teardown,
+}
+
+/// A step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// The pod has failed for good.
+    Fail { reason: String, message: String },
+    /// Boot a VM; stop the one before it first.
+    RunSandbox { attempt: u32 },
+    /// Write all volumes into a sandbox that has no containers yet.
+    FillVolumes { sandbox: SandboxId },
+    /// Have the image, create, start.
+    Run {
+        container: String,
+        sandbox: SandboxId,
+        attempt: u32,
+    },
+    /// Stop a container whose definition changed.
+    Kill { container: String, id: ContainerId },
+    /// Forget an old container.
+    RemoveContainer(ContainerId),
+    /// Forget an old sandbox.
+    RemoveSandbox(SandboxId),
+    /// Stop what runs, all at once.
+    StopContainers { grace_seconds: i64 },
+    /// Power the VM off; statuses and logs stay.
+    StopSandbox(SandboxId),
+    /// Remove everything of the pod from this node.
+    RemoveSandboxes,
+    /// Take the object out of the API.
+    DeleteObject,
+}
+
+/// Why a container does not run yet.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Waiting {
+    pub(crate) reason: String,
+    pub(crate) message: String,
+}
+
+/// A failed try to run a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Trouble {
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+    pub(crate) since: Timestamp,
+}
+
+/// What is remembered of a container beside the runtime's records.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct ContainerMemory {
+    /// Delays of restarts.
+    pub(crate) restart: Backoff,
+    /// Delays of new tries after trouble.
+    pub(crate) retry: Backoff,
+    pub(crate) trouble: Option<Trouble>,
+    /// Attempt that comes next if the runtime has no record, from the pod's status.
+    pub(crate) first_attempt: u32,
+}
+
+/// What is remembered of a pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) containers: BTreeMap<String, ContainerMemory>,
+    pub(crate) sandbox: Backoff,
+    pub(crate) sandbox_failed: Option<Timestamp>,
+    /// Reason and message of a pod that failed as a whole.
+    pub(crate) failed: Option<(String, String)>,
+    /// Sandbox whose volumes have been written.
+    pub(crate) volumes: Option<SandboxId>,
+    /// Containers were told to stop.
+    pub(crate) stopped: bool,
+    /// Ends of logs that stand for a termination message.
+    pub(crate) log_tails: BTreeMap<ContainerId, String>,
+}
+
+impl Memory {
+    pub(crate) fn container(&mut self, name: &str) -> &mut ContainerMemory {
+        self.containers.entry(name.to_owned()).or_default()
+    }
+}
+
+/// Everything the planner looks at.
+#[derive(Debug)]
+pub(crate) struct View<'a> {
+    pub(crate) pod: &'a Pod,
+    /// The object is no longer in the API.
+    pub(crate) gone: bool,
+    /// The pod's sandboxes, by attempt.
+    pub(crate) sandboxes: &'a [SandboxStatus],
+    /// Containers of all of them.
+    pub(crate) containers: &'a [ContainerStatus],
+    pub(crate) memory: &'a Memory,
+    pub(crate) busy: &'a BTreeSet<Slot>,
+    pub(crate) now: Timestamp,
+}
+
+/// What to do now, and when to look again if nothing happens.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) actions: Vec<Action>,
+    pub(crate) wake: Option<Timestamp>,
+    pub(crate) waiting: BTreeMap<String, Waiting>,
+    /// Nothing is left of the pod: its task can end.
+    pub(crate) finished: bool,
+}
+
+impl Plan {
+    fn wake_at(&mut self, at: Timestamp) {
+        self.wake = Some(self.wake.map_or(at, |wake| wake.min(at)));
+    }
+}
+
+/// Where one container stands.
+enum Need {
+    Running,
+    Done { ok: bool },
+    Start { attempt: u32 },
+    Later,
+}
+
+impl View<'_> {
+    fn is_busy(&self, slot: &Slot) -> bool {
+        self.busy.contains(slot)
+    }
+
+    /// The newest sandbox.
+    pub(crate) fn sandbox(&self) -> Option<&SandboxStatus> {
+        self.sandboxes.last()
+    }
+
+    /// The newest sandbox, if its VM runs.
+    pub(crate) fn ready(&self) -> Option<&SandboxStatus> {
+        self.sandbox()
+            .filter(|sandbox| sandbox.state == SandboxState::Ready)
+    }
+
+    /// Records of a container, newest first.
+    pub(crate) fn records(&self, name: &str) -> Vec<&ContainerStatus> {
+        let rank = |status: &ContainerStatus| {
+            let sandbox = self.sandboxes.iter().position(|s| s.id == status.sandbox);
+            (sandbox, status.config.attempt, status.created_unix_nanos)
+        };
+        let mut records: Vec<_> = self
+            .containers
+            .iter()
+            .filter(|status| status.config.name == name)
+            .collect();
+        records.sort_by_key(|status| std::cmp::Reverse(rank(status)));
+        records
+    }
+
+    /// The record is of the VM that runs.
+    fn is_current(&self, record: &ContainerStatus) -> bool {
+        self.ready()
+            .is_some_and(|sandbox| sandbox.id == record.sandbox)
+    }
+
+    pub(crate) fn spec(&self) -> Option<&PodSpec> {
+        self.pod.spec.as_ref()
+    }
+
+    pub(crate) fn init_containers(&self) -> &[Container] {
+        self.spec()
+            .and_then(|spec| spec.init_containers.as_deref())
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn containers(&self) -> &[Container] {
+        self.spec()
+            .map(|spec| spec.containers.as_slice())
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn restart_policy(&self) -> &str {
+        self.spec()
+            .and_then(|spec| spec.restart_policy.as_deref())
+            .unwrap_or("Always")
+    }
+
+    fn grace_seconds(&self) -> i64 {
+        if self.gone {
+            return FORCED_GRACE;
+        }
+        self.pod
+            .metadata
+            .deletion_grace_period_seconds
+            .or_else(|| {
+                self.spec()
+                    .and_then(|spec| spec.termination_grace_period_seconds)
+            })
+            .unwrap_or(30)
+            .clamp(0, 86_400)
+    }
+
+    pub(crate) fn is_terminal(&self) -> bool {
+        let phase = self
+            .pod
+            .status
+            .as_ref()
+            .and_then(|status| status.phase.as_deref());
+        self.memory.failed.is_some() || matches!(phase, Some("Succeeded" | "Failed"))
+    }
+
+    /// Whether an ended container of the pod runs again.
+    pub(crate) fn restarts(&self, exit_code: i32, init: bool) -> bool {
+        match self.restart_policy() {
+            "Never" => false,
+            "Always" if !init => true,
+            _ => exit_code != 0,
+        }
+    }
+
+    /// All init containers have succeeded in the running VM, or containers exist in it already.
+    pub(crate) fn is_initialized(&self) -> bool {
+        let started = self.containers().iter().any(|container| {
+            self.records(&container.name)
+                .first()
+                .is_some_and(|record| self.is_current(record) || self.ready().is_none())
+        });
+        started
+            || self.init_containers().iter().all(|container| {
+                self.records(&container.name)
+                    .first()
+                    .is_some_and(|record| self.is_current(record) && succeeded(record))
+            })
+    }
+
+    /// Every container has ended and none runs again.
+    pub(crate) fn is_finished(&self) -> bool {
+        let ended = |name: &str, init: bool| {
+            self.records(name).first().is_some_and(|record| {
+                record.state == ContainerState::Exited && !self.restarts(record.exit_code, init)
+            })
+        };
+        let init_failed = self.init_containers().iter().any(|container| {
+            ended(&container.name, true)
+                && self
+                    .records(&container.name)
+                    .first()
+                    .is_some_and(|r| r.exit_code != 0)
+        });
+        init_failed
+            || self
+                .containers()
+                .iter()
+                .all(|container| ended(&container.name, false))
+    }
+}
+
+fn succeeded(record: &ContainerStatus) -> bool {
+    record.state == ContainerState::Exited && record.exit_code == 0
+}
+
+/// A time of the runtime.
+pub(crate) fn instant(unix_nanos: i64) -> Timestamp {
+    Timestamp::from_nanosecond(i128::from(unix_nanos)).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+/// Plans the next steps.
+pub(crate) fn plan(view: &View<'_>) -> Plan {
+    let mut plan = Plan::default();
+    if view.gone || view.pod.metadata.deletion_timestamp.is_some() {
+        plan_teardown(view, &mut plan);
+        return plan;
+    }
+    if view.is_terminal() || view.is_finished() {
+        plan_rest(view, &mut plan);
+        return plan;
+    }
+    if let Some(deadline) = deadline(view) {
+        if deadline <= view.now {
+            plan.actions.push(Action::Fail {
+                reason: "DeadlineExceeded".to_owned(),
+                message: "Pod was active on the node longer than the specified deadline".to_owned(),
+            });
+            return plan;
+        }
+        plan.wake_at(deadline);
+    }
+    plan_garbage(view, &mut plan);
+    let wanted = wanted(view, &mut plan);
+    match view.ready() {
+        Some(sandbox) => plan_containers(view, sandbox, wanted, &mut plan),
+        None => plan_sandbox(view, &wanted, &mut plan),
+    }
+    plan
+}
+
+fn deadline(view: &View<'_>) -> Option<Timestamp> {
+    let seconds = view.spec()?.active_deadline_seconds?;
+    let start = view.pod.status.as_ref()?.start_time.as_ref()?.0;
+    start.checked_add(SignedDuration::from_secs(seconds)).ok()
+}
+
+fn plan_teardown(view: &View<'_>, plan: &mut Plan) {
+    if view.is_busy(&Slot::Teardown) {
+        return;
+    }
+    let running = view
+        .containers
+        .iter()
+        .any(|record| record.state == ContainerState::Running);
+    if running && view.ready().is_some() && !view.memory.stopped {
+        plan.actions.push(Action::StopContainers {
+            grace_seconds: view.grace_seconds(),
+        });
+    } else if !view.sandboxes.is_empty() {
+        plan.actions.push(Action::RemoveSandboxes);
+    } else if view.gone {
+        plan.finished = true;
+    } else {
+        plan.actions.push(Action::DeleteObject);
+    }
+}
+
+/// The pod has ended: nothing of it needs a VM.
+fn plan_rest(view: &View<'_>, plan: &mut Plan) {
+    if view.is_busy(&Slot::Teardown) || view.is_busy(&Slot::Sandbox) {
+        return;
+    }
+    let Some(sandbox) = view.sandbox() else {
+        return;
+    };
+    if matches!(
+        sandbox.state,
+        SandboxState::NotReady | SandboxState::Removing
+    ) {
+        return;
+    }
+    let running = view
+        .containers
+        .iter()
+        .any(|record| record.state == ContainerState::Running);
+    plan.actions.push(if running && !view.memory.stopped {
+        Action::StopContainers {
+            grace_seconds: view.grace_seconds(),
+        }
+    } else {
+        Action::StopSandbox(sandbox.id.clone())
+    });
+}
+
+/// Keeps of each container the newest record and the one before it, of sandboxes the same.
+fn plan_garbage(view: &View<'_>, plan: &mut Plan) {
+    let names = view
+        .containers()
+        .iter()
+        .chain(view.init_containers())
+        .map(|c| c.name.as_str());
+    for name in names {
+        for record in view.records(name).into_iter().skip(2) {
+            if record.state == ContainerState::Exited {
+                plan.actions
+                    .push(Action::RemoveContainer(record.id.clone()));
+            }
+        }
+    }
+    let old = view.sandboxes.len().saturating_sub(2);
+    for sandbox in &view.sandboxes[..old] {
+        plan.actions.push(Action::RemoveSandbox(sandbox.id.clone()));
+    }
+}
+
+/// Containers that shall start now, with their attempts; fills in why others wait.
+fn wanted(view: &View<'_>, plan: &mut Plan) -> Vec<(String, u32)> {
+    let mut wanted = Vec::new();
+    if !view.is_initialized() {
+        for container in view.init_containers() {
+            match need(view, container, true, plan) {
+                Need::Done { ok: true } => {}
+                Need::Start { attempt } => {
+                    wanted.push((container.name.clone(), attempt));
+                    return wanted;
+                }
+                Need::Running | Need::Later | Need::Done { ok: false } => return wanted,
+            }
+        }
+    }
+    for container in view.containers() {
+        match need(view, container, false, plan) {
+            Need::Start { attempt } => wanted.push((container.name.clone(), attempt)),
+            Need::Running | Need::Later | Need::Done { .. } => {}
+        }
+    }
+    wanted
+}
+
+fn need(view: &View<'_>, container: &Container, init: bool, plan: &mut Plan) -> Need {
+    let name = &container.name;
+    let memory = view
+        .memory
+        .containers
+        .get(name)
+        .cloned()
+        .unwrap_or_default();
+    let records = view.records(name);
+    let record = records.first().copied();
+    let attempt = match record {
+        None => memory.first_attempt,
+        Some(record) => {
+            let current = view.is_current(record);
+            match record.state {
+                ContainerState::Running | ContainerState::Unknown if current => {
+                    return Need::Running;
+                }
+                ContainerState::Created => record.config.attempt,
+                ContainerState::Exited if current && init && record.exit_code == 0 => {
+                    return Need::Done { ok: true };
+                }
+                // After a new boot the init containers run again, whatever they did before.
+                ContainerState::Exited if init && record.exit_code == 0 => {
+                    record.config.attempt + 1
+                }
+                ContainerState::Exited if !view.restarts(record.exit_code, init) => {
+                    return Need::Done {
+                        ok: record.exit_code == 0,
+                    };
+                }
+                ContainerState::Exited => {
+                    let ended = instant(record.finished_unix_nanos);
+                    if let Some(until) = memory.restart.until(ended, view.now) {
+                        plan.wake_at(until);
+                        plan.waiting
+                            .insert(name.clone(), crash_loop(view, name, &memory.restart));
+                        return Need::Later;
+                    }
+                    record.config.attempt + 1
+                }
+                ContainerState::Running | ContainerState::Unknown => record.config.attempt + 1,
+            }
+        }
+    };
+    if let Some(trouble) = &memory.trouble {
+        let fresh = trouble.since.checked_add(FRESH_ERROR).unwrap_or(view.now);
+        let waits = memory.retry.until(trouble.since, view.now);
+        if trouble.reason == "ErrImagePull" && fresh > view.now && waits.is_some() {
+            plan.wake_at(fresh);
+        }
+        plan.waiting.insert(
+            name.clone(),
+            trouble_waiting(container, trouble, fresh <= view.now),
+        );
+        if let Some(until) = waits {
+            plan.wake_at(until);
+            return Need::Later;
+        }
+    }
+    Need::Start { attempt }
+}
+
+fn trouble_waiting(container: &Container, trouble: &Trouble, stale: bool) -> Waiting {
+    if trouble.reason == "ErrImagePull" && stale {
+        let image = container.image.as_deref().unwrap_or_default();
+        return Waiting {
+            reason: "ImagePullBackOff".to_owned(),
+            message: format!(
+                "Back-off pulling image \"{image}\": ErrImagePull: {}",
+                trouble.message
+            ),
+        };
+    }
+    Waiting {
+        reason: trouble.reason.to_owned(),
+        message: trouble.message.clone(),
+    }
+}
+
+fn crash_loop(view: &View<'_>, container: &str, backoff: &Backoff) -> Waiting {
+    let meta = &view.pod.metadata;
+    let delay = match backoff.seconds() {
+        seconds if seconds % 60 == 0 => format!("{}m0s", seconds / 60),
+        seconds if seconds > 60 => format!("{}m{}s", seconds / 60, seconds % 60),
+        seconds => format!("{seconds}s"),
+    };
+    Waiting {
+        reason: "CrashLoopBackOff".to_owned(),
+        message: format!(
+            "back-off {delay} restarting failed container={container} pod={}_{}({})",
+            meta.name.as_deref().unwrap_or_default(),
+            meta.namespace.as_deref().unwrap_or_default(),
+            meta.uid.as_deref().unwrap_or_default(),
+        ),
+    }
+}
+
+/// Nothing runs: boot a VM, if a container wants one.
+fn plan_sandbox(view: &View<'_>, wanted: &[(String, u32)], plan: &mut Plan) {
+    if wanted.is_empty() || view.is_busy(&Slot::Sandbox) {
+        return;
+    }
+    let attempt = match view.sandbox() {
+        None => 0,
+        Some(sandbox) if sandbox.state == SandboxState::Starting => sandbox.config.metadata.attempt,
+        Some(sandbox) => {
+            // A pod that must not restart does not outlive its VM.
+            if view.restart_policy() == "Never" && !view.containers.is_empty() {
+                let (reason, message) = sandbox.failure.as_ref().map_or_else(
+                    || {
+                        (
+                            "VmmDied".to_owned(),
+                            "The pod's virtual machine has ended".to_owned(),
+                        )
+                    },
+                    |failure| (failure.reason.clone(), failure.message.clone()),
+                );
+                plan.actions.push(Action::Fail { reason, message });
+                return;
+            }
+            sandbox.config.metadata.attempt + 1
+        }
+    };
+    if let Some(failed) = view.memory.sandbox_failed
+        && let Some(until) = view.memory.sandbox.until(failed, view.now)
+    {
+        plan.wake_at(until);
+        return;
+    }
+    plan.actions.push(Action::RunSandbox { attempt });
+}
+
+fn plan_containers(
+    view: &View<'_>,
+    sandbox: &SandboxStatus,
+    wanted: Vec<(String, u32)>,
+    plan: &mut Plan,
+) {
+    if view.is_busy(&Slot::Sandbox) {
+        return;
+    }
+    let used = view
+        .containers
+        .iter()
+        .any(|record| record.sandbox == sandbox.id);
+    let filled = view.memory.volumes.as_ref() == Some(&sandbox.id);
+    if !used && !filled {
+        let waits = view
+            .memory
+            .sandbox_failed
+            .and_then(|failed| view.memory.sandbox.until(failed, view.now));
+        match waits {
+            Some(until) => plan.wake_at(until),
+            None => plan.actions.push(Action::FillVolumes {
+                sandbox: sandbox.id.clone(),
+            }),
+        }
+        return;
+    }
+    for container in view.containers() {
+        if let Some(record) = view.records(&container.name).first()
+            && record.state == ContainerState::Running
+            && view.is_current(record)
+            && view.restart_policy() != "Never"
+            && record
+                .config
+                .annotations
+                .get(crate::container::IMAGE_ANNOTATION)
+                != container.image.as_ref()
+            && !view.is_busy(&Slot::Container(container.name.clone()))
+        {
+            plan.actions.push(Action::Kill {
+                container: container.name.clone(),
+                id: record.id.clone(),
+            });
+        }
+    }
+    for (container, attempt) in wanted {
+        if !view.is_busy(&Slot::Container(container.clone())) {
+            plan.actions.push(Action::Run {
+                container,
+                sandbox: sandbox.id.clone(),
+                attempt,
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "plan/tests.rs"]
+pub(crate) mod tests;

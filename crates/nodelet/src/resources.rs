@@ -1,0 +1,215 @@
+//! Amounts: limits and requests of containers, the size of the pod's VM, the QoS class.
+
+use std::collections::BTreeMap;
+
+use hypernetes_runtime::ResourceConfig;
+use hypernetes_types::Quantity;
+use k8s_openapi::{
+    api::core::v1::{Container, PodSpec},
+    apimachinery::pkg::api::resource::Quantity as ApiQuantity,
+};
+
+use crate::config::NodeletConfig;
+
+const MIB: i64 = 1 << 20;
+
+/// What the node has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Capacity {
+    pub(crate) cpus: u32,
+    pub(crate) memory_bytes: i64,
+    pub(crate) storage_bytes: i64,
+}
+
+/// Size of a pod's VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VmSize {
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
+}
+
+type List = Option<BTreeMap<String, ApiQuantity>>;
+
+fn amount(list: Option<&List>, name: &str) -> Option<Quantity> {
+    list?.as_ref()?.get(name)?.0.parse().ok()
+}
+
+fn limits(container: &Container) -> Option<&List> {
+    container
+        .resources
+        .as_ref()
+        .map(|resources| &resources.limits)
+}
+
+fn requests(container: &Container) -> Option<&List> {
+    container
+        .resources
+        .as_ref()
+        .map(|resources| &resources.requests)
+}
+
+/// Limit of a resource, if the container has one.
+pub(crate) fn limit(container: &Container, name: &str) -> Option<Quantity> {
+    amount(limits(container), name)
+}
+
+/// Request of a resource; a limit alone is also the request, as Kubernetes defaults it.
+pub(crate) fn request(container: &Container, name: &str) -> Option<Quantity> {
+    amount(requests(container), name).or_else(|| limit(container, name))
+}
+
+/// Limits that hold inside the VM.
+pub(crate) fn container_resources(container: &Container) -> ResourceConfig {
+    ResourceConfig {
+        memory_limit: limit(container, "memory").map_or(0, Quantity::value),
+        cpu_limit_milli: limit(container, "cpu").map_or(0, Quantity::milli_value),
+        cpu_request_milli: request(container, "cpu").map_or(0, Quantity::milli_value),
+        pids_limit: 0,
+    }
+}
+
+/// The VM that holds all containers at once, or the largest init container before them. A
+/// container without a cpu limit may use all of one vCPU.
+pub(crate) fn vm_size(spec: &PodSpec, config: &NodeletConfig, capacity: Capacity) -> VmSize {
+    let default = i64::from(config.default_memory_mib) * MIB;
+    let memory = |container: &Container| {
+        limit(container, "memory")
+            .or_else(|| request(container, "memory"))
+            .map_or(default, Quantity::value)
+            .max(0)
+    };
+    let cpu = |container: &Container| limit(container, "cpu").map_or(0, Quantity::milli_value);
+    let init = spec.init_containers.as_deref().unwrap_or_default();
+    let sum = |of: &dyn Fn(&Container) -> i64| {
+        let all = spec
+            .containers
+            .iter()
+            .map(of)
+            .fold(0i64, i64::saturating_add);
+        all.max(init.iter().map(of).max().unwrap_or(0))
+    };
+    let vcpus = u32::try_from(sum(&cpu).saturating_add(999) / 1000).unwrap_or(u32::MAX);
+    let memory_mib = u32::try_from(sum(&memory).saturating_add(MIB - 1) / MIB).unwrap_or(u32::MAX);
+    let most = u32::try_from(capacity.memory_bytes / MIB)
+        .unwrap_or(u32::MAX)
+        .max(1);
+    VmSize {
+        vcpus: vcpus.clamp(1, capacity.cpus.max(1)),
+        memory_mib: memory_mib.saturating_add(config.overhead_mib).min(most),
+    }
+}
+
+/// `Guaranteed`, `Burstable` or `BestEffort`.
+pub(crate) fn qos_class(spec: &PodSpec) -> &'static str {
+    let containers: Vec<&Container> = spec
+        .containers
+        .iter()
+        .chain(spec.init_containers.iter().flatten())
+        .collect();
+    let positive = |amount: Option<Quantity>| amount.filter(|value| *value > Quantity::default());
+    let mut any = false;
+    let mut guaranteed = true;
+    for container in containers {
+        for name in ["cpu", "memory"] {
+            let (limit, request) = (
+                positive(limit(container, name)),
+                positive(request(container, name)),
+            );
+            any |= limit.is_some() || request.is_some();
+            guaranteed &= limit.is_some() && limit == request;
+        }
+    }
+    match (any, guaranteed) {
+        (false, _) => "BestEffort",
+        (true, true) => "Guaranteed",
+        (true, false) => "Burstable",
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "json! makes values")]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(containers: Value, init: Value) -> PodSpec {
+        serde_json::from_value(json!({"containers": containers, "initContainers": init})).unwrap()
+    }
+
+    fn c(resources: Value) -> Value {
+        json!({"name": "c", "resources": resources})
+    }
+
+    fn config() -> NodeletConfig {
+        NodeletConfig::new(
+            "n",
+            "127.0.0.1".parse().unwrap(),
+            "/s".into(),
+            "10.0.0.0/8".parse().unwrap(),
+        )
+    }
+
+    const NODE: Capacity = Capacity {
+        cpus: 4,
+        memory_bytes: 8 << 30,
+        storage_bytes: 100 << 30,
+    };
+
+    #[test]
+    fn vm_holds_the_sum_of_containers_or_the_largest_init_container() {
+        let mem = |m: &str| c(json!({"limits": {"memory": m}}));
+        for (containers, init, vcpus, memory_mib) in [
+            (json!([c(json!({}))]), json!([]), 1, 128 + 64),
+            (json!([mem("256Mi"), mem("100M")]), json!([]), 1, 352 + 64),
+            (json!([mem("64Mi")]), json!([mem("512Mi")]), 1, 512 + 64),
+            (
+                json!([c(json!({"requests": {"memory": "1Gi"}}))]),
+                json!([]),
+                1,
+                1024 + 64,
+            ),
+            (
+                json!([c(json!({"limits": {"cpu": "1500m"}}))]),
+                json!([]),
+                2,
+                128 + 64,
+            ),
+            (
+                json!([c(json!({"limits": {"cpu": "64"}}))]),
+                json!([]),
+                4,
+                128 + 64,
+            ),
+            (json!([mem("900Gi")]), json!([]), 1, 8192),
+            (json!([mem("-1")]), json!([]), 1, 64),
+        ] {
+            let size = vm_size(&spec(containers.clone(), init), &config(), NODE);
+            assert_eq!(size, VmSize { vcpus, memory_mib }, "{containers}");
+        }
+    }
+
+    #[test]
+    fn qos_follows_upstream() {
+        for (resources, class) in [
+            (json!({}), "BestEffort"),
+            (json!({"requests": {"cpu": "0"}}), "BestEffort"),
+            (json!({"requests": {"cpu": "1"}}), "Burstable"),
+            (json!({"limits": {"cpu": "1"}}), "Burstable"),
+            (
+                json!({"limits": {"cpu": "1", "memory": "1Gi"}}),
+                "Guaranteed",
+            ),
+            (
+                json!({"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "500m"}}),
+                "Burstable",
+            ),
+        ] {
+            assert_eq!(
+                qos_class(&spec(json!([c(resources.clone())]), json!([]))),
+                class,
+                "{resources}"
+            );
+        }
+    }
+}

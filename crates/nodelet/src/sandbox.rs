@@ -1,0 +1,228 @@
+//! A pod as the runtime takes it.
+
+use std::collections::BTreeMap;
+
+use hypernetes_network::NetworkSpec;
+use hypernetes_runtime::{DnsConfig, HostAlias, SandboxConfig, SandboxMetadata};
+use hypernetes_types::{IdError, KernelName, kinds::KERNEL_ANNOTATION};
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::{
+    config::NodeletConfig,
+    resources::{self, Capacity},
+};
+
+/// A pod that cannot become a sandbox.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SandboxError {
+    #[error("the pod has no spec")]
+    NoSpec,
+    #[error("annotation {KERNEL_ANNOTATION}")]
+    Kernel(#[source] IdError),
+    #[error("spec.hostAliases: {0:?} is not an address")]
+    HostAlias(String),
+}
+
+/// What the runtime shall boot.
+pub(crate) fn config(
+    pod: &Pod,
+    attempt: u32,
+    network: &NetworkSpec,
+    node: &NodeletConfig,
+    capacity: Capacity,
+) -> Result<SandboxConfig, SandboxError> {
+    let spec = pod.spec.as_ref().ok_or(SandboxError::NoSpec)?;
+    let meta = &pod.metadata;
+    let name = meta.name.clone().unwrap_or_default();
+    let namespace = meta.namespace.clone().unwrap_or_default();
+    let uid = meta.uid.clone().unwrap_or_default();
+    let kernel = meta
+        .annotations
+        .as_ref()
+        .and_then(|map| map.get(KERNEL_ANNOTATION))
+        .map(|kernel| kernel.parse::<KernelName>().map_err(SandboxError::Kernel))
+        .transpose()?;
+    let mut hosts = Vec::new();
+    for alias in spec.host_aliases.iter().flatten() {
+        hosts.push(HostAlias {
+            address: alias
+                .ip
+                .parse()
+                .map_err(|_invalid| SandboxError::HostAlias(alias.ip.chars().take(64).collect()))?,
+            names: alias.hostnames.clone().unwrap_or_default(),
+        });
+    }
+    let sysctls = spec
+        .security_context
+        .iter()
+        .flat_map(|context| context.sysctls.iter().flatten())
+        .map(|sysctl| (sysctl.name.replace('/', "."), sysctl.value.clone()))
+        .collect();
+    let size = resources::vm_size(spec, node, capacity);
+    Ok(SandboxConfig {
+        hostname: hostname(pod),
+        network: Some(network.id.clone()),
+        requested_address: None,
+        kernel,
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
+        scratch_mib: node.scratch_mib,
+        dns: dns(pod, network, &node.cluster_domain),
+        hosts,
+        sysctls,
+        share_process_namespace: spec.share_process_namespace.unwrap_or(false),
+        log_directory: node.log_directory(&namespace, &name, &uid),
+        cgroup_parent: Some(format!("hypernetes/pod{uid}")),
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+        metadata: SandboxMetadata {
+            name,
+            namespace,
+            uid,
+            attempt,
+        },
+    })
+}
+
+/// `spec.hostname`, or the pod's name, shortened to what the kernel takes.
+pub(crate) fn hostname(pod: &Pod) -> String {
+    let wanted = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.hostname.as_deref())
+        .filter(|name| !name.is_empty())
+        .or(pod.metadata.name.as_deref())
+        .unwrap_or("pod");
+    let short: String = wanted.chars().take(63).collect();
+    short.trim_end_matches(['-', '.']).to_owned()
+}
+
+/// resolv.conf by `dnsPolicy` and `dnsConfig`. `Default` means the node's resolver, which pods
+/// reach through their network's own server; they only lose the cluster's search list.
+fn dns(pod: &Pod, network: &NetworkSpec, domain: &str) -> DnsConfig {
+    let Some(spec) = &pod.spec else {
+        return DnsConfig::default();
+    };
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+    let mut dns = match spec.dns_policy.as_deref() {
+        Some("None") => DnsConfig::default(),
+        Some("Default") => DnsConfig {
+            servers: vec![network.gateway.to_string()],
+            ..DnsConfig::default()
+        },
+        _ => DnsConfig {
+            servers: vec![network.gateway.to_string()],
+            searches: vec![
+                format!("{namespace}.svc.{domain}"),
+                format!("svc.{domain}"),
+                domain.to_owned(),
+            ],
+            options: vec!["ndots:5".to_owned()],
+        },
+    };
+    if let Some(extra) = &spec.dns_config {
+        dns.servers
+            .extend(extra.nameservers.iter().flatten().cloned());
+        dns.searches
+            .extend(extra.searches.iter().flatten().cloned());
+        for option in extra.options.iter().flatten() {
+            let Some(name) = &option.name else { continue };
+            let prefix = format!("{name}:");
+            dns.options
+                .retain(|old| old != name && !old.starts_with(&prefix));
+            dns.options.push(match &option.value {
+                Some(value) => format!("{name}:{value}"),
+                None => name.clone(),
+            });
+        }
+    }
+    dns
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn build(pod: Value) -> Result<SandboxConfig, SandboxError> {
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        let node = NodeletConfig::new(
+            "n",
+            "127.0.0.1".parse().unwrap(),
+            "/state".into(),
+            "10.42.0.0/16".parse().unwrap(),
+        );
+        let network = NetworkSpec {
+            id: "acme.default".parse().unwrap(),
+            cidr: "10.244.0.0/16".parse().unwrap(),
+            gateway: "10.244.0.1".parse().unwrap(),
+            egress: true,
+            mtu: 1500,
+            domain: "cluster.local".into(),
+        };
+        let capacity = Capacity {
+            cpus: 2,
+            memory_bytes: 1 << 33,
+            storage_bytes: 1 << 33,
+        };
+        config(&pod, 1, &network, &node, capacity)
+    }
+
+    fn pod(spec: Value) -> Value {
+        let mut spec = spec;
+        spec["containers"] = json!([{"name": "c"}]);
+        json!({"metadata": {"name": "web", "namespace": "acme", "uid": "u1"}, "spec": spec})
+    }
+
+    #[test]
+    fn a_plain_pod() {
+        let config = build(pod(json!({}))).unwrap();
+        assert_eq!(config.hostname, "web");
+        assert_eq!((config.vcpus, config.memory_mib), (1, 192));
+        assert_eq!(config.metadata.attempt, 1);
+        assert_eq!(
+            config.log_directory.to_str(),
+            Some("/state/logs/acme_web_u1")
+        );
+        assert_eq!(config.dns.servers, ["10.244.0.1"]);
+        assert_eq!(
+            config.dns.searches,
+            [
+                "acme.svc.cluster.local",
+                "svc.cluster.local",
+                "cluster.local"
+            ]
+        );
+        assert_eq!(config.kernel, None);
+    }
+
+    #[test]
+    fn dns_policies() {
+        let none = build(pod(json!({"dnsPolicy": "None",
+            "dnsConfig": {"nameservers": ["192.0.2.1"], "searches": ["x"]}})))
+        .unwrap();
+        assert_eq!(
+            (none.dns.servers, none.dns.searches),
+            (vec!["192.0.2.1".into()], vec!["x".into()])
+        );
+        let merged = build(pod(json!({
+            "dnsConfig": {"options": [{"name": "ndots", "value": "2"}, {"name": "edns0"}]}})))
+        .unwrap();
+        assert_eq!(merged.dns.options, ["ndots:2", "edns0"]);
+    }
+
+    #[test]
+    fn kernel_and_hosts_are_checked() {
+        let mut with_kernel = pod(json!({}));
+        with_kernel["metadata"]["annotations"] = json!({"hypernetes.io/kernel": "debian"});
+        assert_eq!(
+            build(with_kernel).unwrap().kernel,
+            Some("debian".parse().unwrap())
+        );
+        let bad = build(pod(
+            json!({"hostAliases": [{"ip": "x", "hostnames": ["y"]}]}),
+        ));
+        assert!(matches!(bad, Err(SandboxError::HostAlias(_))));
+    }
+}

@@ -1,0 +1,436 @@
+//! The long steps of a pod: each does one planned action to its end and says what came of it.
+
+use std::{sync::Arc, time::Duration};
+
+use hypernetes_network::NetworkDriver;
+use hypernetes_runtime::{ContainerState, PodRuntime, SandboxState, VolumeConfig, VolumeKind};
+use hypernetes_telemetry::chain;
+use hypernetes_types::{ContainerId, SandboxId};
+use k8s_openapi::api::core::v1::{Container, Pod};
+use kube::{
+    Api, Client,
+    api::{DeleteParams, Preconditions},
+};
+
+use crate::{
+    access::ImageAccess,
+    config::NodeletConfig,
+    container, env,
+    events::{Level, Recorder},
+    fields::PodFacts,
+    network::{self, Names},
+    pull,
+    resources::Capacity,
+    sandbox,
+    sources::Sources,
+    volumes,
+};
+
+/// What every pod's task works with.
+pub(crate) struct Node {
+    pub(crate) config: NodeletConfig,
+    pub(crate) host_ip: String,
+    pub(crate) capacity: Capacity,
+    pub(crate) client: Client,
+    pub(crate) runtime: Arc<dyn PodRuntime>,
+    pub(crate) networks: Arc<dyn NetworkDriver>,
+    pub(crate) sources: Sources,
+    pub(crate) access: ImageAccess,
+    pub(crate) events: Recorder,
+    pub(crate) names: Names,
+}
+
+/// What came of a step.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Nothing to remember.
+    Done,
+    /// The sandbox runs and its volumes are written.
+    SandboxUp {
+        sandbox: SandboxId,
+        volumes: Vec<VolumeConfig>,
+    },
+    /// There is no sandbox; try again later.
+    SandboxFailed,
+    /// The file volumes are up to date.
+    Refreshed(Vec<VolumeConfig>),
+    /// The container runs.
+    Started(String),
+    /// The container does not run; why.
+    Trouble {
+        container: String,
+        reason: &'static str,
+        message: String,
+    },
+    /// The containers were told to stop.
+    Stopped,
+}
+
+impl Node {
+    pub(crate) fn facts<'a>(&'a self, pod: &'a Pod, pod_ip: &'a str) -> PodFacts<'a> {
+        PodFacts {
+            pod,
+            node_name: &self.config.node_name,
+            host_ip: &self.host_ip,
+            pod_ip,
+            capacity: self.capacity,
+        }
+    }
+
+    /// Boots the pod's VM on its network and writes the volumes.
+    pub(crate) async fn run_sandbox(
+        &self,
+        pod: &Pod,
+        attempt: u32,
+        before: Vec<SandboxId>,
+    ) -> Outcome {
+        let warn = |reason, message| {
+            self.events.pod(pod, None, Level::Warning, reason, message);
+            Outcome::SandboxFailed
+        };
+        let failed = |message: String| {
+            warn(
+                "FailedCreatePodSandBox",
+                format!("Failed to create pod sandbox: {message}"),
+            )
+        };
+        // Before the VM boots: a ConfigMap that is not there should not cost a boot.
+        let Some(spec) = &pod.spec else {
+            return failed("the pod has no spec".to_owned());
+        };
+        let content = match volumes::build(&self.sources, &self.facts(pod, ""), spec).await {
+            Ok(content) => content,
+            Err(error) => return warn("FailedMount", error.to_string()),
+        };
+        let network = match network::lookup(&self.client, &self.config, pod).await {
+            Ok(network) => network,
+            Err(error) => return warn("NetworkNotReady", chain(&error).to_string()),
+        };
+        if let Err(error) = self.networks.ensure_network(&network).await {
+            return failed(chain(&error).to_string());
+        }
+        let config = match sandbox::config(pod, attempt, &network, &self.config, self.capacity) {
+            Ok(config) => config,
+            Err(error) => return failed(chain(&error).to_string()),
+        };
+        for old in before {
+            // Its address is free for the new one only when it is down.
+            if let Err(error) = self.runtime.stop_sandbox(&old).await {
+                return warn(
+                    "FailedKillPod",
+                    format!("error killing pod: {}", chain(&error)),
+                );
+            }
+        }
+        match self.runtime.run_sandbox(config).await {
+            Ok(sandbox) => match self.write_volumes(&sandbox, &content).await {
+                Ok(()) => Outcome::SandboxUp {
+                    sandbox,
+                    volumes: content,
+                },
+                Err(message) => warn("FailedMount", message),
+            },
+            Err(error) => failed(chain(&error).to_string()),
+        }
+    }
+
+    /// Writes all volumes into a sandbox without containers.
+    pub(crate) async fn fill_volumes(&self, pod: &Pod, sandbox: SandboxId) -> Outcome {
+        let Some(spec) = &pod.spec else {
+            return Outcome::SandboxFailed;
+        };
+        let filled = match volumes::build(&self.sources, &self.facts(pod, ""), spec).await {
+            Ok(content) => self
+                .write_volumes(&sandbox, &content)
+                .await
+                .map(|()| content),
+            Err(error) => Err(error.to_string()),
+        };
+        match filled {
+            Ok(volumes) => Outcome::SandboxUp { sandbox, volumes },
+            Err(message) => {
+                self.events
+                    .pod(pod, None, Level::Warning, "FailedMount", message);
+                Outcome::SandboxFailed
+            }
+        }
+    }
+
+    async fn write_volumes(
+        &self,
+        sandbox: &SandboxId,
+        volumes: &[VolumeConfig],
+    ) -> Result<(), String> {
+        for volume in volumes {
+            self.runtime
+                .write_volume(sandbox, volume.clone())
+                .await
+                .map_err(|error| {
+                    format!(
+                        "MountVolume.SetUp failed for volume \"{}\" : {}",
+                        volume.name,
+                        chain(&error)
+                    )
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Writes the file volumes whose content differs from `written`.
+    pub(crate) async fn refresh_volumes(
+        &self,
+        pod: &Pod,
+        sandbox: SandboxId,
+        written: Vec<VolumeConfig>,
+    ) -> Outcome {
+        let Some(spec) = &pod.spec else {
+            return Outcome::Done;
+        };
+        let content = match volumes::build(&self.sources, &self.facts(pod, ""), spec).await {
+            Ok(content) => content,
+            // The pod keeps what it has, as with a kubelet.
+            Err(error) => {
+                self.events
+                    .pod(pod, None, Level::Warning, "FailedMount", error.to_string());
+                return Outcome::Done;
+            }
+        };
+        let changed: Vec<_> = content
+            .iter()
+            .filter(|volume| matches!(volume.kind, VolumeKind::Files { .. }))
+            .filter(|volume| !written.contains(volume))
+            .cloned()
+            .collect();
+        match self.write_volumes(&sandbox, &changed).await {
+            Ok(()) => Outcome::Refreshed(content),
+            Err(message) => {
+                self.events
+                    .pod(pod, None, Level::Warning, "FailedMount", message);
+                Outcome::Done
+            }
+        }
+    }
+
+    /// Has the image, creates the container, starts it.
+    pub(crate) async fn run_container(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        sandbox: SandboxId,
+        attempt: u32,
+    ) -> Outcome {
+        let name = Some(container.name.as_str());
+        let trouble = |reason, message: String| {
+            self.events.pod(
+                pod,
+                name,
+                Level::Warning,
+                "Failed",
+                format!("Error: {message}"),
+            );
+            Outcome::Trouble {
+                container: container.name.clone(),
+                reason,
+                message,
+            }
+        };
+        let image = match pull::ensure(self, pod, container).await {
+            Ok(image) => image,
+            Err(none) => {
+                return Outcome::Trouble {
+                    container: container.name.clone(),
+                    reason: none.reason,
+                    message: none.message,
+                };
+            }
+        };
+        let pod_ip = self
+            .runtime
+            .sandbox(&sandbox)
+            .await
+            .and_then(|status| status.address)
+            .map(|address| address.to_string())
+            .unwrap_or_default();
+        let facts = self.facts(pod, &pod_ip);
+        let environment = match env::build(&self.sources, &facts, container).await {
+            Ok(environment) => environment,
+            Err(error) => return trouble("CreateContainerConfigError", chain(&error).to_string()),
+        };
+        let config =
+            match container::config(pod, container, attempt, image.id.to_string(), environment) {
+                Ok(config) => config,
+                Err(error) => {
+                    return trouble("CreateContainerConfigError", chain(&error).to_string());
+                }
+            };
+        let id = match self.runtime.create_container(&sandbox, config).await {
+            Ok(id) => id,
+            Err(error) => return trouble("CreateContainerError", chain(&error).to_string()),
+        };
+        let said = format!("Created container: {}", container.name);
+        self.events.pod(pod, name, Level::Normal, "Created", said);
+        match self.runtime.start_container(&id).await {
+            Ok(()) => {
+                let said = format!("Started container {}", container.name);
+                self.events.pod(pod, name, Level::Normal, "Started", said);
+                Outcome::Started(container.name.clone())
+            }
+            Err(error) => trouble("RunContainerError", chain(&error).to_string()),
+        }
+    }
+
+    /// Stops a container because its definition changed.
+    pub(crate) async fn kill_container(&self, pod: &Pod, name: &str, id: ContainerId) -> Outcome {
+        let said = format!("Container {name} definition changed, will be restarted");
+        self.events
+            .pod(pod, Some(name), Level::Normal, "Killing", said);
+        let grace = pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.termination_grace_period_seconds)
+            .and_then(|seconds| u64::try_from(seconds).ok())
+            .unwrap_or(30);
+        if let Err(error) = self
+            .runtime
+            .stop_container(&id, Duration::from_secs(grace))
+            .await
+        {
+            tracing::warn!(container = %id, error = %chain(&error), "cannot stop a container");
+        }
+        Outcome::Done
+    }
+
+    /// Stops all containers of the pod at once.
+    pub(crate) async fn stop_containers(
+        &self,
+        pod: &Pod,
+        running: Vec<(String, ContainerId)>,
+        grace: Duration,
+    ) -> Outcome {
+        let stops = running.into_iter().map(|(name, id)| async move {
+            let said = format!("Stopping container {name}");
+            self.events
+                .pod(pod, Some(&name), Level::Normal, "Killing", said);
+            if let Err(error) = self.runtime.stop_container(&id, grace).await {
+                tracing::warn!(container = %id, error = %chain(&error), "cannot stop a container");
+            }
+        });
+        futures::future::join_all(stops).await;
+        Outcome::Stopped
+    }
+
+    /// Powers the VM off.
+    pub(crate) async fn stop_sandbox(&self, pod: &Pod, id: SandboxId) -> Outcome {
+        match self.runtime.stop_sandbox(&id).await {
+            Ok(()) => Outcome::Done,
+            Err(error) => {
+                let said = format!("error killing pod: {}", chain(&error));
+                self.events
+                    .pod(pod, None, Level::Warning, "FailedKillPod", said);
+                Outcome::SandboxFailed
+            }
+        }
+    }
+
+    /// Forgets sandboxes; their logs go with the last one.
+    pub(crate) async fn remove_sandboxes(
+        &self,
+        pod: &Pod,
+        ids: Vec<SandboxId>,
+        all: bool,
+    ) -> Outcome {
+        for id in ids {
+            if let Err(error) = self.runtime.remove_sandbox(&id).await {
+                let said = format!("error killing pod: {}", chain(&error));
+                self.events
+                    .pod(pod, None, Level::Warning, "FailedKillPod", said);
+                return Outcome::SandboxFailed;
+            }
+        }
+        if all {
+            let meta = &pod.metadata;
+            let text = |value: &Option<String>| value.clone().unwrap_or_default();
+            let logs = self.config.log_directory(
+                &text(&meta.namespace),
+                &text(&meta.name),
+                &text(&meta.uid),
+            );
+            match tokio::fs::remove_dir_all(&logs).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %logs.display(), %error, "cannot remove a pod's logs");
+                }
+                _ => {}
+            }
+        }
+        Outcome::Done
+    }
+
+    /// Takes the pod out of the API: nothing of it is on this node any more.
+    pub(crate) async fn delete_object(&self, pod: &Pod) -> Outcome {
+        let namespace = pod.metadata.namespace.clone().unwrap_or_default();
+        let name = pod.metadata.name.clone().unwrap_or_default();
+        let params = DeleteParams {
+            grace_period_seconds: Some(0),
+            preconditions: Some(Preconditions {
+                uid: pod.metadata.uid.clone(),
+                resource_version: None,
+            }),
+            ..DeleteParams::default()
+        };
+        match Api::<Pod>::namespaced(self.client.clone(), &namespace)
+            .delete(&name, &params)
+            .await
+        {
+            Ok(_) => Outcome::Done,
+            // Gone, or a new pod of the same name.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Outcome::Done,
+            Err(error) => {
+                tracing::warn!(namespace, pod = name, error = %chain(&error), "cannot delete a pod's object");
+                Outcome::SandboxFailed
+            }
+        }
+    }
+
+    /// Removes a sandbox that no pod is behind.
+    pub(crate) async fn remove_orphan(&self, id: &SandboxId) {
+        if let Err(error) = self.runtime.remove_sandbox(id).await {
+            tracing::warn!(sandbox = %id, error = %chain(&error), "cannot remove a sandbox without a pod");
+        }
+    }
+
+    /// Sandboxes of a pod by attempt, with the containers of all of them.
+    pub(crate) async fn records(
+        &self,
+        uid: &str,
+    ) -> (
+        Vec<hypernetes_runtime::SandboxStatus>,
+        Vec<hypernetes_runtime::ContainerStatus>,
+    ) {
+        let mut sandboxes: Vec<_> = self
+            .runtime
+            .list_sandboxes()
+            .await
+            .into_iter()
+            .filter(|sandbox| sandbox.config.metadata.uid == uid)
+            .collect();
+        sandboxes.sort_by_key(|sandbox| sandbox.config.metadata.attempt);
+        let mut containers = Vec::new();
+        for sandbox in &sandboxes {
+            let dead = sandbox.state != SandboxState::Ready;
+            containers.extend(
+                self.runtime
+                    .list_containers(Some(&sandbox.id))
+                    .await
+                    .into_iter()
+                    .map(|mut record| {
+                        // Nothing runs in a VM that is not there.
+                        if dead && record.state == ContainerState::Running {
+                            record.state = ContainerState::Unknown;
+                        }
+                        record
+                    }),
+            );
+        }
+        (sandboxes, containers)
+    }
+}

@@ -1,0 +1,669 @@
+//! What this node does: the table of the pod fields that it honours.
+//!
+//! The table lists what is supported, not what is not, so that a field nobody has thought of is
+//! refused by its name and never silently dropped. A value that asks for nothing (`null`, `false`,
+//! an empty text, list or object) needs no support.
+
+use serde_json::Value;
+
+use crate::FieldError;
+
+/// What the node does with a field.
+#[derive(Debug, Clone, Copy)]
+enum Support {
+    /// Honours it and all that is in it.
+    Yes,
+    /// Has rules for what is in it.
+    Inside,
+    /// Honours these texts.
+    Only(&'static [&'static str]),
+    /// Does not honour it, for this reason or with this advice.
+    No(&'static str),
+    /// A rule of its own: what is wrong, if anything.
+    Rule(fn(&Value) -> Option<String>),
+}
+
+use Support::{Inside, No, Only, Rule, Yes};
+
+const NO_PROBES: &str = "probes are not supported by this node";
+const NO_PVC: &str = "persistent volumes are not supported by this node";
+
+/// Fields of `spec`. `[]` stands for every element of a list.
+const POD: &[(&str, Support)] = &[
+    ("activeDeadlineSeconds", Yes),
+    (
+        "affinity",
+        No("affinity rules are not supported; use nodeSelector"),
+    ),
+    (
+        "automountServiceAccountToken",
+        Rule(|value| {
+            (*value != Value::Bool(false)).then(|| {
+                "service account tokens are not mounted by this node: set it to false".to_owned()
+            })
+        }),
+    ),
+    ("containers", Inside),
+    ("dnsConfig", Inside),
+    ("dnsConfig.nameservers", Yes),
+    ("dnsConfig.options", Yes),
+    ("dnsConfig.searches", Yes),
+    ("dnsPolicy", Only(&["ClusterFirst", "Default", "None"])),
+    ("enableServiceLinks", Yes),
+    (
+        "ephemeralContainers",
+        No("ephemeral containers are not supported by this node"),
+    ),
+    ("hostAliases", Inside),
+    ("hostAliases[].hostnames", Yes),
+    ("hostAliases[].ip", Yes),
+    (
+        "hostIPC",
+        No("a pod has its own kernel and cannot join the node's namespaces"),
+    ),
+    (
+        "hostNetwork",
+        No("a pod has its own kernel and cannot join the node's namespaces"),
+    ),
+    (
+        "hostPID",
+        No("a pod has its own kernel and cannot join the node's namespaces"),
+    ),
+    ("hostUsers", No("a pod has its own kernel: leave it unset")),
+    ("hostname", Yes),
+    (
+        "hostnameOverride",
+        No("is not supported by this node; use hostname"),
+    ),
+    ("imagePullSecrets", Yes),
+    ("initContainers", Inside),
+    ("nodeName", Yes),
+    ("nodeSelector", Yes),
+    ("os", Inside),
+    ("os.name", Only(&["linux"])),
+    (
+        "overhead",
+        No("is not supported by this node: the VM's overhead is added by itself"),
+    ),
+    ("preemptionPolicy", Yes),
+    ("priority", Yes),
+    ("priorityClassName", Yes),
+    (
+        "readinessGates",
+        No("readiness gates are not supported by this node"),
+    ),
+    (
+        "resourceClaims",
+        No("dynamic resource allocation is not supported by this node"),
+    ),
+    (
+        "resources",
+        No("pod-level resources are not supported; set them on the containers"),
+    ),
+    ("restartPolicy", Only(&["Always", "OnFailure", "Never"])),
+    ("runtimeClassName", Only(&[crate::RUNTIME_CLASS])),
+    ("schedulerName", Only(&["default-scheduler"])),
+    ("schedulingGates", Yes),
+    ("schedulingGroup", No("pod groups are not supported")),
+    ("workloadRef", No("pod groups are not supported")),
+    ("securityContext", Inside),
+    ("securityContext.appArmorProfile", Inside),
+    (
+        "securityContext.appArmorProfile.type",
+        Only(&["Unconfined"]),
+    ),
+    ("securityContext.fsGroup", Yes),
+    ("securityContext.fsGroupChangePolicy", Yes),
+    ("securityContext.runAsGroup", Yes),
+    ("securityContext.runAsNonRoot", Yes),
+    ("securityContext.runAsUser", Yes),
+    ("securityContext.seccompProfile", Inside),
+    (
+        "securityContext.seccompProfile.type",
+        Only(&["RuntimeDefault", "Unconfined"]),
+    ),
+    (
+        "securityContext.seLinuxChangePolicy",
+        No("SELinux is not supported in guests"),
+    ),
+    (
+        "securityContext.seLinuxOptions",
+        No("SELinux is not supported in guests"),
+    ),
+    ("securityContext.supplementalGroups", Yes),
+    ("securityContext.supplementalGroupsPolicy", Only(&["Merge"])),
+    ("securityContext.sysctls", Rule(sysctls)),
+    ("securityContext.windowsOptions", No("guests are Linux")),
+    ("serviceAccount", Yes),
+    ("serviceAccountName", Yes),
+    ("setHostnameAsFQDN", No("is not supported by this node")),
+    ("shareProcessNamespace", Yes),
+    ("subdomain", Yes),
+    ("terminationGracePeriodSeconds", Yes),
+    ("tolerations", Yes),
+    (
+        "topologySpreadConstraints",
+        No("topology spread is not supported"),
+    ),
+    ("volumes", Inside),
+    ("volumes[].name", Yes),
+    ("volumes[].configMap", Yes),
+    ("volumes[].downwardAPI", Yes),
+    ("volumes[].emptyDir", Inside),
+    ("volumes[].emptyDir.medium", Only(&["Memory"])),
+    ("volumes[].emptyDir.sizeLimit", Yes),
+    ("volumes[].ephemeral", No(NO_PVC)),
+    (
+        "volumes[].hostPath",
+        No("the guest does not see the node's file system"),
+    ),
+    (
+        "volumes[].image",
+        No("image volumes are not supported by this node"),
+    ),
+    ("volumes[].persistentVolumeClaim", No(NO_PVC)),
+    (
+        "volumes[].projected",
+        No(
+            "projected volumes are not supported by this node; for a service account token, set \
+            spec.automountServiceAccountToken to false",
+        ),
+    ),
+    ("volumes[].secret", Yes),
+];
+
+/// Fields of a container, under `containers[]` and `initContainers[]`.
+const CONTAINER: &[(&str, Support)] = &[
+    ("args", Yes),
+    ("command", Yes),
+    ("env", Inside),
+    ("env[].name", Yes),
+    ("env[].value", Yes),
+    ("env[].valueFrom", Inside),
+    ("env[].valueFrom.configMapKeyRef", Yes),
+    ("env[].valueFrom.fieldRef", Inside),
+    ("env[].valueFrom.fieldRef.apiVersion", Only(&["v1"])),
+    ("env[].valueFrom.fieldRef.fieldPath", Rule(env_field)),
+    (
+        "env[].valueFrom.fileKeyRef",
+        No("variables from files are not supported by this node"),
+    ),
+    ("env[].valueFrom.resourceFieldRef", Yes),
+    ("env[].valueFrom.secretKeyRef", Yes),
+    ("envFrom", Yes),
+    ("image", Yes),
+    (
+        "imagePullPolicy",
+        Only(&["Always", "IfNotPresent", "Never"]),
+    ),
+    (
+        "lifecycle",
+        No("lifecycle hooks are not supported by this node"),
+    ),
+    ("livenessProbe", No(NO_PROBES)),
+    ("name", Yes),
+    ("ports", Inside),
+    ("ports[].containerPort", Yes),
+    ("ports[].hostIP", No("ports of the node are not supported")),
+    (
+        "ports[].hostPort",
+        No("ports of the node are not supported"),
+    ),
+    ("ports[].name", Yes),
+    ("ports[].protocol", Yes),
+    ("readinessProbe", No(NO_PROBES)),
+    ("resizePolicy", Yes),
+    ("resources", Inside),
+    (
+        "resources.claims",
+        No("dynamic resource allocation is not supported by this node"),
+    ),
+    ("resources.limits", Rule(resource_names)),
+    ("resources.requests", Rule(resource_names)),
+    (
+        "restartPolicy",
+        No(
+            "restartable init containers and container restart policies are not \
+                          supported by this node",
+        ),
+    ),
+    (
+        "restartPolicyRules",
+        No("container restart rules are not supported by this node"),
+    ),
+    ("securityContext", Inside),
+    ("securityContext.allowPrivilegeEscalation", Yes),
+    ("securityContext.appArmorProfile", Inside),
+    (
+        "securityContext.appArmorProfile.type",
+        Only(&["Unconfined"]),
+    ),
+    ("securityContext.capabilities", Yes),
+    ("securityContext.privileged", Yes),
+    ("securityContext.procMount", Only(&["Default"])),
+    ("securityContext.readOnlyRootFilesystem", Yes),
+    ("securityContext.runAsGroup", Yes),
+    ("securityContext.runAsNonRoot", Yes),
+    ("securityContext.runAsUser", Yes),
+    ("securityContext.seccompProfile", Inside),
+    (
+        "securityContext.seccompProfile.type",
+        Only(&["RuntimeDefault", "Unconfined"]),
+    ),
+    (
+        "securityContext.seLinuxOptions",
+        No("SELinux is not supported in guests"),
+    ),
+    ("securityContext.windowsOptions", No("guests are Linux")),
+    ("startupProbe", No(NO_PROBES)),
+    ("stdin", Yes),
+    ("stdinOnce", Yes),
+    // The file itself is not read; the default path asks for nothing that the pod can count on.
+    ("terminationMessagePath", Only(&["/dev/termination-log"])),
+    (
+        "terminationMessagePolicy",
+        Only(&["File", "FallbackToLogsOnError"]),
+    ),
+    ("tty", Yes),
+    ("volumeDevices", No(NO_PVC)),
+    ("volumeMounts", Inside),
+    ("volumeMounts[].mountPath", Yes),
+    ("volumeMounts[].mountPropagation", Only(&["None"])),
+    ("volumeMounts[].name", Yes),
+    ("volumeMounts[].readOnly", Yes),
+    ("volumeMounts[].recursiveReadOnly", Only(&["Disabled"])),
+    ("volumeMounts[].subPath", Yes),
+    (
+        "volumeMounts[].subPathExpr",
+        No("is not supported by this node; use subPath"),
+    ),
+    ("workingDir", Yes),
+];
+
+/// Every field of the pod that this node does not do.
+pub fn unsupported(pod: &Value) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    match pod.get("spec") {
+        Some(spec @ Value::Object(_)) => walk(spec, "", "spec", POD, &mut errors),
+        _ => errors.push(FieldError::new("spec", "must be an object")),
+    }
+    annotations(pod, &mut errors);
+    errors
+}
+
+/// Annotations that older clients used for fields.
+fn annotations(pod: &Value, errors: &mut Vec<FieldError>) {
+    let keys = pod["metadata"]["annotations"].as_object();
+    for key in keys.into_iter().flat_map(|map| map.keys()) {
+        if key.starts_with("container.apparmor.security.beta.kubernetes.io/") {
+            errors.push(FieldError::new(
+                format!("metadata.annotations[{key}]"),
+                "AppArmor is not supported in guests",
+            ));
+        }
+    }
+}
+
+fn asks_for_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+/// Checks the fields of an object. `rule` is the path in the table, `path` the one for people.
+fn walk(
+    object: &Value,
+    rule: &str,
+    path: &str,
+    table: &[(&str, Support)],
+    errors: &mut Vec<FieldError>,
+) {
+    let Some(fields) = object.as_object() else {
+        errors.push(FieldError::new(path, "must be an object"));
+        return;
+    };
+    for (name, value) in fields {
+        let rule = if rule.is_empty() {
+            name.clone()
+        } else {
+            format!("{rule}.{name}")
+        };
+        let path = format!("{path}.{name}");
+        let support = table
+            .iter()
+            .find(|(key, _)| *key == rule)
+            .map(|(_, support)| *support);
+        let detail = match support {
+            Some(Yes) => None,
+            Some(Rule(check)) => (!value.is_null()).then(|| check(value)).flatten(),
+            _ if asks_for_nothing(value) => None,
+            None => Some("is not known to this node".to_owned()),
+            Some(No(reason)) => Some(reason.to_owned()),
+            Some(Only(texts)) => {
+                (!value.as_str().is_some_and(|text| texts.contains(&text))).then(|| {
+                    format!(
+                        "{value} is not supported by this node; supported: {}",
+                        texts.join(", ")
+                    )
+                })
+            }
+            Some(Inside) => {
+                inside(value, &rule, &path, table, errors);
+                None
+            }
+        };
+        if let Some(detail) = detail {
+            errors.push(FieldError::new(path, detail));
+        }
+    }
+}
+
+fn inside(
+    value: &Value,
+    rule: &str,
+    path: &str,
+    table: &[(&str, Support)],
+    errors: &mut Vec<FieldError>,
+) {
+    let Some(list) = value.as_array() else {
+        walk(value, rule, path, table, errors);
+        return;
+    };
+    let is_container = matches!(rule, "containers" | "initContainers");
+    for (index, item) in list.iter().enumerate() {
+        let path = format!("{path}[{index}]");
+        if is_container {
+            walk(item, "", &path, CONTAINER, errors);
+        } else {
+            walk(item, &format!("{rule}[]"), &path, table, errors);
+        }
+    }
+}
+
+/// Sysctls that upstream calls safe: they are namespaced, and here they are the guest's own.
+const SAFE_SYSCTLS: [&str; 13] = [
+    "kernel.shm_rmid_forced",
+    "net.ipv4.ip_local_port_range",
+    "net.ipv4.ip_local_reserved_ports",
+    "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.ping_group_range",
+    "net.ipv4.tcp_syncookies",
+    "net.ipv4.tcp_fin_timeout",
+    "net.ipv4.tcp_keepalive_intvl",
+    "net.ipv4.tcp_keepalive_probes",
+    "net.ipv4.tcp_keepalive_time",
+    "net.ipv4.tcp_rmem",
+    "net.ipv4.tcp_wmem",
+    "net.ipv4.tcp_notsent_lowat",
+];
+
+fn sysctls(value: &Value) -> Option<String> {
+    for sysctl in value.as_array().into_iter().flatten() {
+        let name = sysctl["name"].as_str().unwrap_or_default();
+        if !SAFE_SYSCTLS.contains(&name.replace('/', ".").as_str()) {
+            return Some(format!("{name:?} is not one of the safe sysctls"));
+        }
+    }
+    None
+}
+
+fn resource_names(value: &Value) -> Option<String> {
+    value
+        .as_object()?
+        .keys()
+        .find(|name| !matches!(name.as_str(), "cpu" | "memory" | "ephemeral-storage"))
+        .map(|name| format!("{name} is not a resource of this node"))
+}
+
+/// Fields of a pod that a variable can be of.
+const ENV_FIELDS: [&str; 9] = [
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.uid",
+    "spec.nodeName",
+    "spec.serviceAccountName",
+    "status.hostIP",
+    "status.hostIPs",
+    "status.podIP",
+    "status.podIPs",
+];
+
+fn env_field(value: &Value) -> Option<String> {
+    let path = value.as_str().unwrap_or_default();
+    let keyed = ["metadata.labels['", "metadata.annotations['"]
+        .iter()
+        .any(|prefix| path.starts_with(prefix) && path.ends_with("']"));
+    (!keyed && !ENV_FIELDS.contains(&path))
+        .then(|| format!("{path:?} is not a field that a variable can take"))
+}
+
+#[cfg(test)]
+#[allow(clippy::needless_pass_by_value, reason = "json! makes values")]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn fields(spec: Value) -> Vec<String> {
+        unsupported(&json!({"spec": spec}))
+            .into_iter()
+            .map(|error| error.field)
+            .collect()
+    }
+
+    fn container(extra: Value) -> Value {
+        let mut container = json!({"name": "c", "image": "busybox"});
+        container
+            .as_object_mut()
+            .unwrap()
+            .extend(extra.as_object().unwrap().clone());
+        json!({"containers": [container]})
+    }
+
+    #[test]
+    fn what_the_server_defaults_is_supported() {
+        let spec = json!({
+            "containers": [{
+                "name": "c", "image": "busybox", "imagePullPolicy": "Always", "resources": {},
+                "terminationMessagePath": "/dev/termination-log",
+                "terminationMessagePolicy": "File", "env": null,
+                "ports": [{"containerPort": 80, "protocol": "TCP"}],
+                "securityContext": {"privileged": false, "procMount": "Default"},
+            }],
+            "dnsPolicy": "ClusterFirst", "enableServiceLinks": true, "hostNetwork": false,
+            "nodeName": "n", "preemptionPolicy": "PreemptLowerPriority", "priority": 0,
+            "restartPolicy": "Always", "schedulerName": "default-scheduler",
+            "securityContext": {}, "serviceAccount": "default", "serviceAccountName": "default",
+            "automountServiceAccountToken": false, "terminationGracePeriodSeconds": 30,
+            "runtimeClassName": "hypernetes",
+            "tolerations": [{"key": "node.kubernetes.io/not-ready", "operator": "Exists"}],
+            "volumes": [{"name": "v", "emptyDir": {}}, {"name": "w", "configMap": {"name": "m"}}],
+        });
+        assert_eq!(fields(spec), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_unsupported_field_of_a_pod_is_named() {
+        for (field, value) in [
+            ("affinity", json!({"nodeAffinity": {}})),
+            ("automountServiceAccountToken", json!(true)),
+            ("dnsPolicy", json!("ClusterFirstWithHostNet")),
+            ("ephemeralContainers", json!([{"name": "d"}])),
+            ("hostIPC", json!(true)),
+            ("hostNetwork", json!(true)),
+            ("hostPID", json!(true)),
+            ("hostUsers", json!(true)),
+            ("hostnameOverride", json!("x")),
+            ("os.name", json!("windows")),
+            ("overhead", json!({"cpu": "1"})),
+            ("readinessGates", json!([{"conditionType": "x"}])),
+            ("resourceClaims", json!([{"name": "x"}])),
+            ("resources", json!({"limits": {"cpu": "1"}})),
+            ("runtimeClassName", json!("runc")),
+            ("schedulerName", json!("mine")),
+            (
+                "securityContext.appArmorProfile.type",
+                json!("RuntimeDefault"),
+            ),
+            ("securityContext.seLinuxOptions", json!({"level": "x"})),
+            ("securityContext.seccompProfile.type", json!("Localhost")),
+            ("securityContext.supplementalGroupsPolicy", json!("Strict")),
+            (
+                "securityContext.sysctls",
+                json!([{"name": "kernel.msgmax", "value": "1"}]),
+            ),
+            (
+                "securityContext.windowsOptions",
+                json!({"hostProcess": true}),
+            ),
+            ("setHostnameAsFQDN", json!(true)),
+            ("topologySpreadConstraints", json!([{"maxSkew": 1}])),
+            ("someFutureField", json!(1)),
+        ] {
+            let mut spec = json!({"containers": [{"name": "c", "image": "i"}]});
+            let mut at = &mut spec;
+            for part in field.split('.') {
+                at = &mut at[part];
+            }
+            *at = value;
+            assert_eq!(fields(spec), [format!("spec.{field}")], "{field}");
+        }
+    }
+
+    #[test]
+    fn every_unsupported_volume_is_named() {
+        for source in [
+            "hostPath",
+            "persistentVolumeClaim",
+            "ephemeral",
+            "image",
+            "projected",
+            "nfs",
+            "csi",
+            "iscsi",
+            "fc",
+            "rbd",
+            "cephfs",
+            "gitRepo",
+            "cinder",
+            "someFutureVolume",
+        ] {
+            let mut volume = json!({"name": "v"});
+            volume[source] = json!({"x": 1});
+            let spec = json!({"containers": [], "volumes": [volume]});
+            assert_eq!(
+                fields(spec),
+                [format!("spec.volumes[0].{source}")],
+                "{source}"
+            );
+        }
+        let huge = json!({"containers": [],
+            "volumes": [{"name": "v", "emptyDir": {"medium": "HugePages"}}]});
+        assert_eq!(fields(huge), ["spec.volumes[0].emptyDir.medium"]);
+    }
+
+    #[test]
+    fn every_unsupported_field_of_a_container_is_named() {
+        for (field, extra) in [
+            (
+                "env[0].valueFrom.fileKeyRef",
+                json!({"env": [{"name": "A", "valueFrom": {"fileKeyRef": {"key": "k"}}}]}),
+            ),
+            (
+                "env[0].valueFrom.fieldRef.fieldPath",
+                json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec"}}}]}),
+            ),
+            (
+                "lifecycle",
+                json!({"lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}),
+            ),
+            (
+                "livenessProbe",
+                json!({"livenessProbe": {"periodSeconds": 1}}),
+            ),
+            (
+                "ports[0].hostPort",
+                json!({"ports": [{"containerPort": 1, "hostPort": 1}]}),
+            ),
+            (
+                "ports[0].hostIP",
+                json!({"ports": [{"containerPort": 1, "hostIP": "::"}]}),
+            ),
+            (
+                "readinessProbe",
+                json!({"readinessProbe": {"periodSeconds": 1}}),
+            ),
+            (
+                "resources.claims",
+                json!({"resources": {"claims": [{"name": "x"}]}}),
+            ),
+            (
+                "resources.limits",
+                json!({"resources": {"limits": {"hugepages-2Mi": "2Mi"}}}),
+            ),
+            (
+                "resources.requests",
+                json!({"resources": {"requests": {"nvidia.com/gpu": "1"}}}),
+            ),
+            ("restartPolicy", json!({"restartPolicy": "Always"})),
+            (
+                "securityContext.procMount",
+                json!({"securityContext": {"procMount": "Unmasked"}}),
+            ),
+            (
+                "securityContext.seLinuxOptions",
+                json!({"securityContext": {"seLinuxOptions": {"level": "x"}}}),
+            ),
+            (
+                "securityContext.seccompProfile.type",
+                json!({"securityContext": {"seccompProfile": {"type": "Localhost"}}}),
+            ),
+            (
+                "startupProbe",
+                json!({"startupProbe": {"periodSeconds": 1}}),
+            ),
+            (
+                "terminationMessagePath",
+                json!({"terminationMessagePath": "/tmp/x"}),
+            ),
+            ("volumeDevices", json!({"volumeDevices": [{"name": "v"}]})),
+            (
+                "volumeMounts[0].mountPropagation",
+                json!({"volumeMounts": [{"name": "v", "mountPropagation": "Bidirectional"}]}),
+            ),
+            (
+                "volumeMounts[0].recursiveReadOnly",
+                json!({"volumeMounts": [{"name": "v", "recursiveReadOnly": "Enabled"}]}),
+            ),
+            (
+                "volumeMounts[0].subPathExpr",
+                json!({"volumeMounts": [{"name": "v", "subPathExpr": "$(A)"}]}),
+            ),
+            ("someFutureField", json!({"someFutureField": [1]})),
+        ] {
+            assert_eq!(
+                fields(container(extra.clone())),
+                [format!("spec.containers[0].{field}")],
+                "{field}"
+            );
+            let mut init = json!({"containers": []});
+            init["initContainers"] = container(extra)["containers"].clone();
+            assert_eq!(
+                fields(init),
+                [format!("spec.initContainers[0].{field}")],
+                "{field}"
+            );
+        }
+    }
+
+    #[test]
+    fn shapes_that_are_wrong_are_refused_and_do_not_panic() {
+        assert_eq!(unsupported(&json!([]))[0].field, "spec");
+        assert_eq!(fields(json!({"containers": ["x"]})), ["spec.containers[0]"]);
+        assert_eq!(fields(json!({"os": 3})), ["spec.os"]);
+    }
+}

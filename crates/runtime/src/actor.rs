@@ -1,0 +1,455 @@
+//! The task that owns one sandbox.
+//!
+//! Everything that changes a sandbox or its containers happens here, one thing after the other:
+//! requests, words of the guest, the end of the VM. What others may see is published as a
+//! [`Snapshot`]. Long waits are not done here: whoever stops a container waits at the snapshot.
+//!
+//! Each step writes its intent first. A failed write means that the step is not done; for what the
+//! guest did by itself, which cannot be undone, it means that a restarted node learns it again.
+
+mod boot;
+mod containers;
+mod guest;
+mod release;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use hypernetes_agent_api::AgentClient;
+use hypernetes_types::{ContainerId, SandboxId};
+use hypernetes_vmm::{Vm, VmExit};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinSet,
+    time::Instant,
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::Instrument;
+
+use crate::{
+    api::{ContainerConfig, RuntimeEvent, VolumeConfig},
+    container,
+    error::RuntimeError,
+    link::{GuestEvent, Link},
+    logs::{fanout::Subscription, pump::Pump},
+    records::{ContainerRecord, SandboxRecord},
+    sandbox::{self, Phase},
+    shared::{Shared, Snapshot},
+    timing::{Stopwatch, Timing},
+};
+
+/// Requests that may wait for one sandbox.
+const QUEUE: usize = 64;
+
+pub(crate) use release::KILLED;
+
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, RuntimeError>>;
+
+/// What is asked of a sandbox's task.
+#[derive(Debug)]
+pub(crate) enum Request {
+    Stop(Reply<()>),
+    Remove(Reply<()>),
+    WriteVolume(Box<VolumeConfig>, Reply<()>),
+    Create(Box<ContainerConfig>, Reply<ContainerId>),
+    Start(ContainerId, Reply<()>),
+    Signal {
+        id: ContainerId,
+        signal: u32,
+        all: bool,
+        reply: Reply<()>,
+    },
+    RemoveContainer(ContainerId, Reply<()>),
+    Subscribe(ContainerId, Reply<Subscription>),
+}
+
+/// How others reach a sandbox's task. The task ends when the last handle is dropped.
+#[derive(Debug, Clone)]
+pub(crate) struct Handle {
+    pub(crate) id: SandboxId,
+    pub(crate) requests: mpsc::Sender<Request>,
+    pub(crate) snapshot: watch::Receiver<Arc<Snapshot>>,
+    /// Cancelled as soon as somebody wants the sandbox stopped: ends what waits for the guest.
+    stopping: CancellationToken,
+    _task: Arc<AbortOnDropHandle<()>>,
+}
+
+impl Handle {
+    /// Asks and waits for the answer. Dropped, what was asked is still done.
+    pub(crate) async fn ask<T>(
+        &self,
+        request: impl FnOnce(Reply<T>) -> Request,
+    ) -> Result<T, RuntimeError> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || RuntimeError::NotFound {
+            kind: "sandbox",
+            id: self.id.to_string(),
+        };
+        self.requests
+            .send(request(reply))
+            .await
+            .map_err(|_gone| gone())?;
+        answer.await.map_err(|_gone| gone())?
+    }
+
+    /// Stops the sandbox, ahead of whatever its task is waiting for.
+    pub(crate) async fn stop(&self) -> Result<(), RuntimeError> {
+        self.stopping.cancel();
+        self.ask(Request::Stop).await
+    }
+
+    /// Removes the sandbox, ahead of whatever its task is waiting for.
+    pub(crate) async fn remove(&self) -> Result<(), RuntimeError> {
+        self.stopping.cancel();
+        self.ask(Request::Remove).await
+    }
+}
+
+/// How a sandbox's task begins.
+pub(crate) enum Start {
+    /// With a VM to boot; the answer goes to whoever asked first.
+    Boot(Stopwatch, Reply<()>),
+    /// With a VM that survived a restart.
+    Adopted(Arc<dyn Vm>),
+    /// Without a VM.
+    Rest,
+}
+
+/// A container in memory.
+#[derive(Debug)]
+struct Member {
+    record: ContainerRecord,
+    pump: Option<Pump>,
+    /// Since when the guest is known to have it.
+    live_since: Instant,
+    /// Its end is known and waits for the last output.
+    ending: bool,
+}
+
+impl Member {
+    fn new(record: ContainerRecord) -> Self {
+        Self {
+            record,
+            pump: None,
+            live_since: Instant::now(),
+            ending: false,
+        }
+    }
+}
+
+/// What comes later than the word of the guest.
+#[derive(Debug)]
+enum Late {
+    Ended(ContainerId, guest::Ending),
+    Drained(ContainerId),
+}
+
+struct Actor {
+    shared: Arc<Shared>,
+    record: SandboxRecord,
+    members: BTreeMap<ContainerId, Member>,
+    vm: Option<Arc<dyn Vm>>,
+    link: Option<Link>,
+    /// Slots that the VM has disks in.
+    plugged: BTreeSet<u32>,
+    late: JoinSet<Late>,
+    requests: mpsc::Receiver<Request>,
+    published: watch::Sender<Arc<Snapshot>>,
+    stopping: CancellationToken,
+    timing: Timing,
+    /// Words about containers that do not exist, and other nonsense.
+    anomalies: u64,
+    gone: bool,
+}
+
+enum Wake {
+    Vm(VmExit),
+    Guest(Option<GuestEvent>),
+    Late(Late),
+    Request(Option<Request>),
+}
+
+/// Starts the task of a sandbox.
+pub(crate) fn spawn(
+    shared: &Arc<Shared>,
+    record: SandboxRecord,
+    containers: Vec<ContainerRecord>,
+    start: Start,
+) -> Handle {
+    let id = record.id.clone();
+    let (requests_tx, requests) = mpsc::channel(QUEUE);
+    let members: BTreeMap<_, _> = containers
+        .into_iter()
+        .map(|record| (record.id.clone(), Member::new(record)))
+        .collect();
+    for container in members.keys() {
+        shared.add_container(container, &id);
+    }
+    let timing = Timing::default();
+    let snapshot = Arc::new(snapshot(&record, &members, &timing, None, false));
+    let (published, snapshot) = watch::channel(snapshot);
+    let stopping = CancellationToken::new();
+    let span = tracing::info_span!("sandbox", sandbox = %id, pod = record.config.metadata.name, namespace = record.config.metadata.namespace);
+    let actor = Actor {
+        shared: Arc::clone(shared),
+        record,
+        members,
+        vm: None,
+        link: None,
+        plugged: BTreeSet::new(),
+        late: JoinSet::new(),
+        requests,
+        published,
+        stopping: stopping.clone(),
+        timing,
+        anomalies: 0,
+        gone: false,
+    };
+    let task = AbortOnDropHandle::new(tokio::spawn(actor.run(start).instrument(span)));
+    Handle {
+        id,
+        requests: requests_tx,
+        snapshot,
+        stopping,
+        _task: Arc::new(task),
+    }
+}
+
+fn snapshot(
+    record: &SandboxRecord,
+    members: &BTreeMap<ContainerId, Member>,
+    timing: &Timing,
+    link: Option<&Link>,
+    gone: bool,
+) -> Snapshot {
+    let containers = members
+        .iter()
+        .map(|(id, member)| (id.clone(), Arc::new(member.record.clone())))
+        .collect();
+    Snapshot {
+        record: record.clone(),
+        containers,
+        timing: timing.clone(),
+        link: link.map(|link| link.state.clone()),
+        gone,
+    }
+}
+
+impl Actor {
+    async fn run(mut self, start: Start) {
+        match start {
+            Start::Boot(asked, reply) => {
+                let result = self.start(asked).await;
+                // Whoever asked may have gone.
+                drop(reply.send(result));
+            }
+            Start::Adopted(vm) => self.adopted(vm).await,
+            Start::Rest => {}
+        }
+        while !self.gone {
+            match self.wake().await {
+                Wake::Vm(exit) => self.vm_exited(&exit).await,
+                Wake::Guest(Some(event)) => self.guest_event(event).await,
+                // The link ends when the VM has; the VM's end is heard of separately.
+                Wake::Guest(None) => self.link = None,
+                Wake::Late(Late::Ended(id, ending)) => self.container_ended(&id, ending).await,
+                Wake::Late(Late::Drained(id)) => self.container_drained(&id).await,
+                Wake::Request(Some(request)) => self.handle(request).await,
+                Wake::Request(None) => return,
+            }
+        }
+    }
+
+    async fn wake(&mut self) -> Wake {
+        let Self {
+            vm,
+            link,
+            late,
+            requests,
+            ..
+        } = self;
+        let vm_end = async {
+            match vm {
+                Some(vm) => vm.wait().await,
+                None => std::future::pending().await,
+            }
+        };
+        let guest = async {
+            match link {
+                Some(link) => link.events.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        let later = async {
+            loop {
+                match late.join_next().await {
+                    Some(Ok(late)) => return late,
+                    // Only a panic ends such a task without a result; the next event brings it up.
+                    Some(Err(_)) => {}
+                    None => std::future::pending().await,
+                }
+            }
+        };
+        tokio::select! {
+            exit = vm_end => Wake::Vm(exit),
+            event = guest => Wake::Guest(event),
+            late = later => Wake::Late(late),
+            request = requests.recv() => Wake::Request(request),
+        }
+    }
+
+    async fn handle(&mut self, request: Request) {
+        // A caller that has gone gets no answer; what it asked for is done all the same.
+        match request {
+            Request::Stop(reply) => drop(reply.send(self.stop().await)),
+            Request::Remove(reply) => drop(reply.send(self.remove().await)),
+            Request::WriteVolume(volume, reply) => {
+                drop(reply.send(self.write_volume(*volume).await));
+            }
+            Request::Create(config, reply) => {
+                drop(reply.send(Box::pin(self.create(*config)).await));
+            }
+            Request::Start(id, reply) => drop(reply.send(self.start_container(&id).await)),
+            Request::Signal {
+                id,
+                signal,
+                all,
+                reply,
+            } => {
+                drop(reply.send(self.signal(&id, signal, all).await));
+            }
+            Request::RemoveContainer(id, reply) => {
+                drop(reply.send(self.remove_container(&id).await));
+            }
+            Request::Subscribe(id, reply) => drop(reply.send(self.subscribe(&id))),
+        }
+    }
+
+    /// Shows the present state to everybody.
+    fn publish(&self) {
+        let link = self.link.as_ref();
+        let snapshot = snapshot(&self.record, &self.members, &self.timing, link, self.gone);
+        self.published.send_replace(Arc::new(snapshot));
+    }
+
+    fn publish_sandbox(&self) {
+        self.publish();
+        self.shared
+            .emit(RuntimeEvent::Sandbox(self.record.id.clone()));
+    }
+
+    fn publish_container(&self, id: &ContainerId) {
+        self.publish();
+        self.shared
+            .emit(RuntimeEvent::Container(self.record.id.clone(), id.clone()));
+    }
+
+    /// Moves the sandbox to its next phase in memory.
+    fn advance(&mut self, action: &'static str, event: sandbox::Event) -> Result<(), RuntimeError> {
+        let refused = |_refused| self.refused(action);
+        self.record.phase = self.record.phase.next(event).map_err(refused)?;
+        Ok(())
+    }
+
+    /// Stores the sandbox's record.
+    async fn save(&self) -> Result<(), RuntimeError> {
+        self.shared.records.put_sandbox(&self.record).await
+    }
+
+    fn refused(&self, action: &'static str) -> RuntimeError {
+        let state = match (&self.record.failure, self.record.phase) {
+            (Some(failure), _) => format!("not running: {}: {}", failure.reason, failure.message),
+            (None, phase) => format!("{phase:?}").to_lowercase(),
+        };
+        RuntimeError::State {
+            action,
+            kind: "sandbox",
+            id: self.record.id.to_string(),
+            state,
+        }
+    }
+
+    fn refused_container(
+        &self,
+        action: &'static str,
+        id: &ContainerId,
+        phase: container::Phase,
+    ) -> RuntimeError {
+        let state = format!("{phase:?}").to_lowercase();
+        RuntimeError::State {
+            action,
+            kind: "container",
+            id: id.to_string(),
+            state,
+        }
+    }
+
+    /// The VM, if the sandbox is up.
+    fn ready_vm(&self, action: &'static str) -> Result<Arc<dyn Vm>, RuntimeError> {
+        match (&self.vm, self.record.phase) {
+            (Some(vm), Phase::Ready) if !self.stopping.is_cancelled() => Ok(Arc::clone(vm)),
+            _ => Err(self.refused(action)),
+        }
+    }
+
+    /// The agent, waiting a moment for a session that is being renewed.
+    async fn client(&self, action: &'static str) -> Result<AgentClient, RuntimeError> {
+        let link = self.link.as_ref().ok_or_else(|| self.refused(action))?;
+        let mut state = link.state.clone();
+        let patience = self.shared.config.deadlines.readopt;
+        let connected = async {
+            let state = state.wait_for(|state| state.client.is_some()).await.ok()?;
+            state.client.clone()
+        };
+        tokio::select! {
+            () = self.stopping.cancelled() => Err(self.refused(action)),
+            client = tokio::time::timeout(patience, connected) => match client {
+                Ok(Some(client)) => Ok(client),
+                Ok(None) => Err(self.refused(action)),
+                Err(_late) => Err(crate::guest::silent(&self.record.id, action, patience)),
+            },
+        }
+    }
+
+    /// Waits for work in the VM, but not beyond the VM's end or somebody's wish to stop it.
+    async fn with_vm<T>(
+        &self,
+        action: &'static str,
+        vm: &Arc<dyn Vm>,
+        work: impl Future<Output = Result<T, RuntimeError>>,
+    ) -> Result<T, RuntimeError> {
+        tokio::select! {
+            result = work => result,
+            () = self.stopping.cancelled() => Err(self.refused(action)),
+            _ = vm.wait() => {
+                let message = "the VM has ended".to_owned();
+                Err(RuntimeError::Guest { sandbox: self.record.id.to_string(), action, message })
+            }
+        }
+    }
+
+    fn subscribe(&self, id: &ContainerId) -> Result<Subscription, RuntimeError> {
+        let member = self
+            .members
+            .get(id)
+            .ok_or_else(|| not_found("container", id))?;
+        let refused = || self.refused_container("attach", id, member.record.phase);
+        if member.record.phase != container::Phase::Running {
+            return Err(refused());
+        }
+        member
+            .pump
+            .as_ref()
+            .and_then(|pump| pump.fanout.subscribe())
+            .ok_or_else(refused)
+    }
+}
+
+pub(crate) fn not_found(kind: &'static str, id: impl std::fmt::Display) -> RuntimeError {
+    RuntimeError::NotFound {
+        kind,
+        id: id.to_string(),
+    }
+}

@@ -1,0 +1,309 @@
+//! From a stored intent to a ready sandbox.
+
+use std::{fs::File, sync::Arc};
+
+use hypernetes_agent_api::AgentClient;
+use hypernetes_network::Attachment;
+use hypernetes_vmm::{Disk, GuestKernel, NetDevice, Vm, VmExit, VmSpec};
+use tokio::time::{Instant, timeout_at};
+use tracing::{Instrument, info_span};
+
+use super::Actor;
+use crate::{
+    api::Failure,
+    backoff::Backoff,
+    error::RuntimeError,
+    guest::{clean, clean_console},
+    identity::{SCRATCH_SLOT, configure_request},
+    link::{self, Link},
+    sandbox,
+    scratch::blocking,
+    timing::Stopwatch,
+};
+
+/// How much of a guest's console goes into a message.
+pub(super) const CONSOLE_TAIL: usize = 2048;
+
+/// What a VM is launched with.
+struct Parts {
+    attachment: Option<Attachment>,
+    scratch: Option<File>,
+    kernel: GuestKernel,
+}
+
+impl Actor {
+    /// Boots the sandbox. On error what was made is undone, as far as that is possible.
+    pub(super) async fn start(&mut self, asked: Stopwatch) -> Result<(), RuntimeError> {
+        let begun = self.start_phases(asked).await;
+        let Err(error) = begun else {
+            self.timing.total = asked.elapsed();
+            tracing::info!(total = ?self.timing.total, phases = ?self.timing.phases, "sandbox is ready");
+            self.publish_sandbox();
+            return Ok(());
+        };
+        let mut message = hypernetes_telemetry::chain(&error).to_string();
+        if let (Some(vm), RuntimeError::GuestSilent { .. }) = (&self.vm, &error) {
+            let console = clean_console(&vm.console_tail(), CONSOLE_TAIL);
+            message = format!("{message}; console: {console}");
+        }
+        tracing::warn!(error = message, "cannot start the sandbox");
+        self.record.failure = Some(Failure {
+            reason: reason(&error).into(),
+            message,
+        });
+        // From here on the sandbox is being stopped; a failure to write that down is told by the
+        // first error already, and a restarted node undoes what is still marked as starting.
+        if self.advance("run", sandbox::Event::BootFailed).is_ok()
+            && let Err(undo) = self.undo_start().await
+        {
+            let undo = hypernetes_telemetry::chain(&undo).to_string();
+            tracing::error!(error = undo, "cannot undo the start of the sandbox");
+        }
+        self.publish_sandbox();
+        Err(error)
+    }
+
+    async fn start_phases(&mut self, asked: Stopwatch) -> Result<(), RuntimeError> {
+        self.record_intent()
+            .instrument(info_span!("request"))
+            .await?;
+        self.timing.phases.push(("request", asked.elapsed()));
+        self.publish_sandbox();
+
+        let stopping = self.stopping.clone();
+        tokio::select! {
+            result = self.bring_up() => result?,
+            () = stopping.cancelled() => return Err(self.refused("run")),
+        }
+        self.record.was_ready = true;
+        self.advance("run", sandbox::Event::Booted)?;
+        self.save().await
+    }
+
+    async fn record_intent(&mut self) -> Result<(), RuntimeError> {
+        let path = self.record.config.log_directory.clone();
+        let action = format!("make log directory {}", path.display());
+        let look = path.clone();
+        let absent = blocking(action.clone(), move || Ok(!look.try_exists()?)).await?;
+        // Written down before it is made, or a crash in between would leave it behind. Removing it
+        // spares what somebody else has put there meanwhile.
+        self.record.owns_log_directory = absent;
+        self.save().await?;
+        let checkpoints = self.shared.checkpoints(&self.record.id);
+        blocking(action, move || {
+            std::fs::create_dir_all(&path)?;
+            std::fs::create_dir_all(checkpoints)
+        })
+        .await
+    }
+
+    async fn bring_up(&mut self) -> Result<(), RuntimeError> {
+        let parts = self.prepare().await?;
+        let watch = Stopwatch::start();
+        let vm = self.launch(parts).instrument(info_span!("vmm")).await?;
+        self.timing.phases.push(("vmm", watch.elapsed()));
+
+        let watch = Stopwatch::start();
+        let client = self
+            .wait_for_agent(&vm)
+            .instrument(info_span!("boot"))
+            .await?;
+        self.timing.phases.push(("boot", watch.elapsed()));
+
+        let watch = Stopwatch::start();
+        let call = self.shared.config.deadlines.call;
+        let request = configure_request(&self.record.config, self.record.lease.as_ref())?;
+        client
+            .configure_sandbox(request, call)
+            .instrument(info_span!("configure"))
+            .await
+            .map_err(|error| {
+                crate::guest::error(&self.record.id, "configure the sandbox", &error)
+            })?;
+        self.record.kernel_release = Some(clean(&client.hello().kernel_release));
+        self.timing.phases.push(("configure", watch.elapsed()));
+        let deadlines = &self.shared.config.deadlines;
+        self.link = Some(Link::spawn(&self.record.id, vm, Some(client), deadlines));
+        Ok(())
+    }
+
+    /// Network, scratch disk and kernel, all at once.
+    async fn prepare(&mut self) -> Result<Parts, RuntimeError> {
+        let (id, config) = (self.record.id.clone(), self.record.config.clone());
+        let shared = Arc::clone(&self.shared);
+        let run_dir = shared.run_dir(&id);
+        let network = async {
+            let watch = Stopwatch::start();
+            let attachment = match &config.network {
+                Some(network) => Some(
+                    shared
+                        .config
+                        .network
+                        .attach(&id, network, config.requested_address)
+                        .await?,
+                ),
+                None => None,
+            };
+            Ok::<_, RuntimeError>((attachment, watch.elapsed()))
+        };
+        let scratch = async {
+            let watch = Stopwatch::start();
+            let file = match config.scratch_mib {
+                0 => None,
+                mib => Some(shared.scratch.create(&id, mib).await?),
+            };
+            blocking(format!("make {}", run_dir.display()), {
+                let run_dir = run_dir.clone();
+                move || {
+                    use std::os::unix::fs::DirBuilderExt;
+                    std::fs::DirBuilder::new()
+                        .recursive(true)
+                        .mode(0o700)
+                        .create(run_dir)
+                }
+            })
+            .await?;
+            Ok((file, watch.elapsed()))
+        };
+        let kernel = async {
+            let watch = Stopwatch::start();
+            let hyperstart = &shared.config.hyperstart;
+            let kernel = shared
+                .config
+                .kernels
+                .prepare(config.kernel.as_ref(), hyperstart)
+                .await?;
+            Ok((kernel, watch.elapsed()))
+        };
+        let ((attachment, network_time), (scratch, scratch_time), (kernel, kernel_time)) = tokio::try_join!(
+            network.instrument(info_span!("network")),
+            scratch.instrument(info_span!("scratch")),
+            kernel.instrument(info_span!("kernel")),
+        )?;
+        self.timing.phases.extend([
+            ("network", network_time),
+            ("scratch", scratch_time),
+            ("kernel", kernel_time),
+        ]);
+        Ok(Parts {
+            attachment,
+            scratch,
+            kernel,
+        })
+    }
+
+    async fn launch(&mut self, parts: Parts) -> Result<Arc<dyn Vm>, RuntimeError> {
+        let defaults = &self.shared.config.defaults;
+        let config = &self.record.config;
+        let or = |asked: u32, default: u32| if asked == 0 { default } else { asked };
+        let (net, lease) = match parts.attachment {
+            Some(attachment) => {
+                let mac = attachment.lease.mac.clone();
+                (
+                    Some(NetDevice {
+                        tap: attachment.tap,
+                        mac,
+                    }),
+                    Some(attachment.lease),
+                )
+            }
+            None => (None, None),
+        };
+        self.plugged = parts.scratch.iter().map(|_| SCRATCH_SLOT).collect();
+        let disks = parts.scratch.map(|file| Disk {
+            slot: SCRATCH_SLOT,
+            file,
+            read_only: false,
+        });
+        let cgroup = config.cgroup_parent.as_ref();
+        let spec = VmSpec {
+            sandbox: self.record.id.clone(),
+            kernel: parts.kernel,
+            vcpus: or(config.vcpus, defaults.vcpus),
+            memory_mib: or(config.memory_mib, defaults.memory_mib),
+            net,
+            disks: disks.into_iter().collect(),
+            run_dir: self.shared.run_dir(&self.record.id),
+            uid: self.record.uid,
+            cgroup: cgroup
+                .map(|parent| format!("{}/{}", parent.trim_end_matches('/'), self.record.id)),
+        };
+        let vm: Arc<dyn Vm> = Arc::from(self.shared.config.vmm.launch(spec).await?);
+        self.vm = Some(Arc::clone(&vm));
+        self.record.vm = Some(vm.record());
+        self.record.lease = lease;
+        self.save().await?;
+        Ok(vm)
+    }
+
+    async fn wait_for_agent(&self, vm: &Arc<dyn Vm>) -> Result<AgentClient, RuntimeError> {
+        let waited = self.shared.config.deadlines.boot;
+        let deadline = Instant::now() + waited;
+        let attempts = async {
+            let mut backoff = Backoff::new(
+                std::time::Duration::from_millis(20),
+                std::time::Duration::from_millis(500),
+            );
+            loop {
+                // The preamble repeats itself until the agent is there: one attempt is usually
+                // enough, however long the boot takes.
+                match link::connect(vm.as_ref(), waited).await {
+                    Ok(client) => return client,
+                    Err(error) => {
+                        let error = hypernetes_telemetry::chain(&error).to_string();
+                        tracing::debug!(error, "no session with the agent yet");
+                    }
+                }
+                backoff.wait().await;
+            }
+        };
+        let sandbox = self.record.id.to_string();
+        tokio::select! {
+            client = timeout_at(deadline, attempts) => {
+                client.map_err(|_late| crate::guest::silent(&self.record.id, "boot", waited))
+            }
+            exit = vm.wait() => {
+                let failure = failure(&exit, &vm.console_tail());
+                let message = format!("{}: {}", failure.reason, failure.message);
+                Err(RuntimeError::Guest { sandbox, action: "boot", message })
+            }
+        }
+    }
+}
+
+/// What is told of a VM that has ended by itself.
+pub(super) fn failure(exit: &VmExit, console: &str) -> Failure {
+    let tail = clean_console(console, CONSOLE_TAIL);
+    let (reason, message) = match exit {
+        VmExit::Shutdown => (
+            "GuestShutdown",
+            "the guest powered off by itself".to_owned(),
+        ),
+        VmExit::Panic { console_tail } => (
+            "KernelPanic",
+            crate::guest::clean_console_head(console_tail, CONSOLE_TAIL),
+        ),
+        VmExit::VmmDied { status } if tail.is_empty() => {
+            ("VmmDied", format!("the VMM ended: {}", clean(status)))
+        }
+        VmExit::VmmDied { status } => (
+            "VmmDied",
+            format!("the VMM ended: {}; console: {tail}", clean(status)),
+        ),
+    };
+    Failure {
+        reason: reason.into(),
+        message,
+    }
+}
+
+fn reason(error: &RuntimeError) -> &'static str {
+    match error {
+        RuntimeError::Network(_) => "NetworkFailed",
+        RuntimeError::Vmm(_) => "VmmFailed",
+        RuntimeError::GuestSilent { .. } => "BootTimeout",
+        RuntimeError::Guest { .. } => "BootFailed",
+        RuntimeError::Storage { .. } => "StorageFailed",
+        _ => "StartFailed",
+    }
+}

@@ -1,0 +1,603 @@
+//! Creating, starting, signalling and removing containers.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use hypernetes_agent_api::{AgentClient, defaults, v1};
+use hypernetes_image::{Image, ImageError};
+use hypernetes_types::{ContainerId, Digest};
+use hypernetes_vmm::{Disk, Vm};
+
+use super::{Actor, Member, not_found};
+use crate::{
+    api::{ContainerConfig, VolumeConfig, VolumeKind},
+    container::{Event, Phase},
+    error::RuntimeError,
+    guest::clean,
+    identity::SCRATCH_SLOT,
+    logs::{
+        beneath,
+        file::LogFile,
+        format::now_nanos,
+        pump::{Pump, PumpSpec},
+    },
+    process::{container_process, resources, signal_number},
+    records::{ContainerRecord, LayerSlot, StoredProcess},
+    sandbox,
+    scratch::blocking,
+};
+
+/// Slots of the SCSI bus that layers can have.
+const LAYER_SLOTS: std::ops::RangeInclusive<u32> = SCRATCH_SLOT + 1..=254;
+/// Containers of one sandbox.
+const MAX_CONTAINERS: usize = 256;
+/// What a volume may hold: it travels in one message.
+const MAX_VOLUME: usize = hypernetes_agent_api::MAX_MESSAGE_SIZE - 256 * 1024;
+
+fn invalid(field: &str, rule: impl Into<String>) -> RuntimeError {
+    RuntimeError::Invalid {
+        field: field.to_owned(),
+        rule: rule.into(),
+    }
+}
+
+impl Actor {
+    pub(super) async fn write_volume(&mut self, volume: VolumeConfig) -> Result<(), RuntimeError> {
+        let action = "write a volume";
+        let vm = self.ready_vm(action)?;
+        let request = volume_request(volume)?;
+        let client = self.client(action).await?;
+        let deadline = self.shared.config.deadlines.call;
+        let sandbox = self.record.id.clone();
+        self.with_vm(action, &vm, async {
+            let written = client.write_volume(request, deadline).await;
+            written
+                .map(drop)
+                .map_err(|error| crate::guest::error(&sandbox, action, &error))
+        })
+        .await
+    }
+
+    /// Creates a container, or finds the one of the same name and attempt.
+    pub(super) async fn create(
+        &mut self,
+        config: ContainerConfig,
+    ) -> Result<ContainerId, RuntimeError> {
+        let action = "create a container";
+        let vm = self.ready_vm(action)?;
+        let same = |record: &ContainerRecord| {
+            record.config.name == config.name && record.config.attempt == config.attempt
+        };
+        if let Some(record) = self
+            .members
+            .values()
+            .map(|member| &member.record)
+            .find(|record| same(record))
+        {
+            let (id, phase) = (record.id.clone(), record.phase);
+            match phase {
+                Phase::Created | Phase::Starting | Phase::Running | Phase::Exited => return Ok(id),
+                Phase::Removing => return Err(self.refused_container("create", &id, phase)),
+                // Left behind by an attempt that failed.
+                Phase::Creating => self.undo_create(&id).await,
+            }
+            if self.members.contains_key(&id) {
+                return Err(self.refused_container("create", &id, phase));
+            }
+        }
+        if self.members.len() >= MAX_CONTAINERS {
+            return Err(invalid(
+                "containers",
+                format!("must be at most {MAX_CONTAINERS} per sandbox"),
+            ));
+        }
+        let images = &self.shared.config.images;
+        let image = images.get(&config.image).await?;
+        let files = images.open_layers(&image).await?;
+        let diff_ids = image.layers.iter().map(|layer| layer.diff_id.clone());
+        let layers: Vec<_> = diff_ids.zip(files).collect();
+        if layers.len() != image.layers.len() {
+            return Err(ImageError::NotFound(config.image.clone()).into());
+        }
+        let (record, request, layers) = self.plan(config, &image, layers)?;
+        let id = record.id.clone();
+        self.shared.records.put_container(&record).await?;
+        self.members.insert(id.clone(), Member::new(record));
+        self.shared.add_container(&id, &self.record.id);
+        if let Err(error) = Box::pin(self.prepare_container(&id, &vm, request, layers)).await {
+            self.undo_create(&id).await;
+            return Err(error);
+        }
+        self.publish_container(&id);
+        Ok(id)
+    }
+
+    /// What will be done, without doing any of it.
+    #[allow(
+        clippy::type_complexity,
+        reason = "a name for this triple would say no more"
+    )]
+    fn plan(
+        &self,
+        config: ContainerConfig,
+        image: &Image,
+        layers: Vec<(Digest, File)>,
+    ) -> Result<
+        (
+            ContainerRecord,
+            v1::CreateContainerRequest,
+            BTreeMap<u32, File>,
+        ),
+        RuntimeError,
+    > {
+        if !beneath::is_plain(&config.log_path) {
+            return Err(invalid(
+                "log_path",
+                "must be relative and made of plain names",
+            ));
+        }
+        let mut others = self.members.values().map(|member| &member.record.config);
+        if others.any(|other| other.log_path == config.log_path) {
+            let rule = "must not be another container's of the sandbox";
+            return Err(invalid("log_path", rule));
+        }
+        let process = container_process(&image.config, &config, &self.record.config.hostname)?;
+        let stop_signal = match image.config.stop_signal.as_str() {
+            "" => 15,
+            text => signal_number(text).unwrap_or(15),
+        };
+        let (layers, files) = self.plan_layers(layers)?;
+        let user = process.user.clone().unwrap_or_default();
+        let mut record =
+            ContainerRecord::new(ContainerId::random(), self.record.id.clone(), config);
+        record.image_id = image.id.to_string();
+        record.image_ref = image_ref(image);
+        record.stop_signal = stop_signal;
+        record.layers = layers;
+        record.created_unix_nanos = now_nanos();
+        record.process = StoredProcess {
+            env: process.env.clone(),
+            cwd: process.cwd.clone(),
+            username: user.username,
+        };
+        let request = create_request(&record, process)?;
+        Ok((record, request, files))
+    }
+
+    /// Gives every layer a slot: the one that it has already, or a free one.
+    #[allow(
+        clippy::type_complexity,
+        reason = "a name for this pair would say no more"
+    )]
+    fn plan_layers(
+        &self,
+        layers: Vec<(Digest, File)>,
+    ) -> Result<(Vec<LayerSlot>, BTreeMap<u32, File>), RuntimeError> {
+        let known: BTreeMap<&Digest, u32> = self
+            .members
+            .values()
+            .flat_map(|member| &member.record.layers)
+            .map(|layer| (&layer.diff_id, layer.slot))
+            .collect();
+        // A slot that is plugged and in no record is on its way out.
+        let mut taken: BTreeSet<u32> = known
+            .values()
+            .copied()
+            .chain(self.plugged.iter().copied())
+            .collect();
+        let (mut slots, mut files) = (Vec::new(), BTreeMap::new());
+        // From the top: of a layer that is there twice only the upper one can be seen.
+        for (diff_id, file) in layers.into_iter().rev() {
+            if slots
+                .iter()
+                .any(|layer: &LayerSlot| layer.diff_id == diff_id)
+            {
+                continue;
+            }
+            let slot = match known.get(&diff_id) {
+                Some(slot) => *slot,
+                None => LAYER_SLOTS
+                    .clone()
+                    .find(|slot| !taken.contains(slot))
+                    .ok_or_else(|| {
+                        let rule = format!("a sandbox can have {} in all", LAYER_SLOTS.count());
+                        invalid("image layers", rule)
+                    })?,
+            };
+            taken.insert(slot);
+            if !self.plugged.contains(&slot) {
+                files.insert(slot, file);
+            }
+            slots.push(LayerSlot { diff_id, slot });
+        }
+        slots.reverse();
+        Ok((slots, files))
+    }
+
+    async fn prepare_container(
+        &mut self,
+        id: &ContainerId,
+        vm: &Arc<dyn Vm>,
+        request: v1::CreateContainerRequest,
+        layers: BTreeMap<u32, File>,
+    ) -> Result<(), RuntimeError> {
+        let action = "create a container";
+        for (slot, file) in layers {
+            // Noted before it is done: if it is cut short, the disk may be there.
+            self.plugged.insert(slot);
+            let plug = async {
+                Ok(vm
+                    .plug_disk(Disk {
+                        slot,
+                        file,
+                        read_only: true,
+                    })
+                    .await?)
+            };
+            self.with_vm(action, vm, plug).await?;
+        }
+        let log = self.open_log(id, LogFile::create).await?;
+        let client = self.client(action).await?;
+        let deadline = self.shared.config.deadlines.call;
+        let sandbox = self.record.id.clone();
+        let created = self
+            .with_vm(action, vm, async {
+                let created = Box::pin(client.create_container(request, deadline)).await;
+                created.map_err(|error| crate::guest::error(&sandbox, action, &error))
+            })
+            .await?;
+        let Some(member) = self.members.get_mut(id) else {
+            return Err(not_found("container", id));
+        };
+        let uid = created.user.map(|user| user.uid);
+        if member.record.config.security.run_as_non_root && uid.is_none_or(|uid| uid == 0) {
+            return Err(invalid("run_as_non_root", "the image's user is root"));
+        }
+        let was = member.record.phase;
+        // A list that the guest made before this moment may not have it.
+        member.live_since = tokio::time::Instant::now();
+        member.record.phase = was.next(Event::Prepared).unwrap_or(was);
+        let record = member.record.clone();
+        if let Err(error) = self.shared.records.put_container(&record).await {
+            // In memory too it is not created yet, so that it is undone.
+            if let Some(member) = self.members.get_mut(id) {
+                member.record.phase = was;
+            }
+            return Err(error);
+        }
+        self.start_pump(id, Some(log));
+        Ok(())
+    }
+
+    /// Takes back a creation, as far as the guest lets us. What is left is found by the next
+    /// session, or goes with the sandbox.
+    pub(super) async fn undo_create(&mut self, id: &ContainerId) {
+        let undone = async {
+            self.forget_in_guest(id).await?;
+            self.remove_log(id).await?;
+            let member = self.members.remove(id);
+            if let Err(error) = self.unplug_unused().await {
+                self.members
+                    .extend(member.map(|member| (id.clone(), member)));
+                return Err(error);
+            }
+            self.shared.records.delete_container(id).await
+        };
+        match undone.await {
+            Ok(()) => {
+                self.members.remove(id);
+                self.shared.forget_container(id);
+            }
+            Err(error) => {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                tracing::warn!(container = %id, error, "cannot undo the creation of a container yet");
+            }
+        }
+    }
+
+    /// Makes the guest forget a container, if there is a guest.
+    async fn forget_in_guest(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        let action = "remove a container";
+        let Some(vm) = self.vm.clone().filter(|vm| vm.exit().is_none()) else {
+            return Ok(());
+        };
+        if self.record.phase != sandbox::Phase::Ready {
+            return Ok(());
+        }
+        let client = self.client(action).await?;
+        let deadline = self.shared.config.deadlines.call;
+        let request = v1::RemoveContainerRequest { id: id.to_string() };
+        self.with_vm(action, &vm, async {
+            match client.remove_container(request, deadline).await {
+                Err(error) if error.code() != Some(tonic::Code::NotFound) => {
+                    Err(crate::guest::error(&self.record.id, action, &error))
+                }
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+
+    /// Unplugs disks that no container has.
+    pub(super) async fn unplug_unused(&mut self) -> Result<(), RuntimeError> {
+        let Some(vm) = self.vm.clone().filter(|vm| vm.exit().is_none()) else {
+            return Ok(());
+        };
+        let used: BTreeSet<u32> = self
+            .members
+            .values()
+            .flat_map(|member| member.record.layers.iter().map(|layer| layer.slot))
+            .chain([SCRATCH_SLOT])
+            .collect();
+        let unused: Vec<u32> = self.plugged.difference(&used).copied().collect();
+        for slot in unused {
+            let unplug = async { Ok(vm.unplug_disk(slot).await?) };
+            self.with_vm("unplug a disk", &vm, unplug).await?;
+            self.plugged.remove(&slot);
+        }
+        Ok(())
+    }
+
+    pub(super) fn checkpoint(&self, id: &ContainerId) -> PathBuf {
+        self.shared.checkpoints(&self.record.id).join(id.as_str())
+    }
+
+    /// Opens a container's log, as new or where its last whole line ends.
+    pub(super) async fn open_log(
+        &self,
+        id: &ContainerId,
+        open: fn(&Path, &Path, PathBuf) -> std::io::Result<LogFile>,
+    ) -> Result<LogFile, RuntimeError> {
+        let member = self
+            .members
+            .get(id)
+            .ok_or_else(|| not_found("container", id))?;
+        let root = self.record.config.log_directory.clone();
+        let path = member.record.config.log_path.clone();
+        let checkpoint = self.checkpoint(id);
+        let action = format!("open log {}", root.join(&path).display());
+        blocking(action, move || open(&root, &path, checkpoint)).await
+    }
+
+    pub(super) fn start_pump(&mut self, id: &ContainerId, log: Option<LogFile>) {
+        let checkpoint = self.checkpoint(id);
+        let (Some(member), Some(link)) = (self.members.get_mut(id), &self.link) else {
+            return;
+        };
+        member.pump = Some(Pump::spawn(PumpSpec {
+            container: id.clone(),
+            log_root: self.record.config.log_directory.clone(),
+            log_path: member.record.config.log_path.clone(),
+            checkpoint,
+            log,
+            link: link.state.clone(),
+            deadline: self.shared.config.deadlines.call,
+        }));
+    }
+
+    pub(super) async fn start_container(&mut self, id: &ContainerId) -> Result<(), RuntimeError> {
+        let action = "start a container";
+        let phase = self
+            .members
+            .get(id)
+            .ok_or_else(|| not_found("container", id))?
+            .record
+            .phase;
+        if phase == Phase::Running {
+            return Ok(());
+        }
+        let next = phase.next(Event::StartAsked);
+        let next = next.map_err(|_refused| self.refused_container("start", id, phase))?;
+        let vm = self.ready_vm(action)?;
+        let client = self.client(action).await?;
+        let Some(member) = self.members.get_mut(id) else {
+            return Err(not_found("container", id));
+        };
+        let mut intent = member.record.clone();
+        intent.phase = next;
+        self.shared.records.put_container(&intent).await?;
+        member.record = intent;
+        let deadline = self.shared.config.deadlines.call;
+        let request = v1::StartContainerRequest { id: id.to_string() };
+        let sandbox = self.record.id.clone();
+        let started = self
+            .with_vm(action, &vm, async {
+                match client.start_container(request, deadline).await {
+                    Ok(_) => Ok(()),
+                    // An earlier attempt came through, its answer did not.
+                    Err(error) if error.code() == Some(tonic::Code::FailedPrecondition) => {
+                        listed_as_started(&client, id, deadline)
+                            .await
+                            .ok_or_else(|| crate::guest::error(&sandbox, action, &error))
+                    }
+                    Err(error) => Err(crate::guest::error(&sandbox, action, &error)),
+                }
+            })
+            .await;
+        started?;
+        self.container_runs(id).await;
+        Ok(())
+    }
+
+    pub(super) async fn signal(
+        &mut self,
+        id: &ContainerId,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), RuntimeError> {
+        let action = "signal a container";
+        let Some(member) = self.members.get(id) else {
+            return Ok(());
+        };
+        match member.record.phase {
+            Phase::Starting | Phase::Running | Phase::Created => {}
+            Phase::Creating | Phase::Exited | Phase::Removing => return Ok(()),
+        }
+        let vm = self.ready_vm(action)?;
+        let client = self.client(action).await?;
+        let deadline = self.shared.config.deadlines.call;
+        let request = v1::SignalRequest {
+            id: id.to_string(),
+            signal,
+            all,
+        };
+        let sandbox = self.record.id.clone();
+        self.with_vm(action, &vm, async {
+            match client.signal(request, deadline).await {
+                Err(error) if error.code() != Some(tonic::Code::NotFound) => {
+                    Err(crate::guest::error(&sandbox, action, &error))
+                }
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+
+    pub(super) async fn remove_container(&mut self, id: &ContainerId) -> Result<(), RuntimeError> {
+        let Some(member) = self.members.get_mut(id) else {
+            return Ok(());
+        };
+        if member.record.phase != Phase::Removing {
+            let mut intent = member.record.clone();
+            if let Ok(phase) = intent.phase.next(Event::RemoveAsked) {
+                intent.phase = phase;
+            }
+            self.shared.records.put_container(&intent).await?;
+            member.record = intent;
+            self.publish();
+        }
+        self.forget_in_guest(id).await?;
+        self.remove_log(id).await?;
+        // Its slots are free only when no other container has them.
+        let Some(member) = self.members.remove(id) else {
+            return Ok(());
+        };
+        let unplugged = self.unplug_unused().await;
+        let deleted = match unplugged {
+            Ok(()) => self.shared.records.delete_container(id).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = deleted {
+            self.members.insert(id.clone(), member);
+            return Err(error);
+        }
+        self.shared.forget_container(id);
+        self.publish_container(id);
+        Ok(())
+    }
+}
+
+async fn listed_as_started(
+    client: &AgentClient,
+    id: &ContainerId,
+    deadline: std::time::Duration,
+) -> Option<()> {
+    let list = client
+        .list_containers(v1::ListContainersRequest {}, deadline)
+        .await
+        .ok()?;
+    let state = list
+        .containers
+        .iter()
+        .find(|state| state.id == id.as_str())?;
+    matches!(
+        state.phase(),
+        v1::ContainerPhase::Running | v1::ContainerPhase::Exited
+    )
+    .then_some(())
+}
+
+/// `repository@digest` if the image has such a name, else its id.
+fn image_ref(image: &Image) -> String {
+    image
+        .digests
+        .first()
+        .map_or_else(|| image.id.to_string(), ToString::to_string)
+}
+
+fn create_request(
+    record: &ContainerRecord,
+    process: v1::Process,
+) -> Result<v1::CreateContainerRequest, RuntimeError> {
+    let config = &record.config;
+    let paths = |paths: &[&str]| -> Vec<String> {
+        match config.security.privileged {
+            true => Vec::new(),
+            false => paths.iter().map(|&path| path.to_owned()).collect(),
+        }
+    };
+    let mut mounts = Vec::with_capacity(config.mounts.len());
+    for mount in &config.mounts {
+        if !mount.destination.starts_with('/') || mount.destination.contains('\0') {
+            return Err(invalid(
+                "mounts",
+                format!(
+                    "destination {:?} must be absolute",
+                    clean(&mount.destination)
+                ),
+            ));
+        }
+        mounts.push(v1::Mount {
+            destination: mount.destination.clone(),
+            source: Some(v1::mount::Source::Volume(mount.volume.clone())),
+            sub_path: mount.sub_path.clone(),
+            readonly: mount.readonly,
+        });
+    }
+    Ok(v1::CreateContainerRequest {
+        id: record.id.to_string(),
+        name: config.name.clone(),
+        layer_slots: record.layers.iter().map(|layer| layer.slot).collect(),
+        process: Some(process),
+        mounts,
+        readonly_rootfs: config.security.readonly_rootfs,
+        resources: Some(resources(&config.resources)),
+        privileged: config.security.privileged,
+        masked_paths: paths(defaults::MASKED_PATHS),
+        readonly_paths: paths(defaults::READONLY_PATHS),
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        output_buffer: 0,
+    })
+}
+
+fn volume_request(volume: VolumeConfig) -> Result<v1::WriteVolumeRequest, RuntimeError> {
+    let kind = match volume.kind {
+        VolumeKind::EmptyDir { memory, size_limit } => {
+            v1::volume::Kind::EmptyDir(v1::EmptyDir { memory, size_limit })
+        }
+        VolumeKind::Files { files } => {
+            let size: usize = files
+                .iter()
+                .map(|(path, file)| path.len() + file.content.len() + 16)
+                .sum();
+            if size > MAX_VOLUME {
+                return Err(invalid(
+                    "volume",
+                    format!("must hold at most {MAX_VOLUME} bytes"),
+                ));
+            }
+            let file = |(path, file): (String, crate::api::VolumeFile)| v1::File {
+                path,
+                content: file.content.to_vec(),
+                mode: file.mode,
+            };
+            v1::volume::Kind::Files(v1::FilesVolume {
+                files: files.into_iter().map(file).collect(),
+                default_mode: 0o644,
+                gid: volume.gid,
+            })
+        }
+    };
+    Ok(v1::WriteVolumeRequest {
+        volume: Some(v1::Volume {
+            name: volume.name,
+            kind: Some(kind),
+        }),
+        gid: volume.gid,
+    })
+}

@@ -1,0 +1,260 @@
+//! What makes a VM a particular pod: the message that configures it.
+
+use std::{fmt::Write, net::IpAddr};
+
+use hypernetes_agent_api::v1;
+use hypernetes_network::Lease;
+
+use crate::{api::SandboxConfig, error::RuntimeError, logs::format::now_nanos, records::storage};
+
+/// SCSI slot of the scratch disk.
+pub(crate) const SCRATCH_SLOT: u32 = 1;
+const MAX_ENTRIES: usize = 64;
+
+fn invalid(field: &str, rule: &str) -> RuntimeError {
+    RuntimeError::Invalid {
+        field: field.to_owned(),
+        rule: rule.to_owned(),
+    }
+}
+
+fn is_host_name(text: &str) -> bool {
+    (1..=253).contains(&text.len())
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
+}
+
+/// Refuses what cannot become a pod, before anything is done.
+pub(crate) fn check(config: &SandboxConfig) -> Result<(), RuntimeError> {
+    let host_name_rule = "must be made of letters, digits, '-', '_' and '.'";
+    if !is_host_name(&config.hostname) || config.hostname.len() > 64 {
+        return Err(invalid(
+            "hostname",
+            "must be 1 to 64 letters, digits, '-', '_' and '.'",
+        ));
+    }
+    if config.vcpus > 64 {
+        return Err(invalid("vcpus", "must be at most 64"));
+    }
+    if config.memory_mib != 0 && config.memory_mib < 64 {
+        return Err(invalid("memory_mib", "must be at least 64"));
+    }
+    crate::scratch::ScratchDisks::check(config.scratch_mib)?;
+    if !config.log_directory.is_absolute() {
+        return Err(invalid("log_directory", "must be absolute"));
+    }
+    let dns = &config.dns;
+    if dns.servers.len() + dns.searches.len() + dns.options.len() + config.hosts.len()
+        > MAX_ENTRIES * 4
+    {
+        return Err(invalid("dns", "must have fewer entries"));
+    }
+    if !dns
+        .servers
+        .iter()
+        .all(|server| server.parse::<IpAddr>().is_ok())
+    {
+        return Err(invalid("dns.servers", "must be IP addresses"));
+    }
+    // A line break here would be a line of the tenant's own choice in resolv.conf.
+    if !dns.searches.iter().all(|search| is_host_name(search)) {
+        return Err(invalid("dns.searches", host_name_rule));
+    }
+    let word = |text: &String| !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+    if !dns.options.iter().all(word) {
+        return Err(invalid("dns.options", "must be words"));
+    }
+    for alias in &config.hosts {
+        if alias.names.is_empty() || !alias.names.iter().all(|name| is_host_name(name)) {
+            return Err(invalid("hosts", host_name_rule));
+        }
+    }
+    for name in config.sysctls.keys() {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/');
+        if name.is_empty() || !name.bytes().all(plain) || name.contains("..") {
+            return Err(invalid("sysctls", "must be names of kernel parameters"));
+        }
+    }
+    Ok(())
+}
+
+/// The configuration message for a sandbox with this lease.
+pub(crate) fn configure_request(
+    config: &SandboxConfig,
+    lease: Option<&Lease>,
+) -> Result<v1::ConfigureSandboxRequest, RuntimeError> {
+    let mut seed = vec![0; 32];
+    // Requests of up to 256 bytes are answered whole or not at all (getrandom(2)).
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| storage("get random bytes", std::io::Error::from(error)))?;
+    Ok(v1::ConfigureSandboxRequest {
+        hostname: config.hostname.clone(),
+        unix_nanos: now_nanos(),
+        seed,
+        interfaces: lease.map(interface).into_iter().collect(),
+        sysctls: config.sysctls.clone().into_iter().collect(),
+        scratch_slot: if config.scratch_mib == 0 {
+            0
+        } else {
+            SCRATCH_SLOT
+        },
+        shm_size: 0,
+        share_process_namespace: config.share_process_namespace,
+        files: vec![
+            file("/etc/hosts", hosts(config, lease)),
+            file("/etc/resolv.conf", resolv_conf(config, lease)),
+            file("/etc/hostname", format!("{}\n", config.hostname)),
+        ],
+    })
+}
+
+fn file(path: &str, content: String) -> v1::File {
+    v1::File {
+        path: path.to_owned(),
+        content: content.into_bytes(),
+        mode: 0o644,
+    }
+}
+
+fn interface(lease: &Lease) -> v1::Interface {
+    // Point to point: no neighbour is on link but the gateway.
+    let (bits, everywhere) = if lease.address.is_ipv4() {
+        (32, "0.0.0.0/0")
+    } else {
+        (128, "::/0")
+    };
+    let gateway = lease.gateway.to_string();
+    v1::Interface {
+        mac: lease.mac.clone(),
+        name: "eth0".into(),
+        addresses: vec![format!("{}/{bits}", lease.address)],
+        routes: vec![
+            v1::Route {
+                destination: format!("{gateway}/{bits}"),
+                gateway: String::new(),
+            },
+            v1::Route {
+                destination: everywhere.into(),
+                gateway,
+            },
+        ],
+        mtu: lease.mtu,
+    }
+}
+
+fn hosts(config: &SandboxConfig, lease: Option<&Lease>) -> String {
+    let mut text = String::from(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n\
+         fe00::0\tip6-localnet\nff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
+    );
+    let own = lease.map_or_else(|| "127.0.1.1".to_owned(), |lease| lease.address.to_string());
+    let mut line = |address: &str, names: &str| {
+        writeln!(text, "{address}\t{names}").expect("writing to a string cannot fail");
+    };
+    line(&own, &config.hostname);
+    for alias in &config.hosts {
+        line(&alias.address.to_string(), &alias.names.join(" "));
+    }
+    text
+}
+
+fn resolv_conf(config: &SandboxConfig, lease: Option<&Lease>) -> String {
+    let dns = &config.dns;
+    let mut servers = dns.servers.clone();
+    let mut searches = dns.searches.clone();
+    if let Some(lease) = lease {
+        if servers.is_empty() {
+            servers = lease.dns.iter().map(ToString::to_string).collect();
+        }
+        if searches.is_empty() {
+            searches.clone_from(&lease.search);
+        }
+    }
+    let mut text = String::new();
+    let mut line = |key: &str, values: &[String]| {
+        if !values.is_empty() {
+            writeln!(text, "{key} {}", values.join(" ")).expect("writing to a string cannot fail");
+        }
+    };
+    line("search", &searches);
+    for server in servers {
+        line("nameserver", &[server]);
+    }
+    line("options", &dns.options);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        api::HostAlias,
+        testing::{lease, sandbox_config},
+    };
+
+    #[test]
+    fn files_say_who_the_pod_is() {
+        let mut config = sandbox_config("web");
+        let alias = HostAlias {
+            address: [10, 0, 0, 9].into(),
+            names: vec!["db".into(), "db.local".into()],
+        };
+        config.hosts.push(alias);
+        config.dns.options.push("ndots:5".into());
+        let lease = lease();
+        let request = configure_request(&config, Some(&lease)).unwrap();
+        let text = |index: usize| String::from_utf8(request.files[index].content.clone()).unwrap();
+        assert!(
+            text(0).contains("\n10.1.0.5\tweb\n10.0.0.9\tdb db.local\n"),
+            "{}",
+            text(0)
+        );
+        assert_eq!(
+            text(1),
+            "search cluster.local\nnameserver 10.1.0.1\noptions ndots:5\n"
+        );
+        assert_eq!(text(2), "web\n");
+        let interface = &request.interfaces[0];
+        assert_eq!(interface.addresses, ["10.1.0.5/32"]);
+        assert_eq!(interface.routes[0].destination, "10.1.0.1/32");
+        assert_eq!(interface.routes[1].gateway, "10.1.0.1");
+        assert_eq!(request.seed.len(), 32);
+        assert_ne!(request.seed, configure_request(&config, None).unwrap().seed);
+    }
+
+    #[test]
+    fn lines_cannot_be_smuggled_in() {
+        type Break = fn(&mut SandboxConfig);
+        let cases: [(&str, Break); 7] = [
+            ("hostname", |c| c.hostname = "a\nb".into()),
+            ("dns.searches", |c| {
+                c.dns.searches = vec!["x\nnameserver 6.6.6.6".into()];
+            }),
+            ("dns.servers", |c| {
+                c.dns.servers = vec!["1.1.1.1 2.2.2.2".into()];
+            }),
+            ("dns.options", |c| c.dns.options = vec!["a b".into()]),
+            ("hosts", |c| {
+                c.hosts = vec![HostAlias {
+                    address: [1, 1, 1, 1].into(),
+                    names: vec!["a\nb".into()],
+                }];
+            }),
+            ("sysctls", |c| {
+                drop(c.sysctls.insert("../../x".into(), "1".into()));
+            }),
+            ("log_directory", |c| c.log_directory = "relative".into()),
+        ];
+        for (name, change) in cases {
+            let mut config = sandbox_config("a");
+            check(&config).unwrap();
+            change(&mut config);
+            let error = check(&config).unwrap_err();
+            assert!(
+                matches!(&error, RuntimeError::Invalid { field, .. } if field == name),
+                "{error:?}"
+            );
+        }
+    }
+}

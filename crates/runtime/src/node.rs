@@ -1,0 +1,488 @@
+//! The runtime of a node: finds sandboxes, starts their tasks, and answers callers.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use hypernetes_agent_api::{AgentClient, v1};
+use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use tokio::{
+    sync::{broadcast, oneshot},
+    time::timeout,
+};
+
+use crate::{
+    actor::{self, Handle, Request, Start, not_found},
+    api::{
+        Connection, ContainerConfig, ContainerStatus, ExecConfig, PodRuntime, PullProgress,
+        RuntimeEvent, SandboxConfig, SandboxStatus, Session, VolumeConfig,
+    },
+    config::RuntimeConfig,
+    container,
+    error::RuntimeError,
+    identity,
+    logs::format::now_nanos,
+    process::exec_process,
+    records::SandboxRecord,
+    recovery::RecoveryReport,
+    sandbox,
+    sessions::{self, AttachInput, Place},
+    shared::{Shared, Snapshot},
+    timing::{Stopwatch, Timing},
+};
+
+/// [`PodRuntime`] on VMs.
+///
+/// Dropping it stops looking after the sandboxes and leaves their VMs running: the next
+/// [`NodeRuntime::open`] on the same state adopts them.
+#[derive(Debug)]
+pub struct NodeRuntime {
+    shared: Arc<Shared>,
+    sandboxes: Mutex<HashMap<SandboxId, Handle>>,
+    report: RecoveryReport,
+}
+
+impl Drop for NodeRuntime {
+    fn drop(&mut self) {
+        self.shared.closing.cancel();
+    }
+}
+
+impl NodeRuntime {
+    /// Opens the runtime and recovers what an earlier one left: adopts the VMs that run, finishes
+    /// or undoes what was half done, and clears away what belongs to nobody.
+    ///
+    /// # Errors
+    /// If records cannot be read or the network cannot be recovered. A single sandbox that cannot
+    /// be recovered is no error: it is shown as failed.
+    pub async fn open(config: RuntimeConfig) -> Result<Self, RuntimeError> {
+        let shared = Arc::new(Shared::new(config));
+        let (sandboxes, report) = crate::recovery::recover(&shared).await?;
+        tracing::info!(?report, "the runtime is open");
+        Ok(Self {
+            shared,
+            sandboxes: Mutex::new(sandboxes),
+            report,
+        })
+    }
+
+    /// What the recovery at the start found and did.
+    pub fn recovery_report(&self) -> &RecoveryReport {
+        &self.report
+    }
+
+    /// How long the phases of a sandbox's start took; empty for an adopted one.
+    pub fn timing(&self, id: &SandboxId) -> Option<Timing> {
+        Some(self.handle(id).ok()?.snapshot.borrow().timing.clone())
+    }
+
+    /// Images that containers on this node are made of: they must not be removed.
+    pub fn images_in_use(&self) -> HashSet<Digest> {
+        let mut ids = HashSet::new();
+        for handle in self.handles() {
+            let snapshot = handle.snapshot.borrow();
+            ids.extend(
+                snapshot
+                    .containers
+                    .values()
+                    .filter_map(|record| record.image_id.parse().ok()),
+            );
+        }
+        ids
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SandboxId, Handle>> {
+        self.sandboxes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handles(&self) -> Vec<Handle> {
+        self.lock().values().cloned().collect()
+    }
+
+    fn handle(&self, id: &SandboxId) -> Result<Handle, RuntimeError> {
+        self.lock()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| not_found("sandbox", id))
+    }
+
+    fn handle_of(&self, container: &ContainerId) -> Result<Handle, RuntimeError> {
+        let sandbox = self
+            .shared
+            .sandbox_of(container)
+            .ok_or_else(|| not_found("container", container))?;
+        self.handle(&sandbox)
+            .map_err(|_gone| not_found("container", container))
+    }
+
+    /// The sandbox with this uid and attempt, made if there is none. The receiver is there for the
+    /// one that was made.
+    fn find_or_spawn(
+        &self,
+        config: &SandboxConfig,
+    ) -> Result<(Handle, Option<Boot>), RuntimeError> {
+        let asked = Stopwatch::start();
+        let wanted = &config.metadata;
+        let mut sandboxes = self.lock();
+        let found = sandboxes.values().find(|handle| {
+            let snapshot = handle.snapshot.borrow();
+            let metadata = &snapshot.record.config.metadata;
+            !snapshot.gone && metadata.uid == wanted.uid && metadata.attempt == wanted.attempt
+        });
+        if let Some(handle) = found {
+            return Ok((handle.clone(), None));
+        }
+        let uid = self.shared.take_uid()?;
+        let record = SandboxRecord::new(SandboxId::random(), config.clone(), uid, now_nanos());
+        let (reply, booted) = oneshot::channel();
+        let handle = actor::spawn(&self.shared, record, Vec::new(), Start::Boot(asked, reply));
+        sandboxes.insert(handle.id.clone(), handle.clone());
+        Ok((handle, Some(booted)))
+    }
+
+    fn forget(&self, id: &SandboxId) {
+        self.lock().remove(id);
+    }
+
+    fn deadline(&self) -> Duration {
+        self.shared.config.deadlines.call
+    }
+
+    /// The agent of a sandbox that is up, waiting a moment for a session that is being renewed.
+    async fn client(
+        &self,
+        handle: &Handle,
+        action: &'static str,
+    ) -> Result<AgentClient, RuntimeError> {
+        let snapshot = handle.snapshot.borrow().clone();
+        let refused = || RuntimeError::State {
+            action,
+            kind: "sandbox",
+            id: handle.id.to_string(),
+            state: format!("{:?}", snapshot.record.phase).to_lowercase(),
+        };
+        let mut link = snapshot.link.clone().ok_or_else(refused)?;
+        let patience = self.shared.config.deadlines.readopt;
+        let client = match timeout(patience, link.wait_for(|link| link.client.is_some())).await {
+            Ok(Ok(link)) => link.client.clone(),
+            Ok(Err(_ended)) => None,
+            Err(_late) => return Err(crate::guest::silent(&handle.id, action, patience)),
+        };
+        client.ok_or_else(refused)
+    }
+
+    /// Waits until a container has ended, or its sandbox with it.
+    async fn ended(handle: &Handle, id: &ContainerId) {
+        let mut snapshot = handle.snapshot.clone();
+        let ended = |snapshot: &Arc<Snapshot>| {
+            snapshot.gone
+                || snapshot
+                    .containers
+                    .get(id)
+                    .is_none_or(|record| !record.phase.is_live())
+        };
+        // An error is the end of the sandbox's task, and so of everything in it.
+        drop(snapshot.wait_for(ended).await);
+    }
+}
+
+type Boot = oneshot::Receiver<Result<(), RuntimeError>>;
+
+#[async_trait]
+impl PodRuntime for NodeRuntime {
+    async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError> {
+        identity::check(&config)?;
+        loop {
+            let (handle, boot) = self.find_or_spawn(&config)?;
+            if let Some(boot) = boot {
+                let gone = |_gone| not_found("sandbox", &handle.id);
+                return boot.await.map_err(gone)?.map(|()| handle.id.clone());
+            }
+            let mut watch = handle.snapshot.clone();
+            let settled =
+                watch.wait_for(|snapshot| snapshot.record.phase != sandbox::Phase::Starting);
+            let Ok(snapshot) = settled.await.map(|snapshot| snapshot.clone()) else {
+                return Err(not_found("sandbox", &handle.id));
+            };
+            if snapshot.record.phase == sandbox::Phase::Ready {
+                return Ok(handle.id.clone());
+            }
+            if snapshot.record.was_ready
+                || !matches!(
+                    snapshot.record.phase,
+                    sandbox::Phase::Stopping | sandbox::Phase::Stopped
+                )
+            {
+                let failure = snapshot.record.failure.as_ref();
+                let state = failure.map_or_else(
+                    || format!("{:?}", snapshot.record.phase).to_lowercase(),
+                    |failure| format!("not running: {}: {}", failure.reason, failure.message),
+                );
+                let id = handle.id.to_string();
+                return Err(RuntimeError::State {
+                    action: "run",
+                    kind: "sandbox",
+                    id,
+                    state,
+                });
+            }
+            // An earlier attempt never came up: nothing is lost by clearing it away.
+            drop(snapshot);
+            self.remove_sandbox(&handle.id).await?;
+        }
+    }
+
+    async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        match self.handle(id) {
+            Ok(handle) => handle.stop().await,
+            Err(_unknown) => Ok(()),
+        }
+    }
+
+    async fn remove_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        let Ok(handle) = self.handle(id) else {
+            return Ok(());
+        };
+        match handle.remove().await {
+            // Somebody else's removal came first.
+            Ok(()) | Err(RuntimeError::NotFound { .. }) => {
+                self.forget(id);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn sandbox(&self, id: &SandboxId) -> Option<SandboxStatus> {
+        let handle = self.handle(id).ok()?;
+        let snapshot = handle.snapshot.borrow();
+        (!snapshot.gone).then(|| snapshot.status())
+    }
+
+    async fn list_sandboxes(&self) -> Vec<SandboxStatus> {
+        let handles = self.handles();
+        let snapshots = handles
+            .iter()
+            .map(|handle| handle.snapshot.borrow().clone());
+        snapshots
+            .filter(|snapshot| !snapshot.gone)
+            .map(|snapshot| snapshot.status())
+            .collect()
+    }
+
+    async fn write_volume(&self, id: &SandboxId, volume: VolumeConfig) -> Result<(), RuntimeError> {
+        let handle = self.handle(id)?;
+        handle
+            .ask(|reply| Request::WriteVolume(Box::new(volume), reply))
+            .await
+    }
+
+    async fn create_container(
+        &self,
+        sandbox: &SandboxId,
+        config: ContainerConfig,
+    ) -> Result<ContainerId, RuntimeError> {
+        let handle = self.handle(sandbox)?;
+        handle
+            .ask(|reply| Request::Create(Box::new(config), reply))
+            .await
+    }
+
+    async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        let handle = self.handle_of(id)?;
+        handle.ask(|reply| Request::Start(id.clone(), reply)).await
+    }
+
+    async fn stop_container(&self, id: &ContainerId, grace: Duration) -> Result<(), RuntimeError> {
+        let Ok(handle) = self.handle_of(id) else {
+            return Ok(());
+        };
+        let record = handle.snapshot.borrow().containers.get(id).cloned();
+        let Some(record) = record else { return Ok(()) };
+        if !matches!(
+            record.phase,
+            container::Phase::Starting | container::Phase::Running
+        ) {
+            return Ok(());
+        }
+        let signal = |signal, all| {
+            handle.ask(move |reply| Request::Signal {
+                id: id.clone(),
+                signal,
+                all,
+                reply,
+            })
+        };
+        if !grace.is_zero() {
+            let polite = async {
+                signal(record.stop_signal, false).await?;
+                Self::ended(&handle, id).await;
+                Ok::<_, RuntimeError>(())
+            };
+            match timeout(grace, polite).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => {
+                    let error = hypernetes_telemetry::chain(&error).to_string();
+                    tracing::warn!(container = %id, error, "cannot ask a container to end");
+                }
+                Err(_late) => {}
+            }
+        }
+        let waited = self.shared.config.deadlines.kill;
+        let kill = async {
+            signal(9, true).await?;
+            Self::ended(&handle, id).await;
+            Ok(())
+        };
+        timeout(waited, kill).await.unwrap_or_else(|_late| {
+            Err(crate::guest::silent(&handle.id, "end a container", waited))
+        })
+    }
+
+    async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        let Ok(handle) = self.handle_of(id) else {
+            return Ok(());
+        };
+        handle
+            .ask(|reply| Request::RemoveContainer(id.clone(), reply))
+            .await
+    }
+
+    async fn container(&self, id: &ContainerId) -> Option<ContainerStatus> {
+        let handle = self.handle_of(id).ok()?;
+        let snapshot = handle.snapshot.borrow();
+        snapshot.container(id, self.shared.config.deadlines.silent)
+    }
+
+    async fn list_containers(&self, sandbox: Option<&SandboxId>) -> Vec<ContainerStatus> {
+        let silent = self.shared.config.deadlines.silent;
+        let handles = match sandbox {
+            Some(sandbox) => self.handle(sandbox).into_iter().collect(),
+            None => self.handles(),
+        };
+        let mut containers = Vec::new();
+        for handle in handles {
+            let snapshot = handle.snapshot.borrow();
+            let ids = snapshot.containers.keys();
+            containers.extend(ids.filter_map(|id| snapshot.container(id, silent)));
+        }
+        containers
+    }
+
+    fn events(&self) -> broadcast::Receiver<RuntimeEvent> {
+        self.shared.events.subscribe()
+    }
+
+    async fn exec(&self, id: &ContainerId, config: ExecConfig) -> Result<Session, RuntimeError> {
+        let action = "run a process";
+        let handle = self.handle_of(id)?;
+        let record = handle.snapshot.borrow().containers.get(id).cloned();
+        let record = record.ok_or_else(|| not_found("container", id))?;
+        if record.phase != container::Phase::Running {
+            let state = format!("{:?}", record.phase).to_lowercase();
+            return Err(RuntimeError::State {
+                action,
+                kind: "container",
+                id: id.to_string(),
+                state,
+            });
+        }
+        let start = v1::ExecStart {
+            container_id: id.to_string(),
+            process: Some(exec_process(&record, &config)?),
+            stdin: config.stdin,
+        };
+        let client = self.client(&handle, action).await?;
+        let place = Place {
+            sandbox: handle.id.clone(),
+            client,
+            deadline: self.deadline(),
+        };
+        sessions::exec(&self.shared, place, start, config.tty).await
+    }
+
+    async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
+        let handle = self.handle_of(id)?;
+        let client = self.client(&handle, "attach").await?;
+        let subscription = handle
+            .ask(|reply| Request::Subscribe(id.clone(), reply))
+            .await?;
+        let record = handle.snapshot.borrow().containers.get(id).cloned();
+        let record = record.ok_or_else(|| not_found("container", id))?;
+        let input = AttachInput {
+            stdin: stdin && record.config.stdin,
+            stdin_once: record.config.stdin_once,
+            tty: record.config.tty,
+        };
+        let place = Place {
+            sandbox: handle.id.clone(),
+            client,
+            deadline: self.deadline(),
+        };
+        // Not the handle: a session must not keep the sandbox's task alive.
+        let (snapshot, container) = (handle.snapshot.clone(), id.clone());
+        let ended = async move {
+            let mut snapshot = snapshot;
+            let code = |snapshot: &Arc<Snapshot>| match snapshot.containers.get(&container) {
+                Some(record) if record.phase.is_live() && !snapshot.gone => None,
+                Some(record) => Some(record.exit_code),
+                None => Some(actor::KILLED),
+            };
+            let end = snapshot.wait_for(|snapshot| code(snapshot).is_some()).await;
+            end.ok()
+                .and_then(|snapshot| code(&snapshot))
+                .unwrap_or(actor::KILLED)
+        };
+        Ok(sessions::attach(
+            &self.shared,
+            &place,
+            id,
+            subscription,
+            input,
+            ended,
+        ))
+    }
+
+    async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Connection, RuntimeError> {
+        if port == 0 {
+            return Err(RuntimeError::Invalid {
+                field: "port".into(),
+                rule: "must be 1 to 65535".into(),
+            });
+        }
+        let action = "connect to a port";
+        let handle = self.handle(id)?;
+        let client = self.client(&handle, action).await?;
+        let place = Place {
+            sandbox: handle.id.clone(),
+            client,
+            deadline: self.deadline(),
+        };
+        Ok(Box::new(
+            sessions::forward(&self.shared, place, port).await?,
+        ))
+    }
+
+    async fn pull_image(
+        &self,
+        reference: &ImageReference,
+        credentials: hypernetes_image::Credentials,
+        progress: Option<PullProgress>,
+    ) -> Result<hypernetes_image::Image, RuntimeError> {
+        Ok(self
+            .shared
+            .config
+            .images
+            .pull(reference, credentials, progress)
+            .await?)
+    }
+
+    async fn image(&self, reference: &str) -> Option<hypernetes_image::Image> {
+        self.shared.config.images.get(reference).await.ok()
+    }
+}

@@ -1,0 +1,299 @@
+//! What is stored of sandboxes and containers, and where.
+//!
+//! `/node/sandboxes/<id>` and `/node/containers/<id>`, JSON with a version. Only the task that owns
+//! a sandbox writes its records.
+
+use hypernetes_network::Lease;
+use hypernetes_store::{Durability, Op, Store, Value};
+use hypernetes_types::{ContainerId, Digest, SandboxId};
+use hypernetes_vmm::VmRecord;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{
+    api::{ContainerConfig, Failure, SandboxConfig},
+    container,
+    error::RuntimeError,
+    sandbox,
+};
+
+const SANDBOXES: &str = "/node/sandboxes/";
+const CONTAINERS: &str = "/node/containers/";
+/// Of both kinds of record. Raised when an older runtime could misread a newer record.
+const VERSION: u32 = 1;
+
+/// A sandbox on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SandboxRecord {
+    pub(crate) version: u32,
+    pub(crate) id: SandboxId,
+    pub(crate) phase: sandbox::Phase,
+    /// It was ready once: its uid and attempt are used up.
+    pub(crate) was_ready: bool,
+    pub(crate) config: SandboxConfig,
+    /// User of its VMM.
+    pub(crate) uid: u32,
+    pub(crate) created_unix_nanos: i64,
+    /// The log directory was made for this sandbox.
+    pub(crate) owns_log_directory: bool,
+    pub(crate) vm: Option<VmRecord>,
+    pub(crate) lease: Option<Lease>,
+    pub(crate) kernel_release: Option<String>,
+    pub(crate) failure: Option<Failure>,
+}
+
+impl SandboxRecord {
+    pub(crate) fn new(
+        id: SandboxId,
+        config: SandboxConfig,
+        uid: u32,
+        created_unix_nanos: i64,
+    ) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            phase: sandbox::Phase::Starting,
+            was_ready: false,
+            config,
+            uid,
+            created_unix_nanos,
+            owns_log_directory: false,
+            vm: None,
+            lease: None,
+            kernel_release: None,
+            failure: None,
+        }
+    }
+}
+
+/// A layer of a container's image, and the disk slot that it is plugged into.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LayerSlot {
+    pub(crate) diff_id: Digest,
+    pub(crate) slot: u32,
+}
+
+/// A container on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ContainerRecord {
+    pub(crate) version: u32,
+    pub(crate) id: ContainerId,
+    pub(crate) sandbox: SandboxId,
+    pub(crate) phase: container::Phase,
+    pub(crate) config: ContainerConfig,
+    pub(crate) image_id: String,
+    pub(crate) image_ref: String,
+    pub(crate) stop_signal: u32,
+    /// Lowest first.
+    pub(crate) layers: Vec<LayerSlot>,
+    pub(crate) created_unix_nanos: i64,
+    pub(crate) started_unix_nanos: i64,
+    pub(crate) finished_unix_nanos: i64,
+    pub(crate) exit_code: i32,
+    pub(crate) reason: String,
+    pub(crate) message: String,
+    /// All its output stands in the log.
+    pub(crate) drained: bool,
+    /// What exec inherits from the first process.
+    pub(crate) process: StoredProcess,
+}
+
+impl ContainerRecord {
+    pub(crate) fn new(id: ContainerId, sandbox: SandboxId, config: ContainerConfig) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            sandbox,
+            phase: container::Phase::Creating,
+            config,
+            image_id: String::new(),
+            image_ref: String::new(),
+            stop_signal: 15,
+            layers: Vec::new(),
+            created_unix_nanos: 0,
+            started_unix_nanos: 0,
+            finished_unix_nanos: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            drained: false,
+            process: StoredProcess::default(),
+        }
+    }
+}
+
+/// The part of a process that a later exec needs and the configuration alone does not tell.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StoredProcess {
+    pub(crate) env: Vec<String>,
+    pub(crate) cwd: String,
+    pub(crate) username: String,
+}
+
+/// The records of this node.
+#[derive(Debug, Clone)]
+pub(crate) struct Records {
+    store: Store,
+    #[cfg(test)]
+    pub(crate) gate: crate::testing::Gate,
+}
+
+impl Records {
+    pub(crate) fn new(store: Store) -> Self {
+        Self {
+            store,
+            #[cfg(test)]
+            gate: crate::testing::Gate::current(),
+        }
+    }
+
+    pub(crate) async fn put_sandbox(&self, record: &SandboxRecord) -> Result<(), RuntimeError> {
+        let key = format!("{SANDBOXES}{}", record.id);
+        self.write("store a sandbox record", vec![put(key, record)?])
+            .await
+    }
+
+    pub(crate) async fn put_container(&self, record: &ContainerRecord) -> Result<(), RuntimeError> {
+        self.put_containers(std::slice::from_ref(record)).await
+    }
+
+    /// All of them or none.
+    pub(crate) async fn put_containers(
+        &self,
+        records: &[ContainerRecord],
+    ) -> Result<(), RuntimeError> {
+        let ops = records
+            .iter()
+            .map(|record| put(format!("{CONTAINERS}{}", record.id), record));
+        self.write("store a container record", ops.collect::<Result<_, _>>()?)
+            .await
+    }
+
+    pub(crate) async fn delete_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        self.write(
+            "delete a container record",
+            vec![Op::Delete(format!("{CONTAINERS}{id}"))],
+        )
+        .await
+    }
+
+    /// The sandbox and these containers, all or none.
+    pub(crate) async fn delete_sandbox(
+        &self,
+        id: &SandboxId,
+        containers: impl Iterator<Item = &ContainerId>,
+    ) -> Result<(), RuntimeError> {
+        let mut ops: Vec<_> = containers
+            .map(|id| Op::Delete(format!("{CONTAINERS}{id}")))
+            .collect();
+        ops.push(Op::Delete(format!("{SANDBOXES}{id}")));
+        self.write("delete a sandbox record", ops).await
+    }
+
+    pub(crate) fn sandboxes(&self) -> Result<Vec<SandboxRecord>, RuntimeError> {
+        self.read(SANDBOXES)
+    }
+
+    pub(crate) fn containers(&self) -> Result<Vec<ContainerRecord>, RuntimeError> {
+        self.read(CONTAINERS)
+    }
+
+    async fn write(&self, action: &'static str, ops: Vec<Op>) -> Result<(), RuntimeError> {
+        #[cfg(test)]
+        self.gate.step().await;
+        let result = self.store.txn(Vec::new(), ops, Durability::Sync).await;
+        #[cfg(test)]
+        self.gate.step().await;
+        result.map(drop).map_err(|error| storage(action, error))
+    }
+
+    fn read<T: DeserializeOwned>(&self, prefix: &str) -> Result<Vec<T>, RuntimeError> {
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let action = || format!("read the records under {prefix}");
+        let page = self
+            .store
+            .list(prefix, None, None, None)
+            .map_err(|error| storage(action(), error))?;
+        let parse = |entry: hypernetes_store::Entry| {
+            let unreadable = |error| storage(format!("read record {}", entry.key), error);
+            let Versioned { version } = serde_json::from_slice(&entry.value).map_err(unreadable)?;
+            if version != VERSION {
+                // Going on without it would leak a VM, or lose a pod.
+                let rule = format!("must be {VERSION}, not {version}: made by another release");
+                return Err(RuntimeError::Invalid {
+                    field: format!("version of record {}", entry.key),
+                    rule,
+                });
+            }
+            serde_json::from_slice(&entry.value).map_err(unreadable)
+        };
+        page.entries.into_iter().map(parse).collect()
+    }
+}
+
+fn put(key: String, record: &impl Serialize) -> Result<Op, RuntimeError> {
+    let value = serde_json::to_vec(record)
+        .map_err(|error| storage(format!("encode record {key}"), error))?;
+    Ok(Op::Put(key, Value::Bytes(value.into())))
+}
+
+pub(crate) fn storage(
+    action: impl Into<String>,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> RuntimeError {
+    RuntimeError::Storage {
+        action: action.into(),
+        source: Box::new(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hypernetes_store::StoreConfig;
+
+    use super::*;
+    use crate::testing::{container_config, sandbox_config};
+
+    #[tokio::test]
+    async fn records_come_back_as_they_were() {
+        let records = Records::new(Store::in_memory(StoreConfig::default()).unwrap());
+        let sandbox = SandboxRecord::new(SandboxId::random(), sandbox_config("a"), 1000, 7);
+        let container = ContainerRecord::new(
+            ContainerId::random(),
+            sandbox.id.clone(),
+            container_config("c"),
+        );
+        records.put_sandbox(&sandbox).await.unwrap();
+        records.put_container(&container).await.unwrap();
+        assert_eq!(records.sandboxes().unwrap(), std::slice::from_ref(&sandbox));
+        assert_eq!(
+            records.containers().unwrap(),
+            std::slice::from_ref(&container)
+        );
+        records
+            .delete_sandbox(&sandbox.id, [&container.id].into_iter())
+            .await
+            .unwrap();
+        assert!(
+            records.sandboxes().unwrap().is_empty() && records.containers().unwrap().is_empty()
+        );
+    }
+
+    #[tokio::test]
+    async fn another_release_s_records_are_not_guessed_at() {
+        let store = Store::in_memory(StoreConfig::default()).unwrap();
+        let value = Value::Bytes(r#"{"version":2}"#.into());
+        store
+            .txn(
+                vec![],
+                vec![Op::Put(format!("{SANDBOXES}x"), value)],
+                Durability::Sync,
+            )
+            .await
+            .unwrap();
+        let error = Records::new(store).sandboxes().unwrap_err();
+        assert!(matches!(error, RuntimeError::Invalid { .. }), "{error:?}");
+    }
+}

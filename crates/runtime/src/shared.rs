@@ -1,0 +1,190 @@
+//! What all sandboxes of a node share, and what they show of themselves.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use hypernetes_types::{ContainerId, SandboxId};
+use tokio::sync::{broadcast, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    api::{ContainerState, ContainerStatus, RuntimeEvent, SandboxStatus},
+    config::RuntimeConfig,
+    container,
+    error::RuntimeError,
+    link::LinkState,
+    records::{ContainerRecord, Records, SandboxRecord},
+    sandbox,
+    scratch::ScratchDisks,
+    timing::Timing,
+};
+
+/// Events that a slow receiver may be behind.
+const EVENTS: usize = 1024;
+
+/// What all sandboxes share. Holds no sandbox, so that dropping the runtime ends them all.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: RuntimeConfig,
+    pub(crate) records: Records,
+    pub(crate) scratch: ScratchDisks,
+    pub(crate) events: broadcast::Sender<RuntimeEvent>,
+    /// Cancelled when the runtime is dropped.
+    pub(crate) closing: CancellationToken,
+    /// Tasks of open sessions.
+    pub(crate) sessions: TaskTracker,
+    index: Mutex<Index>,
+}
+
+#[derive(Debug, Default)]
+struct Index {
+    containers: HashMap<ContainerId, SandboxId>,
+    uids: BTreeSet<u32>,
+}
+
+impl Shared {
+    pub(crate) fn new(config: RuntimeConfig) -> Self {
+        Self {
+            records: Records::new(config.store.clone()),
+            scratch: ScratchDisks::new(&config.state_dir, config.defaults.mkfs.clone()),
+            events: broadcast::channel(EVENTS).0,
+            closing: CancellationToken::new(),
+            sessions: TaskTracker::new(),
+            index: Mutex::default(),
+            config,
+        }
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells whoever listens.
+    pub(crate) fn emit(&self, event: RuntimeEvent) {
+        // Nobody may be listening.
+        drop(self.events.send(event));
+    }
+
+    pub(crate) fn run_dir(&self, sandbox: &SandboxId) -> PathBuf {
+        self.config.run_dir.join(sandbox.as_str())
+    }
+
+    /// Where log checkpoints of a sandbox are.
+    pub(crate) fn checkpoints(&self, sandbox: &SandboxId) -> PathBuf {
+        self.scratch.directory(sandbox).join("logs")
+    }
+
+    pub(crate) fn sandbox_of(&self, container: &ContainerId) -> Option<SandboxId> {
+        self.index().containers.get(container).cloned()
+    }
+
+    pub(crate) fn add_container(&self, container: &ContainerId, sandbox: &SandboxId) {
+        self.index()
+            .containers
+            .insert(container.clone(), sandbox.clone());
+    }
+
+    pub(crate) fn forget_container(&self, container: &ContainerId) {
+        self.index().containers.remove(container);
+    }
+
+    /// Takes a user id that no other VM has.
+    pub(crate) fn take_uid(&self) -> Result<u32, RuntimeError> {
+        let range = self.config.uid_range;
+        let mut index = self.index();
+        let free = (range.first..range.first.saturating_add(range.count))
+            .find(|uid| !index.uids.contains(uid));
+        let Some(uid) = free else {
+            let rule = format!(
+                "at most {} sandboxes fit the range of user ids",
+                range.count
+            );
+            return Err(RuntimeError::Invalid {
+                field: "uid_range".into(),
+                rule,
+            });
+        };
+        index.uids.insert(uid);
+        Ok(uid)
+    }
+
+    pub(crate) fn reserve_uid(&self, uid: u32) {
+        self.index().uids.insert(uid);
+    }
+
+    pub(crate) fn free_uid(&self, uid: u32) {
+        self.index().uids.remove(&uid);
+    }
+}
+
+/// A sandbox as its task last published it.
+#[derive(Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) record: SandboxRecord,
+    pub(crate) containers: BTreeMap<ContainerId, Arc<ContainerRecord>>,
+    pub(crate) timing: Timing,
+    pub(crate) link: Option<watch::Receiver<LinkState>>,
+    /// The record is deleted.
+    pub(crate) gone: bool,
+}
+
+impl Snapshot {
+    pub(crate) fn status(&self) -> SandboxStatus {
+        let record = &self.record;
+        SandboxStatus {
+            id: record.id.clone(),
+            config: record.config.clone(),
+            state: record.phase.state(),
+            created_unix_nanos: record.created_unix_nanos,
+            address: record.lease.as_ref().map(|lease| lease.address),
+            kernel_release: record.kernel_release.clone(),
+            failure: record.failure.clone(),
+        }
+    }
+
+    /// A container, if it is to be seen.
+    pub(crate) fn container(
+        &self,
+        id: &ContainerId,
+        silent: std::time::Duration,
+    ) -> Option<ContainerStatus> {
+        let record = self.containers.get(id)?;
+        let mut state = record.phase.state()?;
+        if state == ContainerState::Running && self.is_silent(silent) {
+            state = ContainerState::Unknown;
+        }
+        Some(ContainerStatus {
+            id: record.id.clone(),
+            sandbox: record.sandbox.clone(),
+            config: record.config.clone(),
+            state,
+            image_id: record.image_id.clone(),
+            image_ref: record.image_ref.clone(),
+            created_unix_nanos: record.created_unix_nanos,
+            started_unix_nanos: match record.phase {
+                container::Phase::Starting => 0,
+                _ => record.started_unix_nanos,
+            },
+            finished_unix_nanos: record.finished_unix_nanos,
+            exit_code: record.exit_code,
+            reason: record.reason.clone(),
+            message: record.message.clone(),
+            log_path: self
+                .record
+                .config
+                .log_directory
+                .join(&record.config.log_path),
+        })
+    }
+
+    fn is_silent(&self, limit: std::time::Duration) -> bool {
+        self.record.phase == sandbox::Phase::Ready
+            && self.link.as_ref().is_none_or(|link| {
+                let link = link.borrow();
+                link.client.is_none() && link.since.elapsed() > limit
+            })
+    }
+}

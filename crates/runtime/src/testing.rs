@@ -1,0 +1,684 @@
+//! A node without a host, for this crate's own tests: what outlives a runtime lives here.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use hypernetes_agent_api::{
+    fake::{Behaviour, FakeAgent, Method},
+    v1,
+};
+use hypernetes_image::{Credentials, Image, ImageConfig, ImageError, Layer};
+use hypernetes_network::{
+    Attachment, FakeDriver, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec,
+};
+use hypernetes_store::{Store, StoreConfig};
+use hypernetes_types::{ContainerId, Digest, ImageReference, KernelName, NetworkId, SandboxId};
+use hypernetes_vmm::{
+    Channel, Disk, GuestKernel, Machine, Vm, VmEvent, VmExit, VmRecord, VmSpec, Vmm, VmmError,
+    fake::FakeVmm,
+};
+use tokio::{
+    io::{DuplexStream, copy_bidirectional},
+    sync::Notify,
+};
+
+use crate::{
+    ContainerConfig, ContainerState, ContainerStatus, Deadlines, Defaults, DnsConfig, Images,
+    Kernels, NodeRuntime, PodRuntime, PullProgress, ResourceConfig, RuntimeConfig, RuntimeError,
+    SandboxConfig, SandboxMetadata, SecurityConfig, UidRange,
+};
+
+thread_local! {
+    static GATE: RefCell<Gate> = RefCell::new(Gate::default());
+}
+
+/// Stops everything after a number of steps, as a crash would.
+#[derive(Debug, Clone)]
+pub(crate) struct Gate(Arc<GateState>);
+
+#[derive(Debug)]
+struct GateState {
+    count: AtomicU64,
+    limit: AtomicU64,
+    hit: Notify,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        let state = GateState {
+            count: AtomicU64::new(0),
+            limit: AtomicU64::new(u64::MAX),
+            hit: Notify::new(),
+        };
+        Self(Arc::new(state))
+    }
+}
+
+impl Gate {
+    /// The gate of this thread's test.
+    pub(crate) fn current() -> Self {
+        GATE.with(|gate| gate.borrow().clone())
+    }
+
+    /// One edge between two effects. Never returns once the limit is reached.
+    pub(crate) async fn step(&self) {
+        if self.0.count.fetch_add(1, Ordering::SeqCst) >= self.0.limit.load(Ordering::SeqCst) {
+            self.0.hit.notify_one();
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Lets so many steps pass from here on.
+    pub(crate) fn close_after(&self, steps: u64) {
+        self.0.count.store(0, Ordering::SeqCst);
+        self.0.limit.store(steps, Ordering::SeqCst);
+    }
+
+    pub(crate) fn open(&self) {
+        self.0.limit.store(u64::MAX, Ordering::SeqCst);
+    }
+
+    pub(crate) async fn hit(&self) {
+        self.0.hit.notified().await;
+    }
+}
+
+pub(crate) fn sandbox_config(name: &str) -> SandboxConfig {
+    SandboxConfig {
+        metadata: SandboxMetadata {
+            name: name.into(),
+            namespace: "acme".into(),
+            uid: format!("uid-{name}"),
+            attempt: 0,
+        },
+        hostname: name.into(),
+        network: Some("acme.default".parse().unwrap()),
+        requested_address: None,
+        kernel: None,
+        vcpus: 1,
+        memory_mib: 128,
+        scratch_mib: 16,
+        dns: DnsConfig::default(),
+        hosts: Vec::new(),
+        sysctls: BTreeMap::new(),
+        share_process_namespace: false,
+        log_directory: format!("/nonexistent/{name}").into(),
+        cgroup_parent: None,
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+    }
+}
+
+pub(crate) fn container_config(name: &str) -> ContainerConfig {
+    ContainerConfig {
+        name: name.into(),
+        attempt: 0,
+        image: "web".into(),
+        command: Vec::new(),
+        args: Vec::new(),
+        env: Vec::new(),
+        working_dir: String::new(),
+        mounts: Vec::new(),
+        tty: false,
+        stdin: false,
+        stdin_once: false,
+        security: SecurityConfig::default(),
+        resources: ResourceConfig::default(),
+        log_path: format!("{name}/0.log").into(),
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+    }
+}
+
+pub(crate) fn lease() -> Lease {
+    Lease {
+        sandbox: SandboxId::random(),
+        network: "acme.default".parse().unwrap(),
+        address: [10, 1, 0, 5].into(),
+        gateway: [10, 1, 0, 1].into(),
+        mac: "02:00:00:00:00:01".into(),
+        device: "t0".into(),
+        mtu: 1450,
+        dns: vec![[10, 1, 0, 1].into()],
+        search: vec!["cluster.local".into()],
+    }
+}
+
+/// The agents of this world's VMs, and how new ones behave.
+#[derive(Debug, Default)]
+pub(crate) struct AgentTable {
+    agents: Mutex<HashMap<SandboxId, FakeAgent>>,
+    script: Mutex<Vec<(Method, Behaviour)>>,
+}
+
+impl AgentTable {
+    fn get(&self, sandbox: &SandboxId) -> FakeAgent {
+        let new = || {
+            let agent = FakeAgent::new();
+            for (method, behaviour) in self.script.lock().unwrap().iter() {
+                agent.set_behaviour(*method, behaviour.clone());
+            }
+            agent
+        };
+        let mut agents = self.agents.lock().unwrap();
+        agents.entry(sandbox.clone()).or_insert_with(new).clone()
+    }
+}
+
+type Agents = Arc<AgentTable>;
+
+/// Everything that survives the runtime.
+pub(crate) struct World {
+    pub(crate) temp: tempfile::TempDir,
+    pub(crate) store: Store,
+    pub(crate) network: Arc<GatedNetwork>,
+    pub(crate) vmm: FakeVmm,
+    pub(crate) gate: Gate,
+    pub(crate) images: Arc<FakeImages>,
+    pub(crate) deadlines: Deadlines,
+    agents: Agents,
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        let gate = Gate::default();
+        GATE.with(|current| *current.borrow_mut() = gate.clone());
+        let network = Arc::new(GatedNetwork {
+            inner: FakeDriver::new(),
+            gate: gate.clone(),
+        });
+        let spec = NetworkSpec {
+            id: "acme.default".parse().unwrap(),
+            cidr: "10.1.0.0/24".parse().unwrap(),
+            gateway: [10, 1, 0, 1].into(),
+            egress: true,
+            mtu: 1450,
+            domain: "cluster.local".into(),
+        };
+        network.inner.ensure_network(&spec).await.unwrap();
+        let agents = Agents::default();
+        let vmm = {
+            let agents = Arc::clone(&agents);
+            FakeVmm::new(move |sandbox, stream| guest(&agents, sandbox, stream))
+        };
+        Self {
+            temp: tempfile::tempdir().unwrap(),
+            store: Store::in_memory(StoreConfig::default()).unwrap(),
+            network,
+            vmm,
+            gate,
+            images: Arc::new(FakeImages::new()),
+            deadlines: Deadlines {
+                boot: Duration::from_secs(20),
+                call: Duration::from_secs(10),
+                kill: Duration::from_secs(5),
+                drain: Duration::from_secs(5),
+                shutdown: Duration::from_secs(5),
+                silent: Duration::from_secs(30),
+                readopt: Duration::from_secs(10),
+            },
+            agents,
+        }
+    }
+
+    pub(crate) async fn open(&self) -> NodeRuntime {
+        NodeRuntime::open(self.config()).await.unwrap()
+    }
+
+    pub(crate) fn config(&self) -> RuntimeConfig {
+        RuntimeConfig {
+            state_dir: self.temp.path().join("state"),
+            run_dir: self.temp.path().join("run"),
+            store: self.store.clone(),
+            images: self.images.clone(),
+            network: self.network.clone(),
+            vmm: Arc::new(GatedVmm {
+                inner: self.vmm.clone(),
+                agents: self.agents.clone(),
+                gate: self.gate.clone(),
+            }),
+            kernels: Arc::new(FakeKernels),
+            hyperstart: "/hyperstart".into(),
+            uid_range: UidRange {
+                first: 1000,
+                count: 8,
+            },
+            // Formats nothing, successfully: no guest of these tests looks at its disk.
+            defaults: Defaults {
+                mkfs: "true".into(),
+                ..Defaults::default()
+            },
+            deadlines: self.deadlines.clone(),
+        }
+    }
+
+    pub(crate) fn sandbox(&self, name: &str) -> SandboxConfig {
+        SandboxConfig {
+            log_directory: self.temp.path().join("logs").join(name),
+            ..sandbox_config(name)
+        }
+    }
+
+    /// The agent in a sandbox's VM.
+    pub(crate) fn agent(&self, sandbox: &SandboxId) -> FakeAgent {
+        self.agents.get(sandbox)
+    }
+
+    /// How agents of VMs yet to come answer a call.
+    pub(crate) fn script_agents(&self, method: Method, behaviour: Behaviour) {
+        self.agents.script.lock().unwrap().push((method, behaviour));
+    }
+
+    /// The VM's agent starts anew, knowing nothing.
+    pub(crate) fn replace_agent(&self, sandbox: &SandboxId) {
+        let former = self
+            .agents
+            .agents
+            .lock()
+            .unwrap()
+            .insert(sandbox.clone(), FakeAgent::new());
+        former.unwrap().disconnect();
+    }
+
+    /// What a container has written to its log, by stream name.
+    pub(crate) fn log(&self, sandbox: &str, container: &str, stream: &str) -> String {
+        let path = self
+            .temp
+            .path()
+            .join("logs")
+            .join(sandbox)
+            .join(container)
+            .join("0.log");
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let mut content = String::new();
+        for line in text.lines() {
+            let mut parts = line.splitn(4, ' ').skip(1);
+            if parts.next() == Some(stream) {
+                let tag = parts.next();
+                content.push_str(parts.next().unwrap());
+                if tag == Some("F") {
+                    content.push('\n');
+                }
+            }
+        }
+        content
+    }
+
+    /// Nothing of any sandbox is left anywhere.
+    pub(crate) async fn assert_clean(&self) {
+        assert_eq!(self.vmm.sandboxes(), []);
+        assert_eq!(self.network.leases().await, 0);
+        let left: Vec<_> = self.store.list("/node/", None, None, None).unwrap().entries;
+        assert!(left.is_empty(), "{left:?}");
+        for directory in ["run", "state/sandboxes", "logs"] {
+            let entries = std::fs::read_dir(self.temp.path().join(directory));
+            let left: Vec<_> = entries
+                .into_iter()
+                .flatten()
+                .map(|entry| entry.unwrap().path())
+                .collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    }
+}
+
+/// A sandbox with one running container.
+pub(crate) async fn running(
+    world: &World,
+    runtime: &NodeRuntime,
+    name: &str,
+) -> (SandboxId, ContainerId) {
+    let sandbox = runtime.run_sandbox(world.sandbox(name)).await.unwrap();
+    let container = runtime
+        .create_container(&sandbox, container_config("c"))
+        .await
+        .unwrap();
+    runtime.start_container(&container).await.unwrap();
+    (sandbox, container)
+}
+
+/// Waits until a condition holds; a test that waits too long fails at this line.
+#[track_caller]
+pub(crate) fn eventually<'a, F>(
+    what: &'a str,
+    condition: impl Fn() -> F + 'a,
+) -> impl Future<Output = ()> + 'a
+where
+    F: Future<Output = bool>,
+{
+    let place = std::panic::Location::caller();
+    async move {
+        let wait = async {
+            while !condition().await {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(20), wait).await;
+        assert!(waited.is_ok(), "{what} did not come true, at {place}");
+    }
+}
+
+pub(crate) async fn exited(runtime: &NodeRuntime, id: &ContainerId) -> ContainerStatus {
+    let ended = || async {
+        runtime
+            .container(id)
+            .await
+            .is_some_and(|status| status.state == ContainerState::Exited)
+    };
+    eventually("the container's end", ended).await;
+    runtime.container(id).await.unwrap()
+}
+
+fn guest(agents: &Agents, sandbox: &SandboxId, mut stream: DuplexStream) {
+    let agent = agents.get(sandbox);
+    tokio::spawn(async move {
+        let mut session = agent.connect();
+        drop(copy_bidirectional(&mut session, &mut stream).await);
+    });
+}
+
+/// An image with a layer of its own and one that all share.
+#[derive(Debug)]
+pub(crate) struct FakeImages {
+    pub(crate) images: Mutex<HashMap<String, Image>>,
+}
+
+impl FakeImages {
+    fn new() -> Self {
+        let images = Self {
+            images: Mutex::default(),
+        };
+        images.add(
+            "web",
+            &[1, 2],
+            ImageConfig {
+                entrypoint: vec!["/web".into()],
+                ..Default::default()
+            },
+        );
+        images.add(
+            "box",
+            &[1, 3],
+            ImageConfig {
+                cmd: vec!["/box".into()],
+                ..Default::default()
+            },
+        );
+        images
+    }
+
+    pub(crate) fn add(&self, name: &str, layers: &[u8], config: ImageConfig) {
+        let digest = |n: u8| Digest::from_sha256([n; 32]);
+        let layer = |&n: &u8| Layer {
+            diff_id: digest(n),
+            blob: digest(n),
+            disk: "/dev/null".into(),
+            disk_size: 0,
+        };
+        let id = Digest::from_sha256([200 + u8::try_from(name.len()).unwrap(); 32]);
+        let reference: ImageReference = name.parse().unwrap();
+        let image = Image {
+            id: id.clone(),
+            manifest: id.clone(),
+            tags: vec![reference.clone()],
+            digests: vec![reference.with_digest(id)],
+            config,
+            layers: layers.iter().map(layer).collect(),
+            size: 0,
+            created: None,
+            architecture: "amd64".into(),
+        };
+        self.images.lock().unwrap().insert(name.into(), image);
+    }
+}
+
+#[async_trait]
+impl Images for FakeImages {
+    async fn pull(
+        &self,
+        reference: &ImageReference,
+        _: Credentials,
+        _: Option<PullProgress>,
+    ) -> Result<Image, ImageError> {
+        self.get(
+            reference
+                .repository()
+                .rsplit('/')
+                .next()
+                .unwrap_or_default(),
+        )
+        .await
+    }
+
+    async fn get(&self, name: &str) -> Result<Image, ImageError> {
+        let found = self.images.lock().unwrap().get(name).cloned();
+        found.ok_or_else(|| ImageError::NotFound(name.into()))
+    }
+
+    async fn open_layers(&self, image: &Image) -> Result<Vec<File>, ImageError> {
+        Ok(image
+            .layers
+            .iter()
+            .map(|_| File::open("/dev/null").unwrap())
+            .collect())
+    }
+}
+
+#[derive(Debug)]
+struct FakeKernels;
+
+#[async_trait]
+impl Kernels for FakeKernels {
+    async fn prepare(
+        &self,
+        kernel: Option<&KernelName>,
+        _: &Path,
+    ) -> Result<GuestKernel, RuntimeError> {
+        if let Some(name) = kernel {
+            return Err(RuntimeError::NotFound {
+                kind: "kernel",
+                id: name.to_string(),
+            });
+        }
+        Ok(GuestKernel {
+            kernel: "/vmlinux".into(),
+            initrd: "/initrd".into(),
+            machine: Machine::Microvm,
+            extra_cmdline: String::new(),
+        })
+    }
+}
+
+/// The fake network with gates around its effects.
+#[derive(Debug)]
+pub(crate) struct GatedNetwork {
+    inner: FakeDriver,
+    gate: Gate,
+}
+
+impl GatedNetwork {
+    pub(crate) async fn leases(&self) -> usize {
+        // A network with pods refuses to go, and says how many there are.
+        let id = "acme.default".parse().unwrap();
+        let spec = self.inner.list_networks().await.unwrap().remove(0);
+        match self.inner.delete_network(&id).await {
+            Err(NetworkError::InUse { pods, .. }) => pods,
+            other => {
+                other.unwrap();
+                self.inner.ensure_network(&spec).await.unwrap();
+                0
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl NetworkDriver for GatedNetwork {
+    async fn ensure_network(&self, spec: &NetworkSpec) -> Result<(), NetworkError> {
+        self.inner.ensure_network(spec).await
+    }
+
+    async fn delete_network(&self, id: &NetworkId) -> Result<(), NetworkError> {
+        self.inner.delete_network(id).await
+    }
+
+    async fn list_networks(&self) -> Result<Vec<NetworkSpec>, NetworkError> {
+        self.inner.list_networks().await
+    }
+
+    async fn attach(
+        &self,
+        sandbox: &SandboxId,
+        network: &NetworkId,
+        requested: Option<std::net::IpAddr>,
+    ) -> Result<Attachment, NetworkError> {
+        self.gate.step().await;
+        let result = self.inner.attach(sandbox, network, requested).await;
+        self.gate.step().await;
+        result
+    }
+
+    async fn lease(&self, sandbox: &SandboxId) -> Result<Option<Lease>, NetworkError> {
+        self.inner.lease(sandbox).await
+    }
+
+    async fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
+        self.gate.step().await;
+        let result = self.inner.detach(sandbox).await;
+        self.gate.step().await;
+        result
+    }
+
+    async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {
+        self.inner.set_names(id, names).await
+    }
+
+    async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {
+        self.gate.step().await;
+        let result = self.inner.recover(alive).await;
+        self.gate.step().await;
+        result
+    }
+}
+
+/// The fake driver with gates around its effects, and guests that power off when told to.
+#[derive(Debug)]
+struct GatedVmm {
+    inner: FakeVmm,
+    agents: Agents,
+    gate: Gate,
+}
+
+impl GatedVmm {
+    fn wrap(&self, inner: Box<dyn Vm>) -> Box<dyn Vm> {
+        let sandbox = inner.record().sandbox;
+        let agent = self.agents.get(&sandbox);
+        let vmm = self.inner.clone();
+        tokio::spawn(async move {
+            agent
+                .wait_until(|agent| agent.calls().contains(&Method::Shutdown))
+                .await;
+            vmm.end(&sandbox, VmExit::Shutdown);
+        });
+        Box::new(GatedVm {
+            inner,
+            gate: self.gate.clone(),
+        })
+    }
+}
+
+#[async_trait]
+impl Vmm for GatedVmm {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, VmmError> {
+        self.gate.step().await;
+        let result = self.inner.launch(spec).await;
+        self.gate.step().await;
+        result.map(|vm| self.wrap(vm))
+    }
+
+    async fn adopt(&self, record: &VmRecord) -> Result<Box<dyn Vm>, VmmError> {
+        self.inner.adopt(record).await.map(|vm| self.wrap(vm))
+    }
+
+    async fn destroy(&self, run_dir: &Path) -> Result<(), VmmError> {
+        self.gate.step().await;
+        let result = self.inner.destroy(run_dir).await;
+        self.gate.step().await;
+        result
+    }
+}
+
+#[derive(Debug)]
+struct GatedVm {
+    inner: Box<dyn Vm>,
+    gate: Gate,
+}
+
+#[async_trait]
+impl Vm for GatedVm {
+    fn record(&self) -> VmRecord {
+        self.inner.record()
+    }
+
+    async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError> {
+        self.gate.step().await;
+        let result = self.inner.plug_disk(disk).await;
+        self.gate.step().await;
+        result
+    }
+
+    async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError> {
+        self.gate.step().await;
+        let result = self.inner.unplug_disk(slot).await;
+        self.gate.step().await;
+        result
+    }
+
+    async fn list_disks(&self) -> Result<Vec<u32>, VmmError> {
+        self.inner.list_disks().await
+    }
+
+    async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError> {
+        self.inner.open_channel().await
+    }
+
+    fn events(&self) -> tokio::sync::broadcast::Receiver<VmEvent> {
+        self.inner.events()
+    }
+
+    fn exit(&self) -> Option<VmExit> {
+        self.inner.exit()
+    }
+
+    async fn wait(&self) -> VmExit {
+        self.inner.wait().await
+    }
+
+    fn console_tail(&self) -> String {
+        self.inner.console_tail()
+    }
+
+    async fn kill(&self) -> Result<(), VmmError> {
+        self.gate.step().await;
+        let result = self.inner.kill().await;
+        self.gate.step().await;
+        result
+    }
+}
+
+pub(crate) const STDOUT: v1::Stream = v1::Stream::Stdout;
+pub(crate) const STDERR: v1::Stream = v1::Stream::Stderr;

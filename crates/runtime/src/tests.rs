@@ -1,0 +1,6 @@
+//! The runtime as a whole, on a node without a host.
+
+mod crashes;
+mod hostile;
+mod lifecycle;
+mod streams;

@@ -1,0 +1,480 @@
+//! Pods in real microVMs: QEMU, the built kernel, the built HyperStart, an image in a real store.
+//!
+//! Its own `main`, because the driver starts this very program again as the VMM's launcher.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "all of this file is a test"
+)]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    sync::Arc,
+    time::Duration,
+};
+
+use hypernetes_image::ImageStore;
+use hypernetes_kernel::KernelCatalog;
+use hypernetes_network::FakeDriver;
+use hypernetes_runtime::{
+    ContainerConfig, ContainerState, Deadlines, Defaults, DnsConfig, ExecConfig, MountConfig,
+    NodeRuntime, Output, PodRuntime, ResourceConfig, RuntimeConfig, SandboxConfig, SandboxMetadata,
+    SandboxState, SecurityConfig, UidRange, VolumeConfig, VolumeKind,
+};
+use hypernetes_store::{Store, StoreConfig};
+use hypernetes_types::{ContainerId, SandboxId};
+use hypernetes_vmm::qemu::{QemuConfig, QemuDriver};
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().collect();
+    match arguments.get(1).map(String::as_str) {
+        Some("vmm-launch") => {
+            let descriptor = arguments.get(2).and_then(|text| text.parse().ok()).unwrap();
+            let error = hypernetes_vmm::launcher::exec_from_fd(descriptor);
+            eprintln!("vmm-launch: {error}");
+            return ExitCode::FAILURE;
+        }
+        Some("--list") => return ExitCode::SUCCESS,
+        _ => {}
+    }
+    if let Some(reason) = missing() {
+        println!("SKIP: {reason}");
+        return ExitCode::SUCCESS;
+    }
+    hypernetes_telemetry::init(
+        &std::env::var("RUST_LOG").unwrap_or_default(),
+        Default::default(),
+    );
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(pods_run_in_real_vms());
+    println!("pods_run_in_real_vms ... ok");
+    ExitCode::SUCCESS
+}
+
+fn missing() -> Option<String> {
+    for tool in [
+        "qemu-system-x86_64",
+        "mkfs.ext4",
+        "busybox",
+        "tar",
+        "sha256sum",
+    ] {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let mut places = std::env::split_paths(&path).chain([PathBuf::from("/usr/sbin")]);
+        if !places.any(|place| place.join(tool).exists()) {
+            return Some(format!("{tool} is missing"));
+        }
+    }
+    (!rustix::process::geteuid().is_root())
+        .then(|| "VMMs get users of their own: needs root".to_owned())
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// A docker-archive with busybox and its libraries in two layers.
+fn archive(dir: &Path) -> PathBuf {
+    let (root, etc) = (dir.join("root"), dir.join("second"));
+    for path in ["bin", "tmp", "proc", "sys", "dev"] {
+        fs::create_dir_all(root.join(path)).unwrap();
+    }
+    fs::create_dir_all(etc.join("etc")).unwrap();
+    let busybox = run(Command::new("sh").args(["-c", "command -v busybox"]));
+    fs::copy(&busybox, root.join("bin/busybox")).unwrap();
+    for applet in run(Command::new(&busybox).arg("--list"))
+        .lines()
+        .filter(|name| *name != "busybox")
+    {
+        symlink("busybox", root.join("bin").join(applet)).unwrap();
+    }
+    // A static busybox has no libraries, and ldd fails on it.
+    let libraries = Command::new("ldd")
+        .arg(&busybox)
+        .output()
+        .map(|output| output.stdout)
+        .unwrap_or_default();
+    for library in String::from_utf8_lossy(&libraries)
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        let place = root.join(library.trim_start_matches('/'));
+        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        fs::copy(library, place).unwrap();
+    }
+    fs::write(
+        etc.join("etc/passwd"),
+        "root:x:0:0::/root:/bin/sh\nweb:x:33:33::/tmp:/bin/sh\n",
+    )
+    .unwrap();
+    fs::write(etc.join("etc/group"), "root:x:0:\nweb:x:33:\n").unwrap();
+    let image = dir.join("image");
+    fs::create_dir_all(&image).unwrap();
+    let mut diff_ids = Vec::new();
+    for (source, name) in [(&root, "one.tar"), (&etc, "two.tar")] {
+        let tar = image.join(name);
+        run(Command::new("tar")
+            .arg("--owner=0")
+            .arg("--group=0")
+            .arg("-C")
+            .arg(source)
+            .arg("-cf")
+            .arg(&tar)
+            .arg("."));
+        let sum = run(Command::new("sha256sum").arg(&tar));
+        diff_ids.push(format!("sha256:{}", sum.split_whitespace().next().unwrap()));
+    }
+    let config = serde_json::json!({
+        "architecture": "amd64", "os": "linux",
+        "config": { "Env": ["PATH=/bin"], "User": "web", "Cmd": ["sh"], "StopSignal": "SIGKILL" },
+        "rootfs": { "type": "layers", "diff_ids": diff_ids },
+    });
+    fs::write(image.join("config.json"), config.to_string()).unwrap();
+    let manifest = serde_json::json!([
+        { "Config": "config.json", "RepoTags": ["busybox:test"], "Layers": ["one.tar", "two.tar"] }
+    ]);
+    fs::write(image.join("manifest.json"), manifest.to_string()).unwrap();
+    let archive = dir.join("image.tar");
+    run(Command::new("tar")
+        .arg("-C")
+        .arg(&image)
+        .arg("-cf")
+        .arg(&archive)
+        .arg("."));
+    archive
+}
+
+struct Bed {
+    temp: tempfile::TempDir,
+    config: RuntimeConfig,
+}
+
+impl Bed {
+    async fn new() -> Self {
+        let temp = tempfile::tempdir().unwrap();
+        let state = temp.path().join("state");
+        let kernel = run(&mut Command::new(workspace().join("kernel/build")));
+        let hyperstart = std::env::var_os("HYPERNETES_HYPERSTART").map_or_else(
+            || {
+                run(&mut Command::new(
+                    workspace().join("crates/hyperstart/build-guest"),
+                ))
+                .into()
+            },
+            PathBuf::from,
+        );
+        let kernels = Arc::new(KernelCatalog::open(&state).unwrap());
+        let name = "hyperkernel".parse().unwrap();
+        kernels.add_built(&name, Path::new(&kernel)).unwrap();
+        kernels.set_default(&name).unwrap();
+        let images = ImageStore::open(state.join("images"), Default::default()).unwrap();
+        images.load(&archive(temp.path())).await.unwrap();
+        let vmm = QemuDriver::detect(QemuConfig::new(state.join("vmm")))
+            .await
+            .unwrap();
+        let config = RuntimeConfig {
+            state_dir: state.join("runtime"),
+            run_dir: temp.path().join("run"),
+            store: Store::open(&state.join("store.redb"), StoreConfig::default()).unwrap(),
+            images: Arc::new(images),
+            network: Arc::new(FakeDriver::new()),
+            vmm: Arc::new(vmm),
+            kernels: Arc::new(kernels),
+            hyperstart,
+            uid_range: UidRange::default(),
+            defaults: Defaults {
+                mkfs: "/usr/sbin/mkfs.ext4".into(),
+                ..Defaults::default()
+            },
+            deadlines: Deadlines {
+                boot: Duration::from_secs(240),
+                ..Deadlines::default()
+            },
+        };
+        Self { temp, config }
+    }
+
+    async fn open(&self) -> NodeRuntime {
+        NodeRuntime::open(self.config.clone()).await.unwrap()
+    }
+
+    fn sandbox(&self, name: &str) -> SandboxConfig {
+        SandboxConfig {
+            metadata: SandboxMetadata {
+                name: name.into(),
+                namespace: "test".into(),
+                uid: name.into(),
+                attempt: 0,
+            },
+            hostname: name.into(),
+            network: None,
+            requested_address: None,
+            kernel: None,
+            vcpus: 1,
+            memory_mib: 256,
+            scratch_mib: 256,
+            dns: DnsConfig::default(),
+            hosts: Vec::new(),
+            sysctls: BTreeMap::new(),
+            share_process_namespace: false,
+            log_directory: self.temp.path().join("logs"),
+            cgroup_parent: None,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+        }
+    }
+
+    fn log(&self, container: &str) -> Vec<String> {
+        let text = fs::read_to_string(self.temp.path().join("logs").join(container).join("0.log"));
+        text.unwrap_or_default()
+            .lines()
+            .map(|line| line.splitn(4, ' ').nth(3).unwrap().to_owned())
+            .collect()
+    }
+
+    /// The VMM's process id, as recorded.
+    fn vmm_pid(&self) -> i32 {
+        let records = self
+            .config
+            .store
+            .list("/node/sandboxes/", None, None, None)
+            .unwrap();
+        let record: serde_json::Value = serde_json::from_slice(&records.entries[0].value).unwrap();
+        i32::try_from(record["vm"]["pid"].as_i64().unwrap()).unwrap()
+    }
+}
+
+fn container(name: &str, script: &str) -> ContainerConfig {
+    ContainerConfig {
+        name: name.into(),
+        attempt: 0,
+        image: "busybox:test".into(),
+        command: vec!["sh".into(), "-c".into(), script.into()],
+        args: Vec::new(),
+        env: vec![("GREETING".into(), "hello".into())],
+        working_dir: String::new(),
+        mounts: vec![MountConfig {
+            volume: "shared".into(),
+            destination: "/shared".into(),
+            sub_path: String::new(),
+            readonly: false,
+        }],
+        tty: false,
+        stdin: false,
+        stdin_once: false,
+        security: SecurityConfig {
+            run_as_user: Some(0),
+            ..SecurityConfig::default()
+        },
+        resources: ResourceConfig::default(),
+        log_path: format!("{name}/0.log").into(),
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
+    }
+}
+
+async fn eventually(what: &str, condition: impl AsyncFn() -> bool) {
+    let wait = async {
+        while !condition().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), wait)
+        .await
+        .unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+async fn start(runtime: &NodeRuntime, sandbox: &SandboxId, config: ContainerConfig) -> ContainerId {
+    let id = runtime.create_container(sandbox, config).await.unwrap();
+    runtime.start_container(&id).await.unwrap();
+    id
+}
+
+async fn exec(
+    runtime: &NodeRuntime,
+    id: &ContainerId,
+    command: &[&str],
+    stdin: Option<&str>,
+) -> (String, i32) {
+    let command = command.iter().map(|&part| part.to_owned()).collect();
+    let config = ExecConfig {
+        command,
+        stdin: stdin.is_some(),
+        tty: false,
+    };
+    let mut session = runtime.exec(id, config).await.unwrap();
+    if let (Some(sender), Some(text)) = (session.stdin.take(), stdin) {
+        sender.send(text.to_owned().into()).await.unwrap();
+    }
+    let mut text = Vec::new();
+    while let Some(Output::Stdout(data) | Output::Stderr(data)) = session.output.recv().await {
+        text.extend_from_slice(&data);
+    }
+    (
+        String::from_utf8(text).unwrap(),
+        session.exit.await.unwrap().unwrap(),
+    )
+}
+
+fn assert_counts_up(lines: &[String]) {
+    for (index, line) in lines.iter().enumerate() {
+        assert_eq!(line, &format!("line {index}"), "a gap, or a line twice");
+    }
+}
+
+async fn pods_run_in_real_vms() {
+    let bed = Bed::new().await;
+    let runtime = bed.open().await;
+    let sandbox = runtime.run_sandbox(bed.sandbox("pod")).await.unwrap();
+    println!("timing: {:?}", runtime.timing(&sandbox).unwrap());
+    let shared = VolumeKind::EmptyDir {
+        memory: false,
+        size_limit: 0,
+    };
+    let volume = VolumeConfig {
+        name: "shared".into(),
+        kind: shared,
+        gid: None,
+    };
+    runtime.write_volume(&sandbox, volume).await.unwrap();
+
+    let count = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done";
+    let counter = start(&runtime, &sandbox, container("counter", count)).await;
+    let second = "echo $GREETING from $(hostname); echo left > /shared/note; echo oops >&2; printf unfinished; exit 3";
+    let second = start(&runtime, &sandbox, container("second", second)).await;
+    let ended = async || runtime.container(&second).await.unwrap().state == ContainerState::Exited;
+    eventually("the second container ends", ended).await;
+    let status = runtime.container(&second).await.unwrap();
+    assert_eq!((status.exit_code, status.reason.as_str()), (3, "Error"));
+    let mut lines = bed.log("second");
+    lines.sort();
+    assert_eq!(lines, ["hello from pod", "oops", "unfinished"]);
+
+    // Another kernel than the host's, the same emptyDir, true exit codes, stdin to its end.
+    let release = runtime
+        .sandbox(&sandbox)
+        .await
+        .unwrap()
+        .kernel_release
+        .unwrap();
+    assert_eq!(
+        exec(&runtime, &counter, &["uname", "-r"], None).await,
+        (format!("{release}\n"), 0)
+    );
+    assert_eq!(
+        exec(&runtime, &counter, &["cat", "/shared/note"], None).await,
+        ("left\n".into(), 0)
+    );
+    assert_eq!(
+        exec(&runtime, &counter, &["sh", "-c", "exit 42"], None)
+            .await
+            .1,
+        42
+    );
+    assert_eq!(
+        exec(&runtime, &counter, &["cat"], Some("through")).await,
+        ("through".into(), 0)
+    );
+    assert_eq!(
+        exec(&runtime, &counter, &["no-such-program"], None).await.1,
+        127
+    );
+    runtime.remove_container(&second).await.unwrap();
+
+    // The runtime goes away and comes back, twice; the container never notices.
+    let mut runtime = runtime;
+    for _ in 0..2 {
+        let before = bed.log("counter").len();
+        drop(runtime);
+        runtime = bed.open().await;
+        assert_eq!(
+            runtime.recovery_report().adopted,
+            1,
+            "{:?}",
+            runtime.recovery_report()
+        );
+        assert_eq!(
+            runtime.container(&counter).await.unwrap().state,
+            ContainerState::Running
+        );
+        eventually("more lines", async || {
+            bed.log("counter").len() > before + 20
+        })
+        .await;
+        assert_counts_up(&bed.log("counter"));
+    }
+    assert_eq!(
+        exec(&runtime, &counter, &["echo", "again"], None).await,
+        ("again\n".into(), 0)
+    );
+
+    // The layers' disks are still there for a new container after the adoption.
+    let third = start(
+        &runtime,
+        &sandbox,
+        container("third", "id -u; cat /etc/hostname"),
+    )
+    .await;
+    let ended = async || runtime.container(&third).await.unwrap().state == ContainerState::Exited;
+    eventually("the third container ends", ended).await;
+    assert_eq!(bed.log("third"), ["0", "pod"]);
+
+    let pid = rustix::process::Pid::from_raw(bed.vmm_pid()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let begun = tokio::time::Instant::now();
+    let ended = async || runtime.container(&counter).await.unwrap().state == ContainerState::Exited;
+    eventually("the counter ends", ended).await;
+    println!("the VMM's death was told after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert_eq!(runtime.container(&counter).await.unwrap().reason, "VmmDied");
+    let status = runtime.sandbox(&sandbox).await.unwrap();
+    assert_eq!(
+        (status.state, status.failure.unwrap().reason.as_str()),
+        (SandboxState::NotReady, "VmmDied")
+    );
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+
+    // Stopped in good order.
+    let sandbox = runtime.run_sandbox(bed.sandbox("next")).await.unwrap();
+    let sleeper = start(
+        &runtime,
+        &sandbox,
+        ContainerConfig {
+            mounts: Vec::new(),
+            ..container("sleeper", "echo up; exec sleep 1000")
+        },
+    )
+    .await;
+    eventually("its output", async || bed.log("sleeper") == ["up"]).await;
+    let begun = tokio::time::Instant::now();
+    runtime.stop_sandbox(&sandbox).await.unwrap();
+    println!("stopped in {:?}", begun.elapsed());
+    assert_eq!(runtime.container(&sleeper).await.unwrap().exit_code, 137);
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    for directory in ["run", "state/runtime/sandboxes", "logs"] {
+        let left: Vec<_> = fs::read_dir(bed.temp.path().join(directory))
+            .into_iter()
+            .flatten()
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
