@@ -61,3 +61,13 @@ stop_daemon() { # pid
     kill -TERM "$1" 2>/dev/null || return 0
     while kill -0 "$1" 2>/dev/null; do sleep 0.05; done
 }
+
+# Removes what a daemon that was killed has left on the host. $1: state directory, $2: run directory.
+remove_leftovers() {
+    local pid instance name
+    for pid in $(vmms "$2"); do kill -KILL "$pid" 2>/dev/null || true; done
+    instance=$(cat "$1/instance" 2>/dev/null) || return 0
+    for name in $(ls /run/netns 2>/dev/null | grep "^hn-$instance-"); do ip netns delete "$name" || true; done
+    for name in $(ip -o link | awk -F'[ :@]+' '{print $2}' | grep "^hn$instance"); do ip link delete "$name" || true; done
+    nft delete table inet "hypernetes_$instance" 2>/dev/null || true
+}

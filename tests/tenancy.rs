@@ -240,8 +240,17 @@ fn a_tenant_meets_nothing_of_another() {
     );
     let only = pod_ip(&daemon, &acme, "only");
     let fetch = format!("timeout 5 wget -qO- http://{only}:8080/");
-    let own = stdout(&mut daemon.kubectl_as(&acme, &["exec", "box", "--", "sh", "-c", &fetch]));
-    assert!(!own.is_empty(), "acme reaches its own pod");
+    eventually("acme reaches its own pod", Duration::from_secs(30), || {
+        let got = daemon
+            .kubectl_as(&acme, &["exec", "box", "--", "sh", "-c", &fetch])
+            .output()
+            .unwrap();
+        if got.status.success() {
+            Ok(())
+        } else {
+            Err(format!("{got:?}"))
+        }
+    });
     let foreign = daemon
         .kubectl_as(&globex, &["exec", "box", "--", "sh", "-c", &fetch])
         .output()

@@ -12,7 +12,10 @@ use anyhow::{Context, Result};
 use hypernetes_testkit::{Daemon, DaemonOptions};
 use serde_json::{Value, json};
 
-use crate::{client::Endpoint, stats::{Samples, rss_kib}};
+use crate::{
+    client::Endpoint,
+    stats::{Samples, rss_kib},
+};
 
 const CLIENTS: usize = 64;
 const CREATES: usize = 20_000;
@@ -25,7 +28,10 @@ pub(crate) async fn measure() -> Result<Value> {
     let ready = started.elapsed();
     let endpoint = Arc::new(Endpoint::from_kubeconfig(&daemon.admin_kubeconfig())?);
     let idle = rss_kib(daemon.pid()).context("the daemon runs")?;
-    println!("start of the daemon to /readyz (kubectl's start included): {:.2} s", ready.as_secs_f64());
+    println!(
+        "start of the daemon to /readyz (kubectl's start included): {:.2} s",
+        ready.as_secs_f64()
+    );
     println!("resident memory, idle: {} MiB", idle / 1024);
 
     let (create_rate, creates) = load(&endpoint, CREATES, |number| {
@@ -34,13 +40,23 @@ pub(crate) async fn measure() -> Result<Value> {
             "metadata": {"name": format!("bench-{number}"), "labels": {"bench": "yes"}},
             "data": {"payload": "x".repeat(600)},
         });
-        ("POST", "/api/v1/namespaces/default/configmaps".to_owned(), Some(body.to_string()))
+        (
+            "POST",
+            "/api/v1/namespaces/default/configmaps".to_owned(),
+            Some(body.to_string()),
+        )
     })
     .await?;
-    println!("durable creates: {create_rate:.0}/s, {}", creates.line("ms"));
+    println!(
+        "durable creates: {create_rate:.0}/s, {}",
+        creates.line("ms")
+    );
 
     let (get_rate, gets) = load(&endpoint, GETS, |number| {
-        let path = format!("/api/v1/namespaces/default/configmaps/bench-{}", number % CREATES);
+        let path = format!(
+            "/api/v1/namespaces/default/configmaps/bench-{}",
+            number % CREATES
+        );
         ("GET", path, None)
     })
     .await?;
@@ -55,19 +71,30 @@ pub(crate) async fn measure() -> Result<Value> {
         alone.push(started.elapsed().as_secs_f64() * 1e3);
     }
     let alone = Samples::new(alone);
-    println!("get by one client, idle server: median {:.2} ms, p99 {:.2} ms", alone.median(), alone.quantile(0.99));
+    println!(
+        "get by one client, idle server: median {:.2} ms, p99 {:.2} ms",
+        alone.median(),
+        alone.quantile(0.99)
+    );
 
     let before_lists = rss_kib(daemon.pid()).context("the daemon runs")?;
     let mut lists = Vec::new();
     let mut bytes = 0;
     for _ in 0..10 {
         let started = Instant::now();
-        bytes = single.request("GET", "/api/v1/namespaces/default/configmaps", None).await?.len();
+        bytes = single
+            .request("GET", "/api/v1/namespaces/default/configmaps", None)
+            .await?
+            .len();
         lists.push(started.elapsed().as_secs_f64() * 1e3);
     }
     let lists = Samples::new(lists);
     let after_lists = rss_kib(daemon.pid()).context("the daemon runs")?;
-    println!("list of {CREATES} objects, {:.1} MB: {}", bytes as f64 / 1e6, lists.line("ms"));
+    println!(
+        "list of {CREATES} objects, {:.1} MB: {}",
+        bytes as f64 / 1e6,
+        lists.line("ms")
+    );
     println!(
         "resident memory with {CREATES} objects: {} MiB; {} MiB after the lists",
         before_lists / 1024,

@@ -72,7 +72,10 @@ impl Bare {
         let output = child.stdout.take().context("stdout is piped")?;
         for line in BufReader::new(output).lines() {
             if line?.contains("BARE-INIT-READY") {
-                return Ok(BareVm { child, boot: started.elapsed() });
+                return Ok(BareVm {
+                    child,
+                    boot: started.elapsed(),
+                });
             }
         }
         bail!("the bare VM ended before its program ran")

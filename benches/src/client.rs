@@ -52,14 +52,23 @@ impl Endpoint {
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, key)?;
         let server = field("server:")?;
-        let address = server.trim_start_matches("https://").trim_end_matches('/').to_owned();
-        Ok(Self { address, tls: TlsConnector::from(Arc::new(tls)) })
+        let address = server
+            .trim_start_matches("https://")
+            .trim_end_matches('/')
+            .to_owned();
+        Ok(Self {
+            address,
+            tls: TlsConnector::from(Arc::new(tls)),
+        })
     }
 
     pub(crate) async fn connect(&self) -> Result<Connection> {
         let tcp = TcpStream::connect(&self.address).await?;
         tcp.set_nodelay(true)?;
-        let host = self.address.rsplit_once(':').map_or(self.address.as_str(), |(host, _)| host);
+        let host = self
+            .address
+            .rsplit_once(':')
+            .map_or(self.address.as_str(), |(host, _)| host);
         let name = ServerName::try_from(host.to_owned())?;
         let stream = self.tls.connect(name, tcp).await?;
         let (sender, connection) =
@@ -89,7 +98,10 @@ impl Connection {
         let status = response.status();
         let body = response.into_body().collect().await?.to_bytes();
         if !status.is_success() {
-            bail!("{method} {path}: {status}: {}", String::from_utf8_lossy(&body));
+            bail!(
+                "{method} {path}: {status}: {}",
+                String::from_utf8_lossy(&body)
+            );
         }
         Ok(body)
     }

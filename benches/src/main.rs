@@ -50,15 +50,24 @@ struct Options {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    if rustls::crypto::ring::default_provider().install_default().is_err() {
+    if rustls::crypto::ring::default_provider()
+        .install_default()
+        .is_err()
+    {
         anyhow::bail!("a TLS provider is installed already");
     }
     let all = [What::Start, What::Memory, What::Api];
-    let wanted = if options.what.is_empty() { &all[..] } else { &options.what };
+    let wanted = if options.what.is_empty() {
+        &all[..]
+    } else {
+        &options.what
+    };
     let mut samples = Map::new();
     samples.insert("machine".into(), stats::machine());
     println!("{}", stats::machine_line());
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
     for what in wanted {
         let (name, result): (&str, Value) = match what {
             What::Start => ("start", runtime.block_on(start::measure(options.starts))?),

@@ -41,7 +41,9 @@ pub(crate) async fn measure() -> Result<Value> {
         let floor = bare.as_ref().context("prepared above")?;
         let total = |pids: &[u32]| pids.iter().filter_map(|pid| pss_kib(*pid)).sum::<u64>();
         let pods = total(&pids) / step as u64;
-        let vms = (0..step).map(|_| floor.boot()).collect::<Result<Vec<_>>>()?;
+        let vms = (0..step)
+            .map(|_| floor.boot())
+            .collect::<Result<Vec<_>>>()?;
         let bare_pids: Vec<u32> = vms.iter().map(crate::bare::BareVm::pid).collect();
         let bare_pss = total(&bare_pids) / step as u64;
         drop(vms);

@@ -10,10 +10,16 @@ use anyhow::{Context, Result, bail};
 use hypernetes_testkit::{Daemon, DaemonOptions, Registry, run};
 use serde_json::{Value, json};
 
-use crate::{bare::Bare, client::{Connection, Endpoint}, stats::{Samples, cpu_seconds}};
+use crate::{
+    bare::Bare,
+    client::{Connection, Endpoint},
+    stats::{Samples, cpu_seconds},
+};
 
 pub(crate) async fn measure(starts: usize) -> Result<Value> {
-    println!("\n== start of a pod: API request → first byte of its output ({starts} times, in turns with bare boots)");
+    println!(
+        "\n== start of a pod: API request → first byte of its output ({starts} times, in turns with bare boots)"
+    );
     let (registry, daemon) = tokio::task::spawn_blocking(|| {
         let registry = Registry::start();
         let daemon = Daemon::start(DaemonOptions::default());
@@ -33,7 +39,10 @@ pub(crate) async fn measure(starts: usize) -> Result<Value> {
         let boot = bare.boot()?.boot.as_secs_f64() * 1e3;
         let before = cpu_seconds(daemon.pid()).unwrap_or(0.0);
         let name = format!("start-{number}");
-        let took = pod(&mut connection, &daemon, &name, &image).await?.as_secs_f64() * 1e3;
+        let took = pod(&mut connection, &daemon, &name, &image)
+            .await?
+            .as_secs_f64()
+            * 1e3;
         let spent = cpu_seconds(daemon.pid()).unwrap_or(0.0) - before;
         delete(&mut connection, &daemon, &name).await?;
         // The first two warm the page cache.
@@ -43,11 +52,21 @@ pub(crate) async fn measure(starts: usize) -> Result<Value> {
             daemon_cpu.push(spent * 1e3);
         }
     }
-    let (pods, boots, daemon_cpu) = (Samples::new(pods), Samples::new(boots), Samples::new(daemon_cpu));
+    let (pods, boots, daemon_cpu) = (
+        Samples::new(pods),
+        Samples::new(boots),
+        Samples::new(daemon_cpu),
+    );
     println!("bare boot: {}", boots.line("ms"));
     println!("pod:       {}", pods.line("ms"));
-    println!("ratio of medians: {:.2} (target 1.5)", pods.median() / boots.median());
-    println!("CPU of the daemon for one start: median {:.0} ms", daemon_cpu.median());
+    println!(
+        "ratio of medians: {:.2} (target 1.5)",
+        pods.median() / boots.median()
+    );
+    println!(
+        "CPU of the daemon for one start: median {:.0} ms",
+        daemon_cpu.median()
+    );
     let result = json!({
         "pod_ms": pods.json(), "bare_ms": boots.json(), "daemon_cpu_ms": daemon_cpu.json(),
         "ratio": pods.median() / boots.median(), "bare_command": bare.command_line(),
@@ -76,10 +95,18 @@ pub(crate) async fn pod(
         },
     });
     let started = Instant::now();
-    let answer =
-        connection.request("POST", "/api/v1/namespaces/default/pods", Some(body.to_string())).await?;
+    let answer = connection
+        .request(
+            "POST",
+            "/api/v1/namespaces/default/pods",
+            Some(body.to_string()),
+        )
+        .await?;
     let created: Value = serde_json::from_slice(&answer)?;
-    let uid = created["metadata"]["uid"].as_str().context("uid")?.to_owned();
+    let uid = created["metadata"]["uid"]
+        .as_str()
+        .context("uid")?
+        .to_owned();
     let logs = daemon.state_dir().join("logs");
     loop {
         if let Some(path) = log_file(&logs, &uid)

@@ -35,9 +35,10 @@ pub(crate) fn merged(
     for condition in conditions {
         let state = if condition.ok { "True" } else { "False" };
         let old = before.iter().find(|old| old["type"] == condition.kind);
-        let since = old
-            .filter(|old| old["status"] == state)
-            .map_or_else(|| json!(rfc3339(now)), |old| old["lastTransitionTime"].clone());
+        let since = old.filter(|old| old["status"] == state).map_or_else(
+            || json!(rfc3339(now)),
+            |old| old["lastTransitionTime"].clone(),
+        );
         after.push(json!({
             "type": condition.kind,
             "status": state,
@@ -68,17 +69,27 @@ pub(crate) async fn write(
     fields: Value,
 ) -> Result<(), ReconcileError> {
     let before = &object.data["status"];
-    let after = merged(before, object.metadata.generation, conditions, fields, Timestamp::now());
+    let after = merged(
+        before,
+        object.metadata.generation,
+        conditions,
+        fields,
+        Timestamp::now(),
+    );
     if *before == after {
         return Ok(());
     }
     let patch = Patch::Merge(json!({"status": after}));
-    match api.patch_status(&object.name_any(), &PatchParams::default(), &patch).await {
+    match api
+        .patch_status(&object.name_any(), &PatchParams::default(), &patch)
+        .await
+    {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        Err(error) => {
-            Err(ReconcileError::api(format!("write the status of {}", object.name_any()))(error))
-        }
+        Err(error) => Err(ReconcileError::api(format!(
+            "write the status of {}",
+            object.name_any()
+        ))(error)),
     }
 }
 
@@ -87,7 +98,12 @@ mod tests {
     use super::*;
 
     fn ready(ok: bool, message: &str) -> Condition {
-        Condition { kind: "Ready", ok, reason: "Test", message: message.to_owned() }
+        Condition {
+            kind: "Ready",
+            ok,
+            reason: "Test",
+            message: message.to_owned(),
+        }
     }
 
     fn at(second: i64) -> Timestamp {
@@ -96,8 +112,20 @@ mod tests {
 
     #[test]
     fn the_time_changes_only_with_the_state() {
-        let first = merged(&json!(null), Some(1), &[ready(true, "a")], json!({}), at(10));
-        let second = merged(&first, Some(2), &[ready(true, "b")], json!({"x": 1}), at(20));
+        let first = merged(
+            &json!(null),
+            Some(1),
+            &[ready(true, "a")],
+            json!({}),
+            at(10),
+        );
+        let second = merged(
+            &first,
+            Some(2),
+            &[ready(true, "b")],
+            json!({"x": 1}),
+            at(20),
+        );
         let third = merged(&second, Some(2), &[ready(false, "c")], json!({}), at(30));
         let time = |status: &Value| status["conditions"][0]["lastTransitionTime"].clone();
         assert_eq!(time(&first), "1970-01-01T00:00:10Z");

@@ -35,7 +35,10 @@ pub enum ReconcileError {
 impl ReconcileError {
     pub(crate) fn api(action: impl Into<String>) -> impl FnOnce(kube::Error) -> Self {
         let action = action.into();
-        move |source| Self::Api { action, source: Box::new(source) }
+        move |source| Self::Api {
+            action,
+            source: Box::new(source),
+        }
     }
 
     /// The object was written by someone else meanwhile.

@@ -52,7 +52,9 @@ pub struct ControllersConfig {
 
 impl std::fmt::Debug for ControllersConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ControllersConfig").field("networks", &self.networks).finish_non_exhaustive()
+        f.debug_struct("ControllersConfig")
+            .field("networks", &self.networks)
+            .finish_non_exhaustive()
     }
 }
 
@@ -88,12 +90,23 @@ async fn tenants(context: Arc<ControllersConfig>, stop: &CancellationToken) {
         let kind = kind.clone();
         // The tenant's first namespace has its name.
         move |network: DynamicObject| {
-            network.namespace().map(|name| ObjectRef::new_with(&name, kind.clone()))
+            network
+                .namespace()
+                .map(|name| ObjectRef::new_with(&name, kind.clone()))
         }
     };
     Controller::new_with(tenants, watcher::Config::default(), kind)
-        .watches(namespaces, watcher::Config::default().labels(TENANT_LABEL), of_namespace)
-        .watches_with(networks, network_kind, watcher::Config::default(), of_network)
+        .watches(
+            namespaces,
+            watcher::Config::default().labels(TENANT_LABEL),
+            of_namespace,
+        )
+        .watches_with(
+            networks,
+            network_kind,
+            watcher::Config::default(),
+            of_network,
+        )
         .graceful_shutdown_on(stopped(stop))
         .run(
             |tenant, context| boxed(async move { tenant::reconcile(&tenant, &context).await }),
@@ -124,7 +137,9 @@ async fn namespaces(context: Arc<ControllersConfig>, stop: &CancellationToken) {
     // The end of a namespace's last pod is what its deletion mostly waits for.
     let of_pod = |pod: Pod| {
         let leaving = pod.metadata.deletion_timestamp.is_some();
-        pod.namespace().filter(|_| leaving).map(|name| ObjectRef::new(&name))
+        pod.namespace()
+            .filter(|_| leaving)
+            .map(|name| ObjectRef::new(&name))
     };
     Controller::new(namespaces, watcher::Config::default())
         .watches(pods, watcher::Config::default(), of_pod)
@@ -142,7 +157,9 @@ async fn namespaces(context: Arc<ControllersConfig>, stop: &CancellationToken) {
 
 type Reconciled = Result<Action, ReconcileError>;
 
-fn boxed(work: impl Future<Output = Reconciled> + Send + 'static) -> BoxFuture<'static, Reconciled> {
+fn boxed(
+    work: impl Future<Output = Reconciled> + Send + 'static,
+) -> BoxFuture<'static, Reconciled> {
     Box::pin(work)
 }
 

@@ -12,7 +12,11 @@ use kube::{
 };
 use serde_json::json;
 
-use crate::{ControllersConfig, error::{ReconcileError, code}, objects};
+use crate::{
+    ControllersConfig,
+    error::{ReconcileError, code},
+    objects,
+};
 
 /// How soon an emptied namespace is looked at again if no event comes.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -62,8 +66,14 @@ async fn empty(name: &str, client: &Client) -> Result<Action, ReconcileError> {
     let left = pods
         .list(&ListParams::default())
         .await
-        .map_err(ReconcileError::api(format!("list pods of namespace {name}")))?;
-    for pod in left.items.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
+        .map_err(ReconcileError::api(format!(
+            "list pods of namespace {name}"
+        )))?;
+    for pod in left
+        .items
+        .iter()
+        .filter(|pod| pod.metadata.deletion_timestamp.is_none())
+    {
         objects::delete(&pods, &pod.name_any()).await?;
     }
     if !left.items.is_empty() {
@@ -111,22 +121,36 @@ async fn delete_all(
     client: &Client,
 ) -> Result<usize, ReconcileError> {
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, kind);
-    let failed = |action: &str| ReconcileError::api(format!("{action} {} of {namespace}", kind.plural));
+    let failed =
+        |action: &str| ReconcileError::api(format!("{action} {} of {namespace}", kind.plural));
     let some = ListParams::default().limit(1);
-    if api.list(&some).await.map_err(failed("list"))?.items.is_empty() {
+    if api
+        .list(&some)
+        .await
+        .map_err(failed("list"))?
+        .items
+        .is_empty()
+    {
         return Ok(0);
     }
     api.delete_collection(&DeleteParams::default(), &ListParams::default())
         .await
         .map_err(failed("delete"))?;
-    Ok(api.list(&ListParams::default()).await.map_err(failed("list"))?.items.len())
+    Ok(api
+        .list(&ListParams::default())
+        .await
+        .map_err(failed("list"))?
+        .items
+        .len())
 }
 
 /// Takes the namespace's own finalizer away: the API server then removes it.
 async fn finalize(name: &str, client: &Client) -> Result<(), ReconcileError> {
     let api: Api<Namespace> = Api::all(client.clone());
     let failed = || ReconcileError::api(format!("finalize namespace {name}"));
-    let Some(mut namespace) = api.get_opt(name).await.map_err(failed())? else { return Ok(()) };
+    let Some(mut namespace) = api.get_opt(name).await.map_err(failed())? else {
+        return Ok(());
+    };
     if let Some(spec) = &mut namespace.spec {
         spec.finalizers = Some(Vec::new());
     }

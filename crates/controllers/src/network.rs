@@ -26,23 +26,41 @@ pub(crate) async fn reconcile(
     context: &ControllersConfig,
 ) -> Result<Action, ReconcileError> {
     let namespace = network.namespace().unwrap_or_default();
-    let api: Api<DynamicObject> =
-        Api::namespaced_with(context.client.clone(), &namespace, &objects::network_resource());
+    let api: Api<DynamicObject> = Api::namespaced_with(
+        context.client.clone(),
+        &namespace,
+        &objects::network_resource(),
+    );
     if network.metadata.deletion_timestamp.is_some() {
         return delete(network, &namespace, &api, context).await;
     }
     if objects::set_finalizer(&api, network, true).await? {
         return Ok(Action::await_change());
     }
-    let cidr = network.data["spec"]["subnets"][0]["cidr"].as_str().unwrap_or_default();
+    let cidr = network.data["spec"]["subnets"][0]["cidr"]
+        .as_str()
+        .unwrap_or_default();
     let (condition, total) = match cidr.parse::<IpNet>() {
         Ok(net) => (
-            Condition { kind: "Ready", ok: true, reason: "NetworkReady", message: String::new() },
+            Condition {
+                kind: "Ready",
+                ok: true,
+                reason: "NetworkReady",
+                message: String::new(),
+            },
             pod_addresses(&net),
         ),
         Err(error) => {
             let message = format!("spec.subnets[0].cidr: {error}");
-            (Condition { kind: "Ready", ok: false, reason: "InvalidSubnet", message }, 0)
+            (
+                Condition {
+                    kind: "Ready",
+                    ok: false,
+                    reason: "InvalidSubnet",
+                    message,
+                },
+                0,
+            )
         }
     };
     conditions::write(&api, network, &[condition], json!({"ipsTotal": total})).await?;
@@ -65,16 +83,21 @@ async fn delete(
     let users = pods
         .list(&ListParams::default())
         .await
-        .map_err(ReconcileError::api(format!("list pods of namespace {namespace}")))?;
+        .map_err(ReconcileError::api(format!(
+            "list pods of namespace {namespace}"
+        )))?;
     // Which of several networks a pod is on is the node's knowledge; the node also says no below.
     if !users.items.is_empty() {
         return wait(network, api, format!("{} pods are left", users.items.len())).await;
     }
     if let Some(driver) = &context.networks {
         let id = format!("{namespace}.{}", network.name_any());
-        let id: NetworkId = id.parse().map_err(|error: hypernetes_types::IdError| {
-            ReconcileError::Invalid { field: "metadata.name", rule: error.to_string() }
-        })?;
+        let id: NetworkId =
+            id.parse()
+                .map_err(|error: hypernetes_types::IdError| ReconcileError::Invalid {
+                    field: "metadata.name",
+                    rule: error.to_string(),
+                })?;
         match driver.delete_network(&id).await {
             Ok(()) | Err(NetworkError::NoNetwork(_)) => {}
             Err(error @ NetworkError::InUse { .. }) => {
@@ -82,7 +105,10 @@ async fn delete(
             }
             Err(source) => {
                 let network = id.to_string();
-                return Err(ReconcileError::Network { network, source: Box::new(source) });
+                return Err(ReconcileError::Network {
+                    network,
+                    source: Box::new(source),
+                });
             }
         }
     }
@@ -95,7 +121,12 @@ async fn wait(
     api: &Api<DynamicObject>,
     why: String,
 ) -> Result<Action, ReconcileError> {
-    let condition = Condition { kind: "Ready", ok: false, reason: "Deleting", message: why };
+    let condition = Condition {
+        kind: "Ready",
+        ok: false,
+        reason: "Deleting",
+        message: why,
+    };
     conditions::write(api, network, &[condition], json!({})).await?;
     Ok(Action::requeue(Duration::from_millis(500)))
 }

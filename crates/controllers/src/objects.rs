@@ -3,7 +3,9 @@
 use hypernetes_types::kinds::{CLEANUP_FINALIZER, GROUP, VERSION};
 use kube::{
     Api, ResourceExt,
-    api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams},
+    api::{
+        ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams,
+    },
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
@@ -28,8 +30,10 @@ where
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let name = text(&wanted["metadata"]["name"]);
     let what = format!("{} {name}", text(&wanted["kind"]));
-    let found =
-        api.get_opt(&name).await.map_err(ReconcileError::api(format!("read {what}")))?;
+    let found = api
+        .get_opt(&name)
+        .await
+        .map_err(ReconcileError::api(format!("read {what}")))?;
     if let Some(found) = found {
         return Ok(found);
     }
@@ -40,9 +44,10 @@ where
     match api.create(&PostParams::default(), &object).await {
         Ok(made) => Ok(made),
         // Someone was quicker.
-        Err(error) if code(&error) == Some(409) => {
-            api.get(&name).await.map_err(ReconcileError::api(format!("read {what}")))
-        }
+        Err(error) if code(&error) == Some(409) => api
+            .get(&name)
+            .await
+            .map_err(ReconcileError::api(format!("read {what}"))),
         Err(error) => Err(ReconcileError::api(format!("create {what}"))(error)),
     }
 }
@@ -78,11 +83,19 @@ pub(crate) async fn set_finalizer(
     let patch = json!({
         "metadata": {"finalizers": finalizers, "resourceVersion": object.resource_version()},
     });
-    match api.patch(&object.name_any(), &PatchParams::default(), &Patch::Merge(patch)).await {
+    match api
+        .patch(
+            &object.name_any(),
+            &PatchParams::default(),
+            &Patch::Merge(patch),
+        )
+        .await
+    {
         Ok(_) => Ok(true),
         Err(error) if code(&error) == Some(404) => Ok(true),
-        Err(error) => {
-            Err(ReconcileError::api(format!("write finalizers of {}", object.name_any()))(error))
-        }
+        Err(error) => Err(ReconcileError::api(format!(
+            "write finalizers of {}",
+            object.name_any()
+        ))(error)),
     }
 }

@@ -39,9 +39,14 @@ pub(crate) async fn reconcile(
 ) -> Result<Action, ReconcileError> {
     let client = &context.client;
     let api: Api<DynamicObject> = Api::all_with(client.clone(), &objects::tenant_resource());
-    let name: TenantName = tenant.name_any().parse().map_err(|error: hypernetes_types::IdError| {
-        ReconcileError::Invalid { field: "metadata.name", rule: error.to_string() }
-    })?;
+    let name: TenantName =
+        tenant
+            .name_any()
+            .parse()
+            .map_err(|error: hypernetes_types::IdError| ReconcileError::Invalid {
+                field: "metadata.name",
+                rule: error.to_string(),
+            })?;
     if tenant.metadata.deletion_timestamp.is_some() {
         return delete(tenant, &name, &api, client).await;
     }
@@ -51,7 +56,12 @@ pub(crate) async fn reconcile(
     }
     let namespace = ensure_namespace(tenant, &name, client).await?;
     if let Some(why) = foreign(&namespace, &name) {
-        let condition = Condition { kind: "Ready", ok: false, reason: "NamespaceTaken", message: why };
+        let condition = Condition {
+            kind: "Ready",
+            ok: false,
+            reason: "NamespaceTaken",
+            message: why,
+        };
         conditions::write(&api, tenant, &[condition], json!({})).await?;
         return Ok(Action::requeue(Duration::from_secs(30)));
     }
@@ -72,13 +82,25 @@ pub(crate) async fn reconcile(
     let network_condition = Condition {
         kind: "NetworkReady",
         ok: network_ready,
-        reason: if network_ready { "NetworkReady" } else { "NetworkPending" },
-        message: if network_ready { String::new() } else { "network default is not ready".into() },
+        reason: if network_ready {
+            "NetworkReady"
+        } else {
+            "NetworkPending"
+        },
+        message: if network_ready {
+            String::new()
+        } else {
+            "network default is not ready".into()
+        },
     };
     let ready = Condition {
         kind: "Ready",
         ok: network_ready,
-        reason: if network_ready { "TenantReady" } else { "NetworkPending" },
+        reason: if network_ready {
+            "TenantReady"
+        } else {
+            "NetworkPending"
+        },
         message: network_condition.message.clone(),
     };
     let fields = json!({"namespaces": names, "observedGeneration": tenant.metadata.generation});
@@ -105,8 +127,10 @@ async fn ensure_namespace(
         Value::Array(names) => Some(Value::from(names.clone()).to_string()),
         _ => None,
     };
-    let annotations: BTreeMap<&str, &String> =
-        kernels.iter().map(|kernels| (KERNELS_ANNOTATION, kernels)).collect();
+    let annotations: BTreeMap<&str, &String> = kernels
+        .iter()
+        .map(|kernels| (KERNELS_ANNOTATION, kernels))
+        .collect();
     let wanted = json!({
         "apiVersion": "v1",
         "kind": "Namespace",
@@ -133,7 +157,9 @@ async fn ensure_network(
     name: &TenantName,
     client: &Client,
 ) -> Result<DynamicObject, ReconcileError> {
-    let cidr = tenant.data["spec"]["network"]["default"]["cidr"].as_str().unwrap_or(DEFAULT_CIDR);
+    let cidr = tenant.data["spec"]["network"]["default"]["cidr"]
+        .as_str()
+        .unwrap_or(DEFAULT_CIDR);
     let net: Ipv4Net = cidr.parse().map_err(|_wrong| ReconcileError::Invalid {
         field: "spec.network.default.cidr",
         rule: format!("{cidr:?} is no IPv4 address range"),

@@ -57,7 +57,9 @@ impl Backend {
         match request {
             Request::ImagesInUse => {
                 let containers = self.runtime.list_containers(None).await;
-                let ids = containers.iter().filter_map(|container| container.image_id.parse().ok());
+                let ids = containers
+                    .iter()
+                    .filter_map(|container| container.image_id.parse().ok());
                 Ok(Answer::ImagesInUse(ids.collect()))
             }
             Request::Backup { path } => {
@@ -65,7 +67,9 @@ impl Backend {
                     bail!("{} exists already", path.display());
                 }
                 let store = self.store.clone();
-                Ok(Answer::Backup(tokio::task::spawn_blocking(move || store.backup(&path)).await??))
+                Ok(Answer::Backup(
+                    tokio::task::spawn_blocking(move || store.backup(&path)).await??,
+                ))
             }
         }
     }
@@ -123,7 +127,9 @@ async fn answer(mut stream: UnixStream, backend: &Backend) -> Result<()> {
 
 async fn read(stream: &mut UnixStream) -> Result<String> {
     let mut line = String::new();
-    BufReader::new(stream.take(MAX_MESSAGE)).read_line(&mut line).await?;
+    BufReader::new(stream.take(MAX_MESSAGE))
+        .read_line(&mut line)
+        .await?;
     Ok(line)
 }
 
@@ -135,7 +141,9 @@ async fn write(stream: &mut UnixStream, message: &impl Serialize) -> Result<()> 
 
 /// Asks the daemon; `None` if none is running.
 async fn ask(path: &Path, request: &Request) -> Result<Option<Answer>> {
-    let Ok(mut stream) = UnixStream::connect(path).await else { return Ok(None) };
+    let Ok(mut stream) = UnixStream::connect(path).await else {
+        return Ok(None);
+    };
     write(&mut stream, request).await?;
     let text = read(&mut stream).await?;
     match serde_json::from_str(&text).context("the daemon ended before it answered")? {

@@ -9,7 +9,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[command(name = "hypernetes", version, about, max_term_width = 100)]
 pub(crate) struct Cli {
     /// Directory of everything durable
-    #[arg(long, global = true, env = "HYPERNETES_STATE_DIR", default_value = "/var/lib/hypernetes")]
+    #[arg(
+        long,
+        global = true,
+        env = "HYPERNETES_STATE_DIR",
+        default_value = "/var/lib/hypernetes"
+    )]
     pub(crate) state_dir: PathBuf,
 
     /// Log filter, as in RUST_LOG: `info`, `debug`, `warn,hypernetes_runtime=debug`

@@ -10,7 +10,11 @@ use crate::{cli::Doctor, paths, paths::Paths, terminal};
 
 /// Programs that a node calls, with the package that has them and what they are for.
 const PROGRAMS: &[(&str, &str, &str)] = &[
-    ("nft", "nftables", "tenant networks: isolation, translation, anti-spoofing"),
+    (
+        "nft",
+        "nftables",
+        "tenant networks: isolation, translation, anti-spoofing",
+    ),
     ("mkfs.ext4", "e2fsprogs", "the scratch disks of pods"),
 ];
 
@@ -23,20 +27,31 @@ struct Check {
 
 /// Prints the findings; fails if pods cannot run.
 pub(crate) async fn run(paths: &Paths, options: &Doctor) -> Result<ExitCode> {
-    let mut checks = vec![root(), device("/dev/net/tun", "taps of pods"), user_namespaces()];
+    let mut checks = vec![
+        root(),
+        device("/dev/net/tun", "taps of pods"),
+        user_namespaces(),
+    ];
     for (program, package, purpose) in PROGRAMS {
         checks.push(program_found(program, package, purpose));
     }
     let (accelerator, why) = vmm(paths, &mut checks).await;
-    checks.push(guest_file("the guest's program (hyperstart)", paths::hyperstart(None).as_deref()));
-    checks.push(guest_file("a built kernel", paths::kernel_dir(None).as_deref()));
+    checks.push(guest_file(
+        "the guest's program (hyperstart)",
+        paths::hyperstart(None).as_deref(),
+    ));
+    checks.push(guest_file(
+        "a built kernel",
+        paths::kernel_dir(None).as_deref(),
+    ));
     let able = checks.iter().all(|check| check.ok);
     if options.json {
         let checks: Vec<_> = checks
             .iter()
             .map(|check| json!({"ok": check.ok, "what": check.what, "advice": check.advice}))
             .collect();
-        let report = json!({"able": able, "accelerator": accelerator, "why": why, "checks": checks});
+        let report =
+            json!({"able": able, "accelerator": accelerator, "why": why, "checks": checks});
         terminal::line(&serde_json::to_string_pretty(&report)?);
     } else {
         for check in &checks {
@@ -46,10 +61,18 @@ pub(crate) async fn run(paths: &Paths, options: &Doctor) -> Result<ExitCode> {
                 terminal::line(&format!("      {advice}"));
             }
         }
-        let verdict = if able { "This machine can run pods." } else { "This machine cannot run pods yet." };
+        let verdict = if able {
+            "This machine can run pods."
+        } else {
+            "This machine cannot run pods yet."
+        };
         terminal::line(verdict);
     }
-    Ok(if able { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if able {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn root() -> Check {
@@ -72,27 +95,39 @@ fn device(path: &str, purpose: &str) -> Check {
 
 fn user_namespaces() -> Check {
     let ok = Path::new("/proc/self/ns/net").exists();
-    Check { ok, what: "network namespaces".to_owned(), advice: None }
+    Check {
+        ok,
+        what: "network namespaces".to_owned(),
+        advice: None,
+    }
 }
 
 fn program_found(program: &str, package: &str, purpose: &str) -> Check {
     let path = env::var_os("PATH").unwrap_or_default();
     let sbin = ["/usr/sbin", "/sbin"].map(Into::into);
-    let found = env::split_paths(&path).chain(sbin).map(|dir| dir.join(program)).find(|p| p.is_file());
+    let found = env::split_paths(&path)
+        .chain(sbin)
+        .map(|dir| dir.join(program))
+        .find(|p| p.is_file());
     Check {
         ok: found.is_some(),
         what: found.as_ref().map_or_else(
             || format!("{program} ({purpose})"),
             |path| format!("{} ({purpose})", path.display()),
         ),
-        advice: found.is_none().then(|| format!("apt-get install {package}")),
+        advice: found
+            .is_none()
+            .then(|| format!("apt-get install {package}")),
     }
 }
 
 fn guest_file(what: &str, found: Option<&Path>) -> Check {
     Check {
         ok: found.is_some(),
-        what: found.map_or_else(|| what.to_owned(), |path| format!("{what}: {}", path.display())),
+        what: found.map_or_else(
+            || what.to_owned(),
+            |path| format!("{what}: {}", path.display()),
+        ),
         advice: found.is_none().then(|| "make build".to_owned()),
     }
 }
@@ -104,17 +139,28 @@ async fn vmm(paths: &Paths, checks: &mut Vec<Check>) -> (String, String) {
             let probe = driver.probe();
             checks.push(Check {
                 ok: true,
-                what: format!("QEMU {} runs guests by {}", probe.version, probe.accelerator),
+                what: format!(
+                    "QEMU {} runs guests by {}",
+                    probe.version, probe.accelerator
+                ),
                 advice: Some(probe.why.clone()),
             });
             for missing in &probe.missing {
-                checks.push(Check { ok: true, what: "could be better".to_owned(), advice: Some(missing.clone()) });
+                checks.push(Check {
+                    ok: true,
+                    what: "could be better".to_owned(),
+                    advice: Some(missing.clone()),
+                });
             }
             (probe.accelerator.to_string(), probe.why.clone())
         }
         Err(error) => {
             let text = hypernetes_telemetry::chain(&error).to_string();
-            checks.push(Check { ok: false, what: "virtual machines".to_owned(), advice: Some(text.clone()) });
+            checks.push(Check {
+                ok: false,
+                what: "virtual machines".to_owned(),
+                advice: Some(text.clone()),
+            });
             ("none".to_owned(), text)
         }
     }

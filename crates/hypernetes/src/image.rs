@@ -18,10 +18,24 @@ use crate::{admin, cli::Image, paths::Paths, terminal};
 /// Runs one `image` verb.
 pub(crate) async fn run(paths: &Paths, command: Image) -> Result<()> {
     match command {
-        Image::Pull { reference, creds, insecure_registries, quiet } => {
+        Image::Pull {
+            reference,
+            creds,
+            insecure_registries,
+            quiet,
+        } => {
             let reference: ImageReference = reference.parse()?;
-            let registry = RegistryConfig { insecure_registries, ..RegistryConfig::default() };
-            let store = open(paths, StoreConfig { registry, ..StoreConfig::default() })?;
+            let registry = RegistryConfig {
+                insecure_registries,
+                ..RegistryConfig::default()
+            };
+            let store = open(
+                paths,
+                StoreConfig {
+                    registry,
+                    ..StoreConfig::default()
+                },
+            )?;
             let bars = std::sync::Arc::new(Bars::new(quiet));
             let shown = bars.clone();
             let options = PullOptions {
@@ -39,8 +53,10 @@ pub(crate) async fn run(paths: &Paths, command: Image) -> Result<()> {
         }
         Image::Load { input } => {
             for image in open(paths, StoreConfig::default())?.load(&input).await? {
-                let name =
-                    image.tags.first().map_or_else(|| image.id.to_string(), ToString::to_string);
+                let name = image
+                    .tags
+                    .first()
+                    .map_or_else(|| image.id.to_string(), ToString::to_string);
                 terminal::line(&format!("Loaded image: {name}"));
             }
         }
@@ -82,10 +98,16 @@ fn open(paths: &Paths, config: StoreConfig) -> Result<ImageStore> {
 }
 
 fn credentials(text: Option<String>) -> Result<Credentials> {
-    let Some(text) = text else { return Ok(Credentials::Anonymous) };
-    let (username, password) =
-        text.split_once(':').context("invalid --creds: must be user:password")?;
-    Ok(Credentials::Basic { username: username.to_owned(), password: password.to_owned() })
+    let Some(text) = text else {
+        return Ok(Credentials::Anonymous);
+    };
+    let (username, password) = text
+        .split_once(':')
+        .context("invalid --creds: must be user:password")?;
+    Ok(Credentials::Basic {
+        username: username.to_owned(),
+        password: password.to_owned(),
+    })
 }
 
 fn list(images: &[StoredImage], quiet: bool, json: bool) -> Result<()> {
@@ -94,7 +116,9 @@ fn list(images: &[StoredImage], quiet: bool, json: bool) -> Result<()> {
         return Ok(());
     }
     if quiet {
-        images.iter().for_each(|image| terminal::line(image.id.as_str()));
+        images
+            .iter()
+            .for_each(|image| terminal::line(image.id.as_str()));
         return Ok(());
     }
     let short = |image: &StoredImage| image.id.hex()[..12].to_owned();
@@ -102,9 +126,12 @@ fn list(images: &[StoredImage], quiet: bool, json: bool) -> Result<()> {
     for image in images {
         let size = terminal::human_bytes(image.size);
         if image.tags.is_empty() {
-            let name = image.digests.first().map_or("<none>".to_owned(), |reference| {
-                format!("{}/{}", reference.registry(), reference.repository())
-            });
+            let name = image
+                .digests
+                .first()
+                .map_or("<none>".to_owned(), |reference| {
+                    format!("{}/{}", reference.registry(), reference.repository())
+                });
             rows.push(vec![name, "<none>".to_owned(), short(image), size.clone()]);
         }
         for tag in &image.tags {
@@ -125,7 +152,10 @@ struct Bars {
 
 impl Bars {
     fn new(quiet: bool) -> Self {
-        Self { all: (!quiet).then(MultiProgress::new), layers: Mutex::default() }
+        Self {
+            all: (!quiet).then(MultiProgress::new),
+            layers: Mutex::default(),
+        }
     }
 
     fn show(&self, event: PullEvent) {
@@ -155,14 +185,23 @@ impl Bars {
             PullEvent::LayerDone { layer, cached } => {
                 if let Some(bar) = layers.get(&layer) {
                     bar.set_position(bar.length().unwrap_or(0));
-                    bar.finish_with_message(if cached { "Already exists" } else { "Pull complete" });
+                    bar.finish_with_message(if cached {
+                        "Already exists"
+                    } else {
+                        "Pull complete"
+                    });
                 }
             }
         }
     }
 
     fn finish(&self) {
-        for bar in self.layers.lock().unwrap_or_else(PoisonError::into_inner).values() {
+        for bar in self
+            .layers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+        {
             if !bar.is_finished() {
                 bar.abandon();
             }

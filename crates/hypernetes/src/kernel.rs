@@ -25,9 +25,17 @@ const VERIFY_UID: u32 = 65_534;
 pub(crate) async fn run(paths: &Paths, command: Kernel) -> Result<ExitCode> {
     let catalog = KernelCatalog::open(paths.state()).context("cannot open the kernel catalog")?;
     match command {
-        Kernel::Build { name, source, config } => {
+        Kernel::Build {
+            name,
+            source,
+            config,
+        } => {
             let name: KernelName = name.parse()?;
-            let options = hyperkernel::BuildOptions { source, config, ..Default::default() };
+            let options = hyperkernel::BuildOptions {
+                source,
+                config,
+                ..Default::default()
+            };
             let work = paths.state().to_owned();
             let dir = tokio::task::spawn_blocking(move || {
                 hyperkernel::build(&work, &options, |line| terminal::note(line))
@@ -35,7 +43,12 @@ pub(crate) async fn run(paths: &Paths, command: Kernel) -> Result<ExitCode> {
             .await??;
             imported(&catalog, &catalog.add_built(&name, &dir)?)?;
         }
-        Kernel::Import { name, path, modules, config } => {
+        Kernel::Import {
+            name,
+            path,
+            modules,
+            config,
+        } => {
             let name: KernelName = name.parse()?;
             let entry = tokio::task::block_in_place(|| {
                 if path.is_dir() {
@@ -118,10 +131,18 @@ fn list(catalog: &KernelCatalog, json: bool) -> Result<()> {
                     name.rsplit('/').next().unwrap_or(name).to_owned()
                 }
             },
-            if default.as_ref() == Some(&entry.name) { "*" } else { "" }.to_owned(),
+            if default.as_ref() == Some(&entry.name) {
+                "*"
+            } else {
+                ""
+            }
+            .to_owned(),
         ]
     });
-    terminal::table(&["NAME", "RELEASE", "MACHINE", "MODULES", "FROM", "DEFAULT"], rows);
+    terminal::table(
+        &["NAME", "RELEASE", "MACHINE", "MODULES", "FROM", "DEFAULT"],
+        rows,
+    );
     Ok(())
 }
 
@@ -137,10 +158,16 @@ async fn verify(
     let findings = catalog.findings(name)?;
     let essential = |finding: &&Finding| finding.severity == Severity::Essential;
     match &findings {
-        None => terminal::line(&format!("{name}: came without a configuration, only booting tells")),
+        None => terminal::line(&format!(
+            "{name}: came without a configuration, only booting tells"
+        )),
         Some(findings) => {
             for finding in findings {
-                let weight = if finding.severity == Severity::Essential { "needed" } else { "useful" };
+                let weight = if finding.severity == Severity::Essential {
+                    "needed"
+                } else {
+                    "useful"
+                };
                 terminal::line(&format!("{name}: {finding} ({weight})"));
             }
         }
@@ -157,7 +184,9 @@ async fn verify(
         extra_cmdline: String::new(),
     };
     let driver = QemuDriver::detect(QemuConfig::new(paths.state().to_owned())).await?;
-    let run_dir = tempfile::Builder::new().prefix("hn-verify-").tempdir_in("/run")?;
+    let run_dir = tempfile::Builder::new()
+        .prefix("hn-verify-")
+        .tempdir_in("/run")?;
     let started = tokio::time::Instant::now();
     let vm = driver
         .launch(VmSpec {
@@ -191,7 +220,9 @@ async fn verify(
         }
     }
     if lacking > 0 {
-        terminal::line(&format!("{name}: {lacking} needed options are missing: pods will not run"));
+        terminal::line(&format!(
+            "{name}: {lacking} needed options are missing: pods will not run"
+        ));
         return Ok(ExitCode::FAILURE);
     }
     terminal::line(&format!("{name}: can run pods"));
@@ -202,11 +233,19 @@ async fn verify(
 async fn meet(vm: &dyn Vm) -> Result<String> {
     let conversation = async {
         let channel = vm.open_channel().await?;
-        let options = ConnectOptions { build: VERSION.to_owned(), deadline: BOOT_DEADLINE };
+        let options = ConnectOptions {
+            build: VERSION.to_owned(),
+            deadline: BOOT_DEADLINE,
+        };
         let client = AgentClient::connect(channel, options)
             .await
             .map_err(|error| anyhow::anyhow!("{}", chain(&error)))?;
-        Ok(client.hello().kernel_release.chars().filter(|c| !c.is_control()).collect())
+        Ok(client
+            .hello()
+            .kernel_release
+            .chars()
+            .filter(|c| !c.is_control())
+            .collect())
     };
     tokio::select! {
         result = conversation => result,

@@ -33,10 +33,16 @@ fn main() -> ExitCode {
         cli::LogFormat::Json => LogFormat::Json,
     };
     hypernetes_telemetry::init(&cli.log, format);
-    if rustls::crypto::ring::default_provider().install_default().is_err() {
+    if rustls::crypto::ring::default_provider()
+        .install_default()
+        .is_err()
+    {
         tracing::debug!("a TLS provider is installed already");
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::Error::new(error).context("cannot start")),
     };
@@ -79,7 +85,10 @@ fn launch(args: &[String]) -> ExitCode {
     fail(&anyhow::Error::new(error))
 }
 
-#[allow(clippy::print_stderr, reason = "the last word of a command that failed")]
+#[allow(
+    clippy::print_stderr,
+    reason = "the last word of a command that failed"
+)]
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {error:#}");
     ExitCode::FAILURE

@@ -70,7 +70,8 @@ pub(crate) fn beside_binary(name: &str) -> Option<PathBuf> {
 /// The guest's program: as told, else beside this binary, else where packages put it.
 pub(crate) fn hyperstart(told: Option<PathBuf>) -> Option<PathBuf> {
     let packaged = PathBuf::from("/usr/lib/hypernetes/hyperstart");
-    told.or_else(|| beside_binary("hyperstart")).or_else(|| packaged.exists().then_some(packaged))
+    told.or_else(|| beside_binary("hyperstart"))
+        .or_else(|| packaged.exists().then_some(packaged))
 }
 
 /// Directory of the built kernel: as told, else as `make build` noted it, else where packages put it.
@@ -81,5 +82,6 @@ pub(crate) fn kernel_dir(told: Option<PathBuf>) -> Option<PathBuf> {
         path.exists().then_some(path)
     };
     let packaged = PathBuf::from("/usr/lib/hypernetes/kernel");
-    told.or_else(noted).or_else(|| packaged.exists().then_some(packaged))
+    told.or_else(noted)
+        .or_else(|| packaged.exists().then_some(packaged))
 }

@@ -25,7 +25,13 @@ use crate::{
 /// Runs one `tenant` verb.
 pub(crate) async fn run(paths: &Paths, command: Tenant) -> Result<()> {
     match command {
-        Tenant::Create { name, kubeconfig, cidr, display_name, kernels } => {
+        Tenant::Create {
+            name,
+            kubeconfig,
+            cidr,
+            display_name,
+            kernels,
+        } => {
             let name = parse(&name)?;
             let mut spec = json!({"network": {"default": {"cidr": cidr.trunc().to_string()}}});
             if let Some(text) = display_name {
@@ -36,22 +42,48 @@ pub(crate) async fn run(paths: &Paths, command: Tenant) -> Result<()> {
             }
             create(paths, &name, spec).await?;
             if let Some(path) = kubeconfig {
-                write_kubeconfig(paths, &name, &format!("{name}-admin"), Role::Admin, 365, &path)
-                    .await?;
+                write_kubeconfig(
+                    paths,
+                    &name,
+                    &format!("{name}-admin"),
+                    Role::Admin,
+                    365,
+                    &path,
+                )
+                .await?;
             }
             terminal::line(&format!("tenant/{name} created"));
             Ok(())
         }
         Tenant::Ls => list(paths).await,
-        Tenant::Kubeconfig { name, output, user, role, days } => {
+        Tenant::Kubeconfig {
+            name,
+            output,
+            user,
+            role,
+            days,
+        } => {
             let name = parse(&name)?;
-            tenants(paths).await?.get(name.as_str()).await.map_err(not_found(&name))?;
+            tenants(paths)
+                .await?
+                .get(name.as_str())
+                .await
+                .map_err(not_found(&name))?;
             let user = user.unwrap_or_else(|| format!("{name}-{}", role.as_str()));
             write_kubeconfig(paths, &name, &user, role, days, &output).await
         }
-        Tenant::Delete { name, no_wait, timeout } => {
+        Tenant::Delete {
+            name,
+            no_wait,
+            timeout,
+        } => {
             let name = parse(&name)?;
-            delete(paths, &name, (!no_wait).then(|| Duration::from_secs(timeout))).await
+            delete(
+                paths,
+                &name,
+                (!no_wait).then(|| Duration::from_secs(timeout)),
+            )
+            .await
         }
     }
 }
@@ -64,7 +96,10 @@ fn parse(name: &str) -> Result<TenantName> {
 async fn client(paths: &Paths) -> Result<Client> {
     let path = paths.admin_kubeconfig();
     let kubeconfig = AdminKubeconfig::read_from(&path).with_context(|| {
-        format!("cannot read {}; is `hypernetes up` running with this --state-dir?", path.display())
+        format!(
+            "cannot read {}; is `hypernetes up` running with this --state-dir?",
+            path.display()
+        )
     })?;
     let config =
         kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
@@ -79,7 +114,9 @@ async fn tenants(paths: &Paths) -> Result<Api<DynamicObject>> {
 fn not_found(name: &TenantName) -> impl FnOnce(kube::Error) -> anyhow::Error {
     let name = name.clone();
     move |error| match error {
-        kube::Error::Api(status) if status.code == 404 => anyhow::anyhow!("tenant {name} not found"),
+        kube::Error::Api(status) if status.code == 404 => {
+            anyhow::anyhow!("tenant {name} not found")
+        }
         other => api_error(other),
     }
 }
@@ -100,7 +137,9 @@ async fn create(paths: &Paths, name: &TenantName, spec: Value) -> Result<()> {
         "metadata": {"name": name.as_str()},
         "spec": spec,
     }))?;
-    api.create(&PostParams::default(), &object).await.map_err(api_error)?;
+    api.create(&PostParams::default(), &object)
+        .await
+        .map_err(api_error)?;
     wait_ready(&api, name).await
 }
 
@@ -118,7 +157,10 @@ async fn wait_ready(api: &Api<DynamicObject>, name: &TenantName) -> Result<()> {
         Ok(result) => result.map(|_| ()).context("cannot watch the tenant"),
         Err(_elapsed) => {
             let tenant = api.get(name.as_str()).await.map_err(api_error)?;
-            bail!("tenant {name} is not ready after {limit:?}: {}", condition(&tenant, "Ready").1)
+            bail!(
+                "tenant {name} is not ready after {limit:?}: {}",
+                condition(&tenant, "Ready").1
+            )
         }
     }
 }
@@ -132,19 +174,34 @@ fn condition(object: &DynamicObject, kind: &str) -> (String, String) {
         .flatten()
         .find(|condition| condition["type"] == kind)
         .map_or_else(
-            || ("Unknown".to_owned(), "no controller has looked at it".to_owned()),
+            || {
+                (
+                    "Unknown".to_owned(),
+                    "no controller has looked at it".to_owned(),
+                )
+            },
             |condition| (text(&condition["status"]), text(&condition["message"])),
         )
 }
 
 async fn list(paths: &Paths) -> Result<()> {
-    let tenants = tenants(paths).await?.list(&ListParams::default()).await.map_err(api_error)?;
+    let tenants = tenants(paths)
+        .await?
+        .list(&ListParams::default())
+        .await
+        .map_err(api_error)?;
     let rows = tenants.items.iter().map(|tenant| {
         vec![
             tenant.metadata.name.clone().unwrap_or_default(),
-            tenant.data["spec"]["network"]["default"]["cidr"].as_str().unwrap_or("-").to_owned(),
+            tenant.data["spec"]["network"]["default"]["cidr"]
+                .as_str()
+                .unwrap_or("-")
+                .to_owned(),
             condition(tenant, "Ready").0,
-            tenant.data["spec"]["displayName"].as_str().unwrap_or("-").to_owned(),
+            tenant.data["spec"]["displayName"]
+                .as_str()
+                .unwrap_or("-")
+                .to_owned(),
         ]
     });
     terminal::table(&["NAME", "CIDR", "READY", "DISPLAY NAME"], rows);

@@ -63,8 +63,8 @@ struct Node {
 
 impl Node {
     async fn prepare(paths: &Paths, options: &Up) -> Result<Self> {
-        let authority =
-            Authority::load_or_create(&paths.pki()).context("cannot open the certificate authority")?;
+        let authority = Authority::load_or_create(&paths.pki())
+            .context("cannot open the certificate authority")?;
         let store = Store::open(&paths.database(), StoreConfig::default())?;
         let registry = RegistryConfig {
             insecure_registries: options.insecure_registries.clone(),
@@ -72,12 +72,18 @@ impl Node {
         };
         let images = ImageStore::open(
             paths.images(),
-            ImageStoreConfig { registry, ..ImageStoreConfig::default() },
+            ImageStoreConfig {
+                registry,
+                ..ImageStoreConfig::default()
+            },
         )
         .context("cannot open the image store")?;
-        let kernels = KernelCatalog::open(paths.state()).context("cannot open the kernel catalog")?;
-        let default =
-            kernel::ensure_default(&kernels, paths::kernel_dir(options.kernel_dir.clone()).as_deref())?;
+        let kernels =
+            KernelCatalog::open(paths.state()).context("cannot open the kernel catalog")?;
+        let default = kernel::ensure_default(
+            &kernels,
+            paths::kernel_dir(options.kernel_dir.clone()).as_deref(),
+        )?;
         info!(kernel = %default.name, release = default.release, "default kernel");
         let hyperstart = paths::hyperstart(options.hyperstart.clone())
             .context("the guest's program is not beside this binary; give --hyperstart FILE")?;
@@ -106,14 +112,22 @@ impl Node {
             vmm,
             kernels: Arc::new(Arc::new(kernels)),
             hyperstart,
-            uid_range: UidRange { first: options.uid_base, ..UidRange::default() },
+            uid_range: UidRange {
+                first: options.uid_base,
+                ..UidRange::default()
+            },
             defaults: Defaults::default(),
             deadlines: Deadlines::default(),
         })
         .await
         .context("cannot open the runtime")?;
         info!(report = ?runtime.recovery_report(), "pods found again");
-        Ok(Self { store, authority, networks, runtime: Arc::new(runtime) })
+        Ok(Self {
+            store,
+            authority,
+            networks,
+            runtime: Arc::new(runtime),
+        })
     }
 
     async fn serve(
@@ -131,7 +145,9 @@ impl Node {
         config.streams = Some(Nodelet::streams_of(self.runtime.clone()));
         config.node_name = Some(node_name.clone());
         config.server_address = address.to_string();
-        let server = ApiServer::new(config).await.context("cannot start the API server")?;
+        let server = ApiServer::new(config)
+            .await
+            .context("cannot start the API server")?;
         let mut sans = options.tls_sans.clone();
         sans.push(address.ip().to_string());
         let tls = tls_config(&self.authority, &self.authority.serving(&sans)?)?;
@@ -176,7 +192,10 @@ impl Node {
             nodelet.run(token).await?;
             Ok("node")
         });
-        let backend = admin::Backend { runtime: self.runtime.clone(), store: self.store.clone() };
+        let backend = admin::Backend {
+            runtime: self.runtime.clone(),
+            store: self.store.clone(),
+        };
         let (socket, token) = (paths.admin_socket(), stop.clone());
         parts.spawn(async move {
             admin::serve(&socket, backend, token).await?;
@@ -218,7 +237,8 @@ impl Node {
 
     fn write_admin_kubeconfig(&self, path: &Path, address: SocketAddr) -> Result<()> {
         let credentials =
-            self.authority.client("hypernetes-admin", &[MASTERS.to_owned()], ADMIN_LIFE)?;
+            self.authority
+                .client("hypernetes-admin", &[MASTERS.to_owned()], ADMIN_LIFE)?;
         // Bound to all addresses: this machine reaches it by loopback.
         let host = if address.ip().is_unspecified() {
             SocketAddr::from(([127, 0, 0, 1], address.port()))
@@ -239,15 +259,28 @@ impl Node {
 
 /// The node's address for pods' `hostIP`.
 fn node_address(address: SocketAddr) -> IpAddr {
-    if address.ip().is_unspecified() { IpAddr::from([127, 0, 0, 1]) } else { address.ip() }
+    if address.ip().is_unspecified() {
+        IpAddr::from([127, 0, 0, 1])
+    } else {
+        address.ip()
+    }
 }
 
 fn host_name() -> String {
-    let name = rustix::system::uname().nodename().to_string_lossy().to_lowercase();
+    let name = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .to_lowercase();
     // A node's name is a DNS subdomain.
-    let valid: String =
-        name.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.')).collect();
-    if valid.is_empty() { "node".to_owned() } else { valid }
+    let valid: String = name
+        .chars()
+        .filter(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.'))
+        .collect();
+    if valid.is_empty() {
+        "node".to_owned()
+    } else {
+        valid
+    }
 }
 
 async fn interrupted() -> Result<()> {

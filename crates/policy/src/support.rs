@@ -31,10 +31,7 @@ const NO_PVC: &str = "persistent volumes are not supported by this node";
 /// Fields of `spec`. `[]` stands for every element of a list.
 const POD: &[(&str, Support)] = &[
     ("activeDeadlineSeconds", Yes),
-    (
-        "affinity",
-        No("affinity rules are not supported; use nodeSelector"),
-    ),
+    ("affinity", No("there is one node: leave it unset")),
     (
         "automountServiceAccountToken",
         Rule(|value| {
@@ -78,7 +75,7 @@ const POD: &[(&str, Support)] = &[
     ("imagePullSecrets", Yes),
     ("initContainers", Inside),
     ("nodeName", Yes),
-    ("nodeSelector", Yes),
+    ("nodeSelector", No("there is one node: leave it unset")),
     ("os", Inside),
     ("os.name", Only(&["linux"])),
     (
@@ -86,8 +83,16 @@ const POD: &[(&str, Support)] = &[
         No("is not supported by this node: the VM's overhead is added by itself"),
     ),
     ("preemptionPolicy", Yes),
-    ("priority", Yes),
-    ("priorityClassName", Yes),
+    (
+        "priority",
+        Rule(|value| {
+            (*value != 0).then(|| "priorities are not supported: leave it unset".to_owned())
+        }),
+    ),
+    (
+        "priorityClassName",
+        No("priorities are not supported: leave it unset"),
+    ),
     (
         "readinessGates",
         No("readiness gates are not supported by this node"),
@@ -103,7 +108,7 @@ const POD: &[(&str, Support)] = &[
     ("restartPolicy", Only(&["Always", "OnFailure", "Never"])),
     ("runtimeClassName", Only(&[crate::RUNTIME_CLASS])),
     ("schedulerName", Only(&["default-scheduler"])),
-    ("schedulingGates", Yes),
+    ("schedulingGates", No("there is no scheduler to hold back")),
     ("schedulingGroup", No("pod groups are not supported")),
     ("workloadRef", No("pod groups are not supported")),
     ("securityContext", Inside),

@@ -251,15 +251,35 @@ impl Bed {
             .collect()
     }
 
-    /// The VMM's process id, as recorded.
-    fn vmm_pid(&self) -> i32 {
+    /// The VMMs' process ids, as recorded.
+    fn vmm_pids(&self) -> Vec<rustix::process::Pid> {
         let records = self
             .config
             .store
             .list("/node/sandboxes/", None, None, None)
             .unwrap();
-        let record: serde_json::Value = serde_json::from_slice(&records.entries[0].value).unwrap();
-        i32::try_from(record["vm"]["pid"].as_i64().unwrap()).unwrap()
+        let pid = |value: &[u8]| {
+            let record: serde_json::Value = serde_json::from_slice(value).ok()?;
+            rustix::process::Pid::from_raw(i32::try_from(record["vm"]["pid"].as_i64()?).ok()?)
+        };
+        records
+            .entries
+            .iter()
+            .filter_map(|entry| pid(&entry.value))
+            .collect()
+    }
+}
+
+impl Drop for Bed {
+    /// VMs outlive their runtime: a test that fails must end them.
+    fn drop(&mut self) {
+        for pid in self.vmm_pids() {
+            let name = fs::read_to_string(format!("/proc/{}/comm", pid.as_raw_nonzero()));
+            if name.is_ok_and(|name| name.starts_with("qemu")) {
+                // It may have ended meanwhile.
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+        }
     }
 }
 
@@ -438,7 +458,7 @@ async fn pods_run_in_real_vms() {
     eventually("the third container ends", ended).await;
     assert_eq!(bed.log("third"), ["0", "pod"]);
 
-    let pid = rustix::process::Pid::from_raw(bed.vmm_pid()).unwrap();
+    let pid = bed.vmm_pids()[0];
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     let begun = tokio::time::Instant::now();
     let ended = async || runtime.container(&counter).await.unwrap().state == ContainerState::Exited;

@@ -1,9 +1,9 @@
 //! What must hold of a write beyond the rules of its kind: namespaces that take objects, roles that
 //! grant no more than their author holds, and the rules for tenants.
 
-use hypernetes_apimachinery::{ResourceKind, Status, meta};
+use hypernetes_apimachinery::{ResourceKind, Status, meta, validation::FieldError};
 use hypernetes_identity::User;
-use hypernetes_policy::{AdmissionRequest, Gvk, Operation, Outcome, admit};
+use hypernetes_policy::{AdmissionRequest, Gvk, Operation, Outcome, admit, unsupported};
 use hypernetes_store::Entry;
 use serde_json::Value;
 
@@ -161,6 +161,24 @@ impl Engine {
     }
 }
 
+/// Refuses a pod that asks for what the node does not do, naming the fields: nothing is dropped in
+/// silence.
+fn check_supported(pod: &Value) -> Result<()> {
+    let errors: Vec<FieldError> = unsupported(pod)
+        .into_iter()
+        .map(|error| FieldError::forbidden(&error.field, &error.detail))
+        .collect();
+    if errors.is_empty() {
+        return Ok(());
+    }
+    Err(Status::invalid(
+        "",
+        "Pod",
+        meta::name(pod).unwrap_or_default(),
+        &errors,
+    ))
+}
+
 // === the rules for tenants ===
 
 /// What is judged, apart from the objects.
@@ -186,6 +204,9 @@ impl Engine {
         let outcome = judge(call, &judged, Some(object), None)?;
         if let Some(changed) = outcome.object {
             *object = changed;
+        }
+        if call.kind.kind == "Pod" {
+            check_supported(object)?;
         }
         Ok(outcome.warnings)
     }
