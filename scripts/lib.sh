@@ -40,7 +40,7 @@ host_picture() {
     echo "# namespaces"; { ls /run/netns 2>/dev/null || true; } | sort
     echo "# nft";        nft list ruleset
     echo "# mounts";     awk '{print $2, $3}' /proc/self/mounts | sort
-    echo "# cgroups";    find /sys/fs/cgroup -type d -name '*hypernetes*' | sort
+    echo "# cgroups";    find /sys/fs/cgroup -type d -path '*hypernetes*' | sort
     echo "# sysctls";    cat /proc/sys/net/ipv4/ip_forward
 }
 
@@ -70,4 +70,5 @@ remove_leftovers() {
     for name in $(ls /run/netns 2>/dev/null | grep "^hn-$instance-"); do ip netns delete "$name" || true; done
     for name in $(ip -o link | awk -F'[ :@]+' '{print $2}' | grep "^hn$instance"); do ip link delete "$name" || true; done
     nft delete table inet "hypernetes_$instance" 2>/dev/null || true
+    find /sys/fs/cgroup -depth -type d -path "*/hypernetes-$instance*" -exec rmdir {} \; 2>/dev/null || true
 }

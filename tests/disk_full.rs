@@ -3,6 +3,7 @@
     clippy::tests_outside_test_module,
     reason = "an integration test is one module"
 )]
+#![allow(clippy::unwrap_used, reason = "helpers of a test fail by panic")]
 
 use std::{fs, path::Path, process::Command};
 

@@ -3,6 +3,11 @@
     clippy::tests_outside_test_module,
     reason = "an integration test is one module"
 )]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of a test fail by panic and report by print"
+)]
 
 use std::{collections::BTreeMap, fs, os::unix::fs::symlink};
 

@@ -80,4 +80,34 @@ fn a_killed_vmm_and_a_panicked_kernel_fail_their_pods() {
 
     let healthy = stdout(&mut daemon.kubectl_as(&acme, &["exec", "healthy", "--", "echo", "well"]));
     assert_eq!(healthy, "well", "a neighbour is not touched");
+
+    // A guest kernel that panics: asked for by the operator, as tenants may not be privileged.
+    let admin = daemon.admin_kubeconfig();
+    let pod = format!(
+        "{{apiVersion: v1, kind: Pod, metadata: {{name: panics, namespace: default}}, \
+         spec: {{restartPolicy: Never, containers: [{{name: a, image: '{image}', \
+         securityContext: {{privileged: true}}, command: [sleep, infinity]}}]}}}}"
+    );
+    let file = daemon.dir().join("panics.yaml");
+    std::fs::write(&file, pod).unwrap();
+    run(daemon.kubectl(&["create", "-f"]).arg(&file));
+    run(&mut daemon.kubectl(&[
+        "wait",
+        "--for=condition=Ready",
+        "pod/panics",
+        "--timeout=240s",
+    ]));
+    let since = Instant::now();
+    let trigger = [
+        "exec",
+        "panics",
+        "--",
+        "sh",
+        "-c",
+        "echo c > /proc/sysrq-trigger",
+    ];
+    // The exec dies with the guest: its outcome says nothing.
+    drop(daemon.kubectl(&trigger).output().unwrap());
+    let status = failed_with(&daemon, &admin, "panics", since);
+    assert!(status.contains("KernelPanic"), "{status}");
 }

@@ -121,7 +121,7 @@ fn adapt(program: &Path, arguments: &[String], kernel: &Path, dir: &Path) -> Vec
             "-device" => {
                 let Some(device) = words.next() else { break };
                 let bound = ["virtio-net", "virtserialport", "scsi-hd", "scsi-disk"];
-                if !bound.iter().any(|kind| device.starts_with(kind)) {
+                if !bound.iter().any(|kind| device.contains(kind)) {
                     out.extend([word.clone(), device.clone()]);
                 }
             }

@@ -75,7 +75,7 @@ pub(crate) fn machine() -> Value {
         .find_map(|line| line.strip_prefix("model name\t: ").map(str::to_owned));
     json!({
         "cpu": cpu,
-        "cores": std::thread::available_parallelism().map(usize::from).unwrap_or(0),
+        "cores": std::thread::available_parallelism().map_or(0, usize::from),
         "kernel": read("/proc/sys/kernel/osrelease").trim(),
         "load": read("/proc/loadavg").trim(),
     })

@@ -38,7 +38,7 @@ pub(crate) async fn run(paths: &Paths, command: Kernel) -> Result<ExitCode> {
             };
             let work = paths.state().to_owned();
             let dir = tokio::task::spawn_blocking(move || {
-                hyperkernel::build(&work, &options, |line| terminal::note(line))
+                hyperkernel::build(&work, &options, terminal::note)
             })
             .await??;
             imported(&catalog, &catalog.add_built(&name, &dir)?)?;

@@ -59,6 +59,8 @@ struct Node {
     authority: Authority,
     networks: Arc<dyn NetworkDriver>,
     runtime: Arc<dyn PodRuntime>,
+    /// Prefix of what this daemon makes on the host.
+    instance: String,
 }
 
 impl Node {
@@ -92,7 +94,8 @@ impl Node {
         if !options.upstream_dns.is_empty() {
             network.upstream_dns.clone_from(&options.upstream_dns);
         }
-        fs::write(paths.instance(), &network.instance).context("cannot write the instance name")?;
+        let instance = network.instance.clone();
+        fs::write(paths.instance(), &instance).context("cannot write the instance name")?;
         let networks: Arc<dyn NetworkDriver> = Arc::new(BuiltinDriver::open(network)?);
 
         let vmm = QemuDriver::detect(QemuConfig::new(paths.state().to_owned())).await?;
@@ -127,6 +130,7 @@ impl Node {
             authority,
             networks,
             runtime: Arc::new(runtime),
+            instance,
         })
     }
 
@@ -175,12 +179,14 @@ impl Node {
             hypernetes_controllers::run(controllers, token).await;
             Ok("controllers")
         });
-        let config = NodeletConfig::new(
+        let mut config = NodeletConfig::new(
             node_name.clone(),
             node_address(address),
             paths.state().to_owned(),
             ipnet::IpNet::V4(options.pod_cidr),
         );
+        // Named like everything else that this daemon makes on the host.
+        config.cgroup_root = format!("hypernetes-{}", self.instance);
         let nodelet = Nodelet::new(
             config,
             client(&format!("system:node:{node_name}")),

@@ -29,6 +29,8 @@ pub struct NodeletConfig {
     pub overhead_mib: u32,
     /// Memory of a container that names neither limit nor request.
     pub default_memory_mib: u32,
+    /// cgroup below which each pod's VMM gets one of its own, relative to each hierarchy's root.
+    pub cgroup_root: String,
 }
 
 impl NodeletConfig {
@@ -51,6 +53,7 @@ impl NodeletConfig {
             scratch_mib: 10 * 1024,
             overhead_mib: 64,
             default_memory_mib: 128,
+            cgroup_root: "hypernetes".to_owned(),
         }
     }
 

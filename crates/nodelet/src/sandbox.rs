@@ -72,7 +72,7 @@ pub(crate) fn config(
         sysctls,
         share_process_namespace: spec.share_process_namespace.unwrap_or(false),
         log_directory: node.log_directory(&namespace, &name, &uid),
-        cgroup_parent: Some(format!("hypernetes/pod{uid}")),
+        cgroup_parent: Some(format!("{}/pod{uid}", node.cgroup_root)),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         metadata: SandboxMetadata {

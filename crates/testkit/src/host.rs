@@ -44,6 +44,14 @@ impl HostPicture {
                 lines.insert(format!("mount {target}"));
             }
         }
+        let cgroups = stdout(
+            Command::new("find")
+                .args(["/sys/fs/cgroup", "-type", "d", "-name"])
+                .arg(format!("hypernetes-{instance}")),
+        );
+        for group in cgroups.lines() {
+            lines.insert(format!("cgroup {group}"));
+        }
         for pid in vmm_processes(run_dir) {
             lines.insert(format!("process {pid}"));
         }

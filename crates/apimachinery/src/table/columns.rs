@@ -403,7 +403,8 @@ static NETWORKS: &[Column] = &[
         let number = |field: &str| status[field].as_i64();
         match (number("ipsUsed"), number("ipsTotal")) {
             (Some(used), Some(total)) => format!("{used}/{total}"),
-            _ => "<unknown>".to_owned(),
+            (None, Some(total)) => total.to_string(),
+            (_, None) => "<unknown>".to_owned(),
         }
         .into()
     }),
