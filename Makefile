@@ -22,7 +22,7 @@ kernel: deps ## Build HyperKernel (cached by content) and print where it is
 .PHONY: build
 build: deps ## Build the daemon, the guest's program and the kernel
 	cargo build --locked --release -p hypernetes
-	crates/hyperstart/build-guest
+	crates/hyperstart/build-guest $(TARGET)/release
 	kernel/build > $(TARGET)/release/kernel-path
 
 .PHONY: demo

@@ -64,11 +64,17 @@ stop_daemon() { # pid
 
 # Removes what a daemon that was killed has left on the host. $1: state directory, $2: run directory.
 remove_leftovers() {
-    local pid instance name
+    local pid instance
     for pid in $(vmms "$2"); do kill -KILL "$pid" 2>/dev/null || true; done
     instance=$(cat "$1/instance" 2>/dev/null) || return 0
-    for name in $(ls /run/netns 2>/dev/null | grep "^hn-$instance-"); do ip netns delete "$name" || true; done
-    for name in $(ip -o link | awk -F'[ :@]+' '{print $2}' | grep "^hn$instance"); do ip link delete "$name" || true; done
-    nft delete table inet "hypernetes_$instance" 2>/dev/null || true
-    find /sys/fs/cgroup -depth -type d -path "*/hypernetes-$instance*" -exec rmdir {} \; 2>/dev/null || true
+    remove_host_objects "$instance"
+}
+
+# Namespaces, links, nft table and cgroups of an instance whose daemon and VMs are gone.
+remove_host_objects() {
+    local name
+    for name in $(ls /run/netns 2>/dev/null | grep "^hn-$1-"); do ip netns delete "$name" || true; done
+    for name in $(ip -o link | awk -F'[ :@]+' '{print $2}' | grep "^hn$1"); do ip link delete "$name" || true; done
+    nft delete table inet "hypernetes_$1" 2>/dev/null || true
+    find /sys/fs/cgroup -depth -type d -path "*/hypernetes-$1*" -exec rmdir {} \; 2>/dev/null || true
 }

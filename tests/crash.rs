@@ -167,6 +167,16 @@ fn fifty_kills_lose_nothing_and_leave_nothing() {
         log.lines().count()
     );
 
+    // With the last pod everything on the host goes, though tenant and network go on.
+    run(&mut daemon.kubectl_as(&acme, &["delete", "pods", "--all", "--grace-period=1"]));
+    eventually("the host is clean", Duration::from_secs(60), || {
+        let picture = daemon.host_picture();
+        if picture.is_clean() {
+            Ok(())
+        } else {
+            Err(format!("{picture:?}"))
+        }
+    });
     run(&mut daemon.hypernetes(&["tenant", "delete", "acme"]));
     eventually("no VM is left", Duration::from_secs(60), || {
         let left = daemon.vmm_processes();

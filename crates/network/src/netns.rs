@@ -20,6 +20,7 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
     sys::statfs::{FsType, fstatfs},
 };
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use serde::{Deserialize, Serialize};
 
 /// Where namespaces have their names.
@@ -125,11 +126,9 @@ pub(crate) fn dir_state() -> io::Result<DirBefore> {
     if !Path::new(NETNS_DIR).exists() {
         return Ok(DirBefore::Absent);
     }
-    // The fifth field is the mount point, proc_pid_mountinfo(5).
-    let mounts = fs::read_to_string("/proc/thread-self/mountinfo")?;
-    let mounted = mounts
-        .lines()
-        .any(|line| line.split(' ').nth(4) == Some(NETNS_DIR));
+    // Asked of the path itself: mountinfo also lists mounts that another one hides.
+    let status = statx(CWD, NETNS_DIR, AtFlags::empty(), StatxFlags::empty())?;
+    let mounted = status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT);
     Ok(if mounted {
         DirBefore::Mounted
     } else {

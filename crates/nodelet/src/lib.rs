@@ -171,6 +171,7 @@ impl Nodelet {
             access,
             events,
             names,
+            gates: network::Gates::default(),
             config: self.config.clone(),
         });
         let mut parts = JoinSet::new();

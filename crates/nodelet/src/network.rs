@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use hypernetes_network::{NameRecord, NetworkDriver, NetworkSpec};
@@ -19,7 +19,7 @@ use kube::{
     api::{ApiResource, DynamicObject, GroupVersionKind},
 };
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{RwLock, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::{config::NodeletConfig, sandbox};
@@ -164,6 +164,21 @@ fn spec_of(
             .unwrap_or(config.mtu),
         domain: config.cluster_domain.clone(),
     })
+}
+
+/// Keeps a network on the node while a pod is on its way to it: who brings a pod holds the gate for
+/// reading, who takes the network away for writing.
+#[derive(Debug, Default)]
+pub(crate) struct Gates(Mutex<HashMap<NetworkId, Arc<RwLock<()>>>>);
+
+impl Gates {
+    /// The gate of one network.
+    pub(crate) fn of(&self, id: &NetworkId) -> Arc<RwLock<()>> {
+        let mut gates = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Gates that nobody holds are made anew when they are needed.
+        gates.retain(|other, gate| other == id || Arc::strong_count(gate) > 1);
+        gates.entry(id.clone()).or_default().clone()
+    }
 }
 
 /// Names under which others of the network find a pod.

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use hypernetes_network::NetworkDriver;
+use hypernetes_network::{NetworkDriver, NetworkError};
 use hypernetes_runtime::{ContainerState, PodRuntime, SandboxState, VolumeConfig, VolumeKind};
 use hypernetes_telemetry::chain;
 use hypernetes_types::{ContainerId, SandboxId};
@@ -38,6 +38,7 @@ pub(crate) struct Node {
     pub(crate) access: ImageAccess,
     pub(crate) events: Recorder,
     pub(crate) names: Names,
+    pub(crate) gates: network::Gates,
 }
 
 /// What came of a step.
@@ -106,6 +107,8 @@ impl Node {
             Ok(network) => network,
             Err(error) => return warn("NetworkNotReady", chain(&error).to_string()),
         };
+        let gate = self.gates.of(&network.id);
+        let _stays = gate.read().await;
         if let Err(error) = self.networks.ensure_network(&network).await {
             return failed(chain(&error).to_string());
         }
@@ -347,6 +350,7 @@ impl Node {
                 return Outcome::SandboxFailed;
             }
         }
+        self.retire_networks().await;
         if all {
             let meta = &pod.metadata;
             let text = |value: &Option<String>| value.clone().unwrap_or_default();
@@ -395,6 +399,31 @@ impl Node {
     pub(crate) async fn remove_orphan(&self, id: &SandboxId) {
         if let Err(error) = self.runtime.remove_sandbox(id).await {
             tracing::warn!(sandbox = %id, error = %chain(&error), "cannot remove a sandbox without a pod");
+        }
+        self.retire_networks().await;
+    }
+
+    /// Takes networks off the node that no pod is on; the next pod brings its network back.
+    pub(crate) async fn retire_networks(&self) {
+        let networks = match self.networks.list_networks().await {
+            Ok(networks) => networks,
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "cannot list the node's networks");
+                return;
+            }
+        };
+        for network in networks {
+            let gate = self.gates.of(&network.id);
+            let Ok(_alone) = gate.try_write() else {
+                continue;
+            };
+            match self.networks.delete_network(&network.id).await {
+                Ok(()) | Err(NetworkError::InUse { .. } | NetworkError::NoNetwork(_)) => {}
+                Err(error) => {
+                    let network = network.id.as_str();
+                    tracing::warn!(network, error = %chain(&error), "cannot take a network off the node");
+                }
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::{HostPicture, eventually, host, kubectl, release_dir, run};
+use crate::{HostPicture, eventually, host, kubectl, release_dir, run, workspace_root};
 
 /// What a daemon is started with beyond the defaults.
 #[derive(Debug, Clone, Default)]
@@ -280,25 +280,15 @@ impl Drop for Daemon {
 }
 
 fn remove_leftovers(instance: &str) {
-    for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        if name.to_string_lossy().contains(instance) {
-            Command::new("ip")
-                .args(["netns", "delete"])
-                .arg(&name)
-                .output()
-                .ok();
-        }
-    }
-    let tables = Command::new("nft").args(["list", "tables"]).output();
-    for table in String::from_utf8_lossy(&tables.map(|o| o.stdout).unwrap_or_default()).lines() {
-        if table.contains(instance) {
-            let words: Vec<&str> = table.split_whitespace().skip(1).collect();
-            Command::new("nft")
-                .args(["delete", "table"])
-                .args(words)
-                .output()
-                .ok();
-        }
+    // The script that the demo uses for the same purpose.
+    let script = workspace_root().join("scripts/lib.sh");
+    let removal = ". \"$1\" && remove_host_objects \"$2\"";
+    let output = Command::new("bash")
+        .args(["-c", removal, "bash"])
+        .arg(script)
+        .arg(instance)
+        .output();
+    if !output.is_ok_and(|output| output.status.success()) {
+        eprintln!("objects of instance {instance} may be left on the host");
     }
 }

@@ -49,6 +49,8 @@ pub fn on_own_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'st
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
         let none = None::<&str>;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        // A new namespace takes the machine's value over.
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
         mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).unwrap();
         sh("ip link set lo up");
         let runtime = tokio::runtime::Builder::new_multi_thread()
