@@ -19,7 +19,9 @@ use hypernetes_image::{ImageStore, RegistryConfig, StoreConfig as ImageStoreConf
 use hypernetes_kernel::KernelCatalog;
 use hypernetes_network::{BuiltinConfig, BuiltinDriver, NetworkDriver};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
-use hypernetes_runtime::{Deadlines, Defaults, NodeRuntime, PodRuntime, RuntimeConfig, UidRange};
+use hypernetes_runtime::{
+    Deadlines, Defaults, NodeRuntime, PodRuntime, RuntimeConfig, TemplateConfig, UidRange,
+};
 use hypernetes_store::{Store, StoreConfig};
 use hypernetes_telemetry::{VERSION, chain};
 use hypernetes_vmm::{
@@ -121,9 +123,14 @@ impl Node {
             },
             defaults: Defaults::default(),
             deadlines: Deadlines::default(),
+            templates: TemplateConfig {
+                most: options.templates,
+            },
         })
         .await
         .context("cannot open the runtime")?;
+        let (vcpus, memory_mib) = hypernetes_nodelet::USUAL_VM;
+        runtime.make_template(vcpus, memory_mib).await?;
         info!(report = ?runtime.recovery_report(), "pods found again");
         Ok(Self {
             store,

@@ -34,6 +34,7 @@ mod sandbox;
 mod scratch;
 mod sessions;
 mod shared;
+mod templates;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -41,7 +42,7 @@ mod tests;
 mod timing;
 
 pub use api::*;
-pub use config::{Deadlines, Defaults, RuntimeConfig, UidRange};
+pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;
 pub use node::NodeRuntime;
 pub use ports::{Images, Kernels};
