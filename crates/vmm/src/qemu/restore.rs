@@ -4,14 +4,17 @@
 //! devices, which goes through a pipe whose VMM's end is passed along, so that the VMM's sandbox
 //! needs neither files nor processes for it.
 
-use std::os::fd::{OwnedFd, RawFd};
+use std::{
+    os::fd::{OwnedFd, RawFd},
+    time::Duration,
+};
 
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::unix::pipe,
     sync::broadcast,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -23,6 +26,8 @@ use crate::{Vm, VmmError, template::Shape};
 
 /// More state than this is not ours: it is some 300 kB.
 const MAX_STATE: u64 = 16 << 20;
+/// How long the guest may take to see that nobody talks to it any more.
+const CLOSE: Duration = Duration::from_secs(5);
 /// Name of the pipe in QEMU.
 const PIPE: &str = "template";
 
@@ -42,6 +47,9 @@ impl QemuVm {
             });
         };
         let pipe_failed = |e: std::io::Error| self.control(action.to_owned(), &e.to_string());
+        if timeout(CLOSE, self.agent_closed()).await.is_err() {
+            tracing::debug!(vm = %self.record().sandbox, "the agent keeps its port open");
+        }
         self.qmp
             .execute("stop", json!({}))
             .await
@@ -74,6 +82,24 @@ impl QemuVm {
         };
         self.in_time(action, work).await?;
         Ok((shape, memory, state))
+    }
+
+    /// Waits until the guest has closed the agent's port: whoever starts from a template would have
+    /// to end the former session first.
+    async fn agent_closed(&self) {
+        loop {
+            let devices = self.qmp.execute("query-chardev", json!({})).await;
+            let open = devices.is_ok_and(|devices| {
+                let agent = devices
+                    .as_array()
+                    .and_then(|all| all.iter().find(|device| device["label"] == "agent"));
+                agent.is_some_and(|agent| agent["frontend-open"] == true)
+            });
+            if !open {
+                return;
+            }
+            sleep(Duration::from_millis(2)).await;
+        }
     }
 
     /// Gives a VM that waits for it the state of a template, and lets it run.
