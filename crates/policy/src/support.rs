@@ -26,6 +26,8 @@ enum Support {
 use Support::{Inside, No, Only, Rule, Yes};
 
 const NO_PROBES: &str = "probes are not supported by this node";
+/// emptyDirs on disk that can have a limit each: a limit is a disk, and a pod has so many slots.
+const MAX_LIMITED: usize = 32;
 const NO_PVC: &str = "persistent volumes are not supported by this node";
 
 /// Fields of `spec`. `[]` stands for every element of a list.
@@ -289,11 +291,31 @@ const CONTAINER: &[(&str, Support)] = &[
 pub fn unsupported(pod: &Value) -> Vec<FieldError> {
     let mut errors = Vec::new();
     match pod.get("spec") {
-        Some(spec @ Value::Object(_)) => walk(spec, "", "spec", POD, &mut errors),
+        Some(spec @ Value::Object(_)) => {
+            walk(spec, "", "spec", POD, &mut errors);
+            limited_volumes(spec, &mut errors);
+        }
         _ => errors.push(FieldError::new("spec", "must be an object")),
     }
     annotations(pod, &mut errors);
     errors
+}
+
+/// Volumes with a limit that find no slot.
+fn limited_volumes(spec: &Value, errors: &mut Vec<FieldError>) {
+    let volumes = spec["volumes"].as_array().into_iter().flatten();
+    let limited = volumes.enumerate().filter(|(_, volume)| {
+        let empty = &volume["emptyDir"];
+        let zero = ["", "0"].map(Value::from);
+        let limit = &empty["sizeLimit"];
+        empty["medium"] != "Memory" && !limit.is_null() && *limit != 0 && !zero.contains(limit)
+    });
+    for (index, _) in limited.skip(MAX_LIMITED) {
+        errors.push(FieldError::new(
+            format!("spec.volumes[{index}].emptyDir.sizeLimit"),
+            format!("can be set on {MAX_LIMITED} volumes of a pod on this node"),
+        ));
+    }
 }
 
 /// Annotations that older clients used for fields.
@@ -569,6 +591,24 @@ mod tests {
         let huge = json!({"containers": [],
             "volumes": [{"name": "v", "emptyDir": {"medium": "HugePages"}}]});
         assert_eq!(fields(huge), ["spec.volumes[0].emptyDir.medium"]);
+    }
+
+    #[test]
+    fn limits_beyond_the_slots_of_a_pod_are_named() {
+        let volume = |medium: &str, limit: Value| json!({"name": "v", "emptyDir": {"medium": medium, "sizeLimit": limit}});
+        let mut volumes = vec![
+            volume("Memory", json!("1Mi")),
+            volume("", json!("0")),
+            volume("", json!(0)),
+            volume("", Value::Null),
+        ];
+        volumes.extend((0..MAX_LIMITED).map(|_| volume("", json!("1Mi"))));
+        assert!(fields(json!({"containers": [], "volumes": volumes})).is_empty());
+        volumes.push(volume("", json!(1)));
+        assert_eq!(
+            fields(json!({"containers": [], "volumes": volumes})),
+            ["spec.volumes[36].emptyDir.sizeLimit"]
+        );
     }
 
     #[test]

@@ -55,7 +55,9 @@ impl Actor {
             Err(error) => {
                 let error = hypernetes_telemetry::chain(&error).to_string();
                 tracing::warn!(error, "cannot list the disks of an adopted VM");
-                used.map(|layer| layer.slot).chain([SCRATCH_SLOT]).collect()
+                let volumes = self.record.disks.iter().map(|disk| disk.slot);
+                let layers = used.map(|layer| layer.slot);
+                layers.chain(volumes).chain([SCRATCH_SLOT]).collect()
             }
         };
         self.vm = Some(Arc::clone(&vm));
