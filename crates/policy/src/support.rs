@@ -265,8 +265,7 @@ const CONTAINER: &[(&str, Support)] = &[
     ("startupProbe", No(NO_PROBES)),
     ("stdin", Yes),
     ("stdinOnce", Yes),
-    // The file itself is not read; the default path asks for nothing that the pod can count on.
-    ("terminationMessagePath", Only(&["/dev/termination-log"])),
+    ("terminationMessagePath", Rule(termination_path)),
     (
         "terminationMessagePolicy",
         Only(&["File", "FallbackToLogsOnError"]),
@@ -436,6 +435,25 @@ fn sysctls(value: &Value) -> Option<String> {
         }
     }
     None
+}
+
+/// A path that the guest can make a file at.
+fn termination_path(value: &Value) -> Option<String> {
+    let path = value.as_str().unwrap_or_default();
+    let parts: Vec<&str> = path
+        .split('/')
+        .filter(|part| !matches!(*part, "" | "."))
+        .collect();
+    let usable = path.starts_with('/')
+        && path.len() < 4096
+        && !path.contains('\0')
+        && !parts.contains(&"..")
+        && parts.first().is_some_and(|part| *part != "proc");
+    (!usable && !path.is_empty()).then(|| {
+        format!(
+            "{path:?} is not the absolute path of a file that can be made: use /dev/termination-log"
+        )
+    })
 }
 
 fn resource_names(value: &Value) -> Option<String> {
@@ -673,7 +691,11 @@ mod tests {
             ),
             (
                 "terminationMessagePath",
-                json!({"terminationMessagePath": "/tmp/x"}),
+                json!({"terminationMessagePath": "/tmp/../x"}),
+            ),
+            (
+                "terminationMessagePath",
+                json!({"terminationMessagePath": "/proc/x"}),
             ),
             ("volumeDevices", json!({"volumeDevices": [{"name": "v"}]})),
             (

@@ -135,6 +135,7 @@ pub(crate) fn container_config(name: &str) -> ContainerConfig {
         security: SecurityConfig::default(),
         resources: ResourceConfig::default(),
         log_path: format!("{name}/0.log").into(),
+        termination_path: "/dev/termination-log".into(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
     }

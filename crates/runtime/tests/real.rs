@@ -307,6 +307,7 @@ fn container(name: &str, script: &str) -> ContainerConfig {
         },
         resources: ResourceConfig::default(),
         log_path: format!("{name}/0.log").into(),
+        termination_path: "/dev/termination-log".into(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
     }
@@ -461,12 +462,14 @@ async fn pods_run_in_real_vms() {
 
     let count = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done";
     let counter = start(&runtime, &sandbox, container("counter", count)).await;
-    let second = "echo $GREETING from $(hostname); echo left > /shared/note; echo oops >&2; printf unfinished; exit 3";
+    let second = "echo $GREETING from $(hostname); echo left > /shared/note; echo oops >&2; printf unfinished; \
+        echo last words > /dev/termination-log; exit 3";
     let second = start(&runtime, &sandbox, container("second", second)).await;
     let ended = async || runtime.container(&second).await.unwrap().state == ContainerState::Exited;
     eventually("the second container ends", ended).await;
     let status = runtime.container(&second).await.unwrap();
     assert_eq!((status.exit_code, status.reason.as_str()), (3, "Error"));
+    assert_eq!(status.message, "last words\n");
     let mut lines = bed.log("second");
     lines.sort();
     assert_eq!(lines, ["hello from pod", "oops", "unfinished"]);

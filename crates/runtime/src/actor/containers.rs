@@ -535,6 +535,7 @@ fn create_request(
     Ok(v1::CreateContainerRequest {
         id: record.id.to_string(),
         name: config.name.clone(),
+        termination_path: config.termination_path.clone(),
         layer_slots: record.layers.iter().map(|layer| layer.slot).collect(),
         process: Some(process),
         mounts,
