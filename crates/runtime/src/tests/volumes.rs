@@ -1,5 +1,7 @@
 //! Volumes with a size limit, and the disks that they have for themselves.
 
+use std::sync::atomic::Ordering;
+
 use hypernetes_agent_api::{
     fake::{Behaviour, Method},
     v1,
@@ -124,6 +126,24 @@ async fn a_guest_that_fails_to_mount_is_asked_again_for_the_same_disk() {
     runtime.write_volume(&sandbox, volume()).await.unwrap();
     assert_eq!(slot_of(&world, &sandbox, "data"), 254);
     assert_eq!(world.vmm.disks(&sandbox).unwrap(), [1, 254]);
+}
+
+#[tokio::test]
+async fn a_disk_that_cannot_be_plugged_is_taken_back() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
+    world.refuse_plugs.store(1, Ordering::SeqCst);
+    let volume = || limited("data", 4096);
+    runtime.write_volume(&sandbox, volume()).await.unwrap_err();
+    assert_eq!(world.vmm.disks(&sandbox).unwrap(), [1]);
+    // Another limit is no contradiction: there is no such volume yet.
+    let other = limited("data", 8192);
+    runtime.write_volume(&sandbox, other).await.unwrap();
+    assert_eq!(slot_of(&world, &sandbox, "data"), 254);
+    assert_eq!(world.vmm.disks(&sandbox).unwrap(), [1, 254]);
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
 }
 
 async fn bring_up(runtime: &NodeRuntime, sandbox: &SandboxId) -> ContainerId {
