@@ -390,7 +390,8 @@ fn mount_of(volume: &str, destination: &str, sub_path: &str) -> MountConfig {
     }
 }
 
-/// Containers that mount the limited volumes `small` (4 MiB, group 2000) and `tiny` (one byte).
+/// Containers that mount the limited volumes `small` (4 MiB, group 2000), `tiny` (one byte) and
+/// `wide` (200 MiB).
 fn with_limits(name: &str, script: &str) -> ContainerConfig {
     ContainerConfig {
         mounts: vec![
@@ -398,6 +399,7 @@ fn with_limits(name: &str, script: &str) -> ContainerConfig {
             mount_of("small", "/small", ""),
             mount_of("small", "/part", "sub/part"),
             mount_of("tiny", "/tiny", ""),
+            mount_of("wide", "/wide", ""),
         ],
         ..container(name, script)
     }
@@ -406,15 +408,22 @@ fn with_limits(name: &str, script: &str) -> ContainerConfig {
 /// What is written beyond an emptyDir's limit fails, and nothing else does.
 async fn limits_hold(bed: &Bed, runtime: &NodeRuntime, sandbox: &SandboxId) -> ContainerId {
     const LIMIT: u64 = 4 << 20;
+    const WIDE: u64 = 200 << 20;
     for _ in 0..2 {
         write_empty(runtime, sandbox, "small", LIMIT, Some(2000)).await;
         write_empty(runtime, sandbox, "tiny", 1, None).await;
+        write_empty(runtime, sandbox, "wide", WIDE, None).await;
     }
     let writer = start(runtime, sandbox, with_limits("writer", "exec sleep 1000")).await;
     let sh = async |script: &str| exec(runtime, &writer, &["sh", "-c", script], None).await;
     let look = "ls -A /small /tiny; stat -c '%a %u %g' /small /tiny";
     let (text, _) = sh(look).await;
     assert_eq!(text, "/small:\nsub\n\n/tiny:\n2777 0 2000\n777 0 0\n");
+
+    let (text, _) = sh("df -Pk /wide | tail -n 1").await;
+    let room: u64 = text.split_whitespace().nth(3).unwrap().parse().unwrap();
+    let short = (WIDE / 1024).checked_sub(room);
+    assert!(short.is_some_and(|kib| kib <= 8), "{text}");
 
     let (text, code) = sh("dd if=/dev/zero of=/small/big bs=4k count=4096").await;
     assert!(
