@@ -4,6 +4,7 @@
 //! refused by its name and never silently dropped. A value that asks for nothing (`null`, `false`,
 //! an empty text, list or object) needs no support.
 
+use hypernetes_types::Quantity;
 use serde_json::Value;
 
 use crate::FieldError;
@@ -305,9 +306,12 @@ fn limited_volumes(spec: &Value, errors: &mut Vec<FieldError>) {
     let volumes = spec["volumes"].as_array().into_iter().flatten();
     let limited = volumes.enumerate().filter(|(_, volume)| {
         let empty = &volume["emptyDir"];
-        let zero = ["", "0"].map(Value::from);
-        let limit = &empty["sizeLimit"];
-        empty["medium"] != "Memory" && !limit.is_null() && *limit != 0 && !zero.contains(limit)
+        let limit = match &empty["sizeLimit"] {
+            Value::String(text) => text.parse().unwrap_or_default(),
+            Value::Number(number) => number.to_string().parse().unwrap_or_default(),
+            _ => Quantity::default(),
+        };
+        empty["medium"] != "Memory" && limit > Quantity::default()
     });
     for (index, _) in limited.skip(MAX_LIMITED) {
         errors.push(FieldError::new(
@@ -616,7 +620,7 @@ mod tests {
         let volume = |medium: &str, limit: Value| json!({"name": "v", "emptyDir": {"medium": medium, "sizeLimit": limit}});
         let mut volumes = vec![
             volume("Memory", json!("1Mi")),
-            volume("", json!("0")),
+            volume("", json!("0Mi")),
             volume("", json!(0)),
             volume("", Value::Null),
         ];
