@@ -14,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use hypernetes_agent_api::{PORT_NAME, server, sync::guest_sync};
+use hypernetes_agent_api::{
+    PORT_NAME, server,
+    sync::{SyncError, Unanswered, guest_sync_again},
+};
 use rustix::fs::OFlags;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf, unix::AsyncFd},
@@ -37,11 +40,14 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) async fn serve_for_ever(pod: Pod) -> Result<Infallible, GuestError> {
     let path = find().await?;
     let mut pause = SHORTEST_PAUSE;
+    let unanswered = Unanswered::default();
     loop {
-        match session(&path, &pod).await {
+        match session(&path, &pod, &unanswered).await {
             Ok(()) => pause = SHORTEST_PAUSE,
             // Nobody is connected: a look now and then costs nothing.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            // The node's bytes came before the word that it is there: answered in the next session.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => pause = SHORTEST_PAUSE,
             Err(error) => log!("cannot serve the port: {}", chain(&error)),
         }
         sleep(pause).await;
@@ -50,12 +56,13 @@ pub(crate) async fn serve_for_ever(pod: Pod) -> Result<Infallible, GuestError> {
 }
 
 /// One session, from the preamble to the end of the stream.
-async fn session(path: &Path, pod: &Pod) -> io::Result<()> {
-    let stream = match guest_sync(Port::open(path)?).await {
+async fn session(path: &Path, pod: &Pod, unanswered: &Unanswered) -> io::Result<()> {
+    let stream = match guest_sync_again(Port::open(path)?, unanswered).await {
         Ok(stream) => stream,
-        Err(hypernetes_agent_api::sync::SyncError::Closed) => {
+        Err(SyncError::Closed) => {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        Err(SyncError::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => return Err(error),
         Err(error) => return Err(io::Error::other(error)),
     };
     if let Err(error) = server::serve(stream, pod.clone()).await {

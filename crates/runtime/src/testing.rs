@@ -135,6 +135,7 @@ pub(crate) fn container_config(name: &str) -> ContainerConfig {
         security: SecurityConfig::default(),
         resources: ResourceConfig::default(),
         log_path: format!("{name}/0.log").into(),
+        termination_path: "/dev/termination-log".into(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
     }
@@ -188,6 +189,8 @@ pub(crate) struct World {
     pub(crate) deadlines: Deadlines,
     /// How many templates a runtime keeps; a test of something else has none.
     pub(crate) templates: usize,
+    /// How many plugs fail from here on.
+    pub(crate) refuse_plugs: Arc<AtomicU64>,
     agents: Agents,
 }
 
@@ -230,6 +233,7 @@ impl World {
                 readopt: Duration::from_secs(10),
             },
             templates: 0,
+            refuse_plugs: Arc::default(),
             agents,
         }
     }
@@ -249,6 +253,7 @@ impl World {
                 inner: self.vmm.clone(),
                 agents: self.agents.clone(),
                 gate: self.gate.clone(),
+                refuse_plugs: self.refuse_plugs.clone(),
             }),
             kernels: Arc::new(FakeKernels::new(self.temp.path())),
             hyperstart: "/hyperstart".into(),
@@ -601,6 +606,7 @@ struct GatedVmm {
     inner: FakeVmm,
     agents: Agents,
     gate: Gate,
+    refuse_plugs: Arc<AtomicU64>,
 }
 
 impl GatedVmm {
@@ -617,6 +623,7 @@ impl GatedVmm {
         Box::new(GatedVm {
             inner,
             gate: self.gate.clone(),
+            refuse_plugs: self.refuse_plugs.clone(),
         })
     }
 }
@@ -650,6 +657,7 @@ impl Vmm for GatedVmm {
 struct GatedVm {
     inner: Box<dyn Vm>,
     gate: Gate,
+    refuse_plugs: Arc<AtomicU64>,
 }
 
 #[async_trait]
@@ -660,6 +668,18 @@ impl Vm for GatedVm {
 
     async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError> {
         self.gate.step().await;
+        let less_one = |left: u64| left.checked_sub(1);
+        if self
+            .refuse_plugs
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less_one)
+            .is_ok()
+        {
+            return Err(VmmError::Control {
+                action: format!("plug disk {}", disk.slot),
+                sandbox: self.record().sandbox,
+                message: "refused by the test".into(),
+            });
+        }
         let result = self.inner.plug_disk(disk).await;
         self.gate.step().await;
         result

@@ -124,6 +124,7 @@ impl World {
             security: SecurityConfig::default(),
             resources: ResourceConfig::default(),
             log_path: format!("{name}/{attempt}.log").into(),
+            termination_path: String::new(),
             labels: BTreeMap::new(),
             annotations: [(
                 crate::container::IMAGE_ANNOTATION.to_owned(),
