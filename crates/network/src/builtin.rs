@@ -224,7 +224,8 @@ impl NetworkDriver for BuiltinDriver {
     }
 
     async fn park(&self) -> Result<OwnedFd, NetworkError> {
-        self.run(|_| tap::park().map_err(system("park a tap"))).await
+        self.run(|_| tap::park().map_err(system("park a tap")))
+            .await
     }
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {

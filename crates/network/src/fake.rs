@@ -187,10 +187,7 @@ impl NetworkDriver for FakeDriver {
             network.2 = Some(address);
         }
         state.leases.insert(sandbox.clone(), lease.clone());
-        Ok(Attachment {
-            tap,
-            lease,
-        })
+        Ok(Attachment { tap, lease })
     }
 
     async fn lease(&self, sandbox: &SandboxId) -> Result<Option<Lease>, NetworkError> {

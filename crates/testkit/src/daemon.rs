@@ -122,6 +122,25 @@ impl Daemon {
         }
     }
 
+    /// Waits until pods of the usual shape start from a template, and returns its size in KiB.
+    pub fn wait_template(&self) -> u64 {
+        let ready = || -> Result<u64, String> {
+            let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+            let line = log
+                .lines()
+                .rfind(|line| line.contains("a template is ready"));
+            // With or without colour codes between name and value.
+            line.and_then(|line| line.split("size_kib").nth(1))
+                .and_then(|rest| {
+                    let plain = rest.replace("\u{1b}[0m", "").replace("\u{1b}[2m", "");
+                    let digits = plain.trim_start_matches('=').split(' ').next()?;
+                    digits.parse().ok()
+                })
+                .ok_or_else(|| "no template yet".to_owned())
+        };
+        eventually("a template is made", Duration::from_secs(120), ready)
+    }
+
     /// SIGKILL, as a crash.
     pub fn kill(&mut self) {
         let mut child = self.child.take().expect("the daemon runs");

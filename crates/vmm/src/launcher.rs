@@ -211,10 +211,14 @@ fn keep_holes_out_of(fd: RawFd) -> io::Result<()> {
         [(nix::libc::SYS_fallocate, vec![rule])].into(),
         SeccompAction::Allow,
         SeccompAction::Errno(0),
-        std::env::consts::ARCH.try_into().map_err(|e: seccompiler::BackendError| failed(&e))?,
+        std::env::consts::ARCH
+            .try_into()
+            .map_err(|e: seccompiler::BackendError| failed(&e))?,
     )
     .map_err(|e| failed(&e))?;
-    let program: BpfProgram = filter.try_into().map_err(|e: seccompiler::BackendError| failed(&e))?;
+    let program: BpfProgram = filter
+        .try_into()
+        .map_err(|e: seccompiler::BackendError| failed(&e))?;
     seccompiler::apply_filter(&program).map_err(|e| failed(&e))
 }
 

@@ -232,11 +232,7 @@ impl Actor {
         })
     }
 
-    async fn launch(
-        &mut self,
-        parts: Parts,
-        origin: Origin,
-    ) -> Result<Arc<dyn Vm>, RuntimeError> {
+    async fn launch(&mut self, parts: Parts, origin: Origin) -> Result<Arc<dyn Vm>, RuntimeError> {
         let Wish {
             vcpus, memory_mib, ..
         } = self.wish(&parts);

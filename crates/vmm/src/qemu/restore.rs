@@ -173,7 +173,8 @@ impl QemuVm {
 
     async fn prepare_migration(&self) -> Result<(), QmpError> {
         let capability = |name: &str| json!({ "capability": name, "state": true });
-        let capabilities = json!({ "capabilities": [capability("x-ignore-shared"), capability("events")] });
+        let capabilities =
+            json!({ "capabilities": [capability("x-ignore-shared"), capability("events")] });
         self.qmp
             .execute("migrate-set-capabilities", capabilities)
             .await?;
