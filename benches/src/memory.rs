@@ -8,7 +8,7 @@ use crate::{
     bare::Bare,
     client::Endpoint,
     start::pod,
-    stats::{pss_kib, rss_kib},
+    stats::{pss_kib, rss_kib, template_kib},
 };
 
 const STEPS: [usize; 3] = [1, 5, 20];
@@ -45,7 +45,7 @@ async fn rows(registry: &Registry, args: &[&str]) -> Result<Value> {
             run(&mut daemon.hypernetes(&["image", "pull", "-q", &name]));
             daemon
         });
-        // Held by the daemon for all pods together: counted to them in equal parts.
+        // Held by the daemon for all pods together.
         let template = if templates { daemon.wait_template() } else { 0 };
         (daemon, floor_of, template)
     })
@@ -76,7 +76,10 @@ async fn rows(registry: &Registry, args: &[&str]) -> Result<Value> {
         // As many bare VMs as pods, so that what processes share is shared by as many.
         let floor = bare.as_ref().context("prepared above")?;
         let total = |pids: &[u32]| pids.iter().filter_map(|pid| pss_kib(*pid)).sum::<u64>();
-        let pods = (total(&pids) + template) / step as u64;
+        // Of the template, what no pod has touched is in no process: one that maps most tells.
+        let touched = pids.iter().filter_map(|pid| template_kib(*pid)).max();
+        let untouched = template.saturating_sub(touched.unwrap_or(0));
+        let pods = (total(&pids) + untouched) / step as u64;
         let vms = (0..step)
             .map(|_| floor.boot())
             .collect::<Result<Vec<_>>>()?;

@@ -75,6 +75,11 @@ impl Shared {
         self.config.run_dir.join(sandbox.as_str())
     }
 
+    /// Where VMs are that become templates.
+    pub(crate) fn template_dir(&self) -> PathBuf {
+        self.config.run_dir.join("templates")
+    }
+
     /// Where log checkpoints of a sandbox are.
     pub(crate) fn checkpoints(&self, sandbox: &SandboxId) -> PathBuf {
         self.scratch.directory(sandbox).join("logs")

@@ -27,7 +27,7 @@ use crate::{
     config::TemplateConfig,
     error::RuntimeError,
     link,
-    scratch::{blocking, remove_directory},
+    scratch::blocking,
     shared::Shared,
 };
 
@@ -280,6 +280,10 @@ impl Drop for Directory {
     fn drop(&mut self) {
         // The next start clears away what is left here.
         drop(std::fs::remove_dir_all(&self.0));
+        if let Some(parent) = self.0.parent() {
+            // Of the last one; another may be in it.
+            drop(std::fs::remove_dir(parent));
+        }
     }
 }
 
@@ -318,8 +322,7 @@ impl<'a> Maker<'a> {
         origin: Origin,
     ) -> Result<(Box<dyn Vm>, Directory), RuntimeError> {
         let sandbox = SandboxId::random();
-        let run_dir = self.shared.run_dir(&sandbox);
-        remove_directory(run_dir.clone()).await?;
+        let run_dir = self.shared.template_dir().join(sandbox.as_str());
         let made = run_dir.clone();
         blocking(format!("make {}", run_dir.display()), move || {
             std::fs::create_dir_all(made)
