@@ -10,9 +10,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use hypernetes_testkit::{
-    Daemon, DaemonOptions, Registry, can_run_pods, eventually, run, stdout,
-};
+use hypernetes_testkit::{Daemon, DaemonOptions, Registry, can_run_pods, eventually, run, stdout};
 
 /// What a pod of a template must have of its own, one line each. Read as the container's first
 /// act: what two guests would have in common shows best then.
@@ -23,7 +21,10 @@ const IDENTITY: &str = "head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/ker
 /// Memory of a process that is in RAM, in KiB.
 fn resident_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -94,7 +95,12 @@ fn pods_of_one_template_have_nothing_in_common() {
     });
     let late = ["run", "late", "--image", &image, "--", "sleep", "infinity"];
     run(&mut daemon.kubectl_as(&acme, &late));
-    let wait = ["wait", "--for=condition=Ready", "pod/late", "--timeout=240s"];
+    let wait = [
+        "wait",
+        "--for=condition=Ready",
+        "pod/late",
+        "--timeout=240s",
+    ];
     run(&mut daemon.kubectl_as(&acme, &wait));
 
     // They outlive the daemon like any other.

@@ -23,11 +23,7 @@ use hypernetes_vmm::{GuestKernel, NetDevice, Origin, Template, Vm, VmSpec};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{
-    backoff::Backoff,
-    config::TemplateConfig,
-    error::RuntimeError,
-    link,
-    scratch::blocking,
+    backoff::Backoff, config::TemplateConfig, error::RuntimeError, link, scratch::blocking,
     shared::Shared,
 };
 
