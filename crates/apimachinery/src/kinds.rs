@@ -219,11 +219,6 @@ static KINDS: &[ResourceKind] = &[
     kind("", "v1", "Secret", "secrets", "secret"),
     ResourceKind {
         short_names: &["sa"],
-        subresources: &[Subresource {
-            group: Some(AUTHN),
-            version: Some("v1"),
-            ..sub("token", "TokenRequest", CREATE)
-        }],
         ..kind(
             "",
             "v1",
