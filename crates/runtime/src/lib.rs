@@ -34,11 +34,13 @@ mod sandbox;
 mod scratch;
 mod sessions;
 mod shared;
+mod stats;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
 mod timing;
+mod usage;
 
 pub use api::*;
 pub use config::{Deadlines, Defaults, RuntimeConfig, UidRange};

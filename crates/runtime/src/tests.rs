@@ -4,3 +4,4 @@ mod crashes;
 mod hostile;
 mod lifecycle;
 mod streams;
+mod upkeep;

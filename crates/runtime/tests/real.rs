@@ -240,6 +240,7 @@ impl Bed {
             cgroup_parent: None,
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
+            memo: String::new(),
         }
     }
 
@@ -306,9 +307,11 @@ fn container(name: &str, script: &str) -> ContainerConfig {
             ..SecurityConfig::default()
         },
         resources: ResourceConfig::default(),
+        stop_signal: None,
         log_path: format!("{name}/0.log").into(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
+        memo: String::new(),
     }
 }
 
