@@ -41,6 +41,8 @@ pub(crate) enum LogFormat {
 pub(crate) enum Command {
     /// Run everything on this machine: API server, controllers, node
     Up(Up),
+    /// Run this machine's pods for a kubelet: the Container Runtime Interface on a unix socket
+    Node(Node),
     /// Tenants: create, list, delete, hand out kubeconfigs
     #[command(subcommand)]
     Tenant(Tenant),
@@ -109,6 +111,17 @@ pub(crate) struct Up {
     /// First of the 65536 user ids that VMMs run under, one for each VM
     #[arg(long, default_value_t = 0x7000_0000)]
     pub(crate) uid_base: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Node {
+    /// Configuration file, YAML; without it the defaults
+    #[arg(long, env = "HYPERNETES_NODE_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Print the default configuration with comments, and end
+    #[arg(long)]
+    pub(crate) print_default_config: bool,
 }
 
 #[derive(Debug, Subcommand)]
