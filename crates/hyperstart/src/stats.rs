@@ -1,6 +1,6 @@
 //! What the VM and its containers use.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use hypernetes_agent_api::v1;
 
@@ -25,12 +25,21 @@ pub(crate) fn collect(pod: &Pod) -> v1::StatsResponse {
         memory_total: field(&memory, "MemTotal:"),
         memory_available: field(&memory, "MemAvailable:"),
         containers: containers.collect(),
-        interfaces: interfaces(&fs::read_to_string("/proc/net/dev").unwrap_or_default()),
+        interfaces: interfaces(
+            &fs::read_to_string("/proc/net/dev").unwrap_or_default(),
+            |name| {
+                Path::new("/sys/class/net")
+                    .join(name)
+                    .join("device")
+                    .exists()
+            },
+        ),
     }
 }
 
-/// Lines of /proc/net/dev but the loopback's: eight numbers of what came, eight of what went.
-fn interfaces(text: &str) -> Vec<v1::InterfaceStats> {
+/// Lines of /proc/net/dev of interfaces with a device, which the kernel's own (lo, dummy0) have
+/// not: eight numbers of what came, eight of what went.
+fn interfaces(text: &str, has_device: impl Fn(&str) -> bool) -> Vec<v1::InterfaceStats> {
     let line = |line: &str| {
         let (name, numbers) = line.split_once(':')?;
         let numbers: Vec<u64> = numbers
@@ -48,7 +57,7 @@ fn interfaces(text: &str) -> Vec<v1::InterfaceStats> {
     };
     text.lines()
         .filter_map(line)
-        .filter(|interface| interface.name != "lo")
+        .filter(|interface| has_device(&interface.name))
         .collect()
 }
 
@@ -71,7 +80,7 @@ mod tests {
         let text = "Inter-|   Receive  |  Transmit\n face |bytes packets errs|bytes\n\
                     lo: 9 9 9 9 9 9 9 9 9 9 9 9 9 9 9 9\n  \
                     eth0: 100 2 3 0 0 0 0 0 200 4 5 0 0 0 0 0\n";
-        let found = super::interfaces(text);
+        let found = super::interfaces(text, |name| name != "lo");
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].name, "eth0");
         assert_eq!((found[0].rx_bytes, found[0].rx_errors), (100, 3));

@@ -1,11 +1,12 @@
 //! Exec, attach and port-forward over the URLs that the calls return.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
 use hypernetes_cri::v1;
 use hypernetes_runtime::Output;
+use hypernetes_streaming::spdy::{Frame, HeaderCodec};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -39,6 +40,11 @@ async fn websocket(url: &str, protocol: &'static str) -> WebSocketStream<TcpStre
 
 /// Sends a request that asks for SPDY and returns the head of the answer.
 async fn spdy_head(url: &str, protocol: &str) -> String {
+    spdy(url, protocol).await.0
+}
+
+/// The same, with the connection behind it.
+async fn spdy(url: &str, protocol: &str) -> (String, TcpStream) {
     let (host, path) = parts(url);
     let mut stream = TcpStream::connect(&host).await.unwrap();
     let request = format!(
@@ -54,7 +60,47 @@ async fn spdy_head(url: &str, protocol: &str) -> String {
         }
         head.push(byte[0]);
     }
-    String::from_utf8(head).unwrap()
+    (String::from_utf8(head).unwrap(), stream)
+}
+
+/// The client half of SPDY, as far as the test needs it.
+struct SpdyClient {
+    io: TcpStream,
+    codec: HeaderCodec,
+    next: u32,
+}
+
+impl SpdyClient {
+    async fn open(&mut self, kind: &str) -> u32 {
+        let stream = self.next;
+        self.next += 2;
+        let headers = [("streamType".into(), kind.into())].into_iter().collect();
+        let block = self.codec.encode(&headers);
+        let frame = Frame::SynStream {
+            stream,
+            fin: false,
+            block,
+        };
+        self.io.write_all(&frame.encode()).await.unwrap();
+        stream
+    }
+
+    async fn data(&mut self, stream: u32, data: &'static [u8]) {
+        let frame = Frame::Data {
+            stream,
+            fin: true,
+            data: Bytes::from_static(data),
+        };
+        self.io.write_all(&frame.encode()).await.unwrap();
+    }
+
+    async fn next(&mut self) -> Option<Frame> {
+        let mut head = [0; 8];
+        self.io.read_exact(&mut head).await.ok()?;
+        let mut payload = vec![0; Frame::payload_length(head).unwrap()];
+        self.io.read_exact(&mut payload).await.ok()?;
+        Some(Frame::decode(head, payload.into()).unwrap())
+    }
 }
 
 fn exec(id: &str) -> v1::ExecRequest {
@@ -119,6 +165,52 @@ async fn exec_runs_over_a_url_that_can_be_used_once() {
     );
     let head = spdy_head(&url, "v4.channel.k8s.io").await;
     assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+}
+
+/// As the kubelet does: it ends its own client's WebSocket and speaks SPDY to the runtime.
+#[tokio::test]
+async fn exec_runs_over_spdy_with_half_close_and_exit_code() {
+    let mut bed = Bed::new().await;
+    let (_, id) = bed.running("a").await;
+    bed.runtime
+        .on_exec(|_, _, stdin| (stdin.to_vec(), b"warned".to_vec(), 7));
+    let url = bed.client.exec(exec(&id)).await.unwrap().into_inner().url;
+    let (head, io) = spdy(&url, "v4.channel.k8s.io").await;
+    assert!(head.starts_with("HTTP/1.1 101"), "{head}");
+    let mut client = SpdyClient {
+        io,
+        codec: HeaderCodec::new(),
+        next: 1,
+    };
+    let error = client.open("error").await;
+    let stdin = client.open("stdin").await;
+    let stdout = client.open("stdout").await;
+    let stderr = client.open("stderr").await;
+    client.data(stdin, b"through spdy").await;
+    let mut got: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+    let mut ended = Vec::new();
+    while let Some(frame) = client.next().await {
+        match frame {
+            Frame::Data { stream, data, fin } => {
+                got.entry(stream).or_default().extend_from_slice(&data);
+                if fin {
+                    ended.push(stream);
+                }
+            }
+            Frame::GoAway { .. } => break,
+            _ => {}
+        }
+    }
+    assert_eq!(got[&stdout], b"through spdy");
+    assert_eq!(got[&stderr], b"warned");
+    let status = String::from_utf8(got.remove(&error).unwrap()).unwrap();
+    assert!(
+        status.contains("NonZeroExitCode") && status.contains("\"7\""),
+        "{status}"
+    );
+    for stream in [error, stdout, stderr] {
+        assert!(ended.contains(&stream), "{stream} is not closed: {ended:?}");
+    }
 }
 
 #[tokio::test]
