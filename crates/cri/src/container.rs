@@ -90,6 +90,7 @@ pub(crate) fn plan(
             &linux.resources.unwrap_or_default(),
         )?,
         stop_signal: signal::number(config.stop_signal)?,
+        termination_path: mounts.termination_path.clone(),
         log_path: log_path(&config.log_path, asked.metadata)?,
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),

@@ -36,6 +36,7 @@ mod stats;
 mod status;
 mod streams;
 mod subpath;
+mod termination;
 
 pub use config::{CriConfig, VmSizes};
 pub use network::NodeNetwork;

@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | `pods/UID/volumes/kubernetes.io~empty-dir/NAME` | an emptyDir, on the scratch disk or in memory |
 //! | `pods/UID/volumes/kubernetes.io~{configmap,secret,projected,downward-api}/NAME` | its files |
-//! | `pods/UID/etc-hosts`, `pods/UID/containers/NAME/…` (termination log) | that file |
+//! | `pods/UID/etc-hosts` | that file |
+//! | `pods/UID/containers/NAME/…` (termination log) | a file of the container's own; see [`crate::termination`] |
 //! | `pods/UID/volume-subpaths/VOLUME/…` | the part of the emptyDir, or the file, that is bound there |
 //! | what the node's configuration lists | a read-only copy |
 //!
@@ -32,6 +33,8 @@ pub(crate) struct Plan {
     pub(crate) volumes: Vec<VolumeConfig>,
     /// Where they appear.
     pub(crate) mounts: Vec<MountConfig>,
+    /// Where the container says why it ended; empty = nowhere.
+    pub(crate) termination_path: String,
 }
 
 /// What a host path stands for.
@@ -41,6 +44,8 @@ enum Source<'a> {
     /// Content, and the name of the guest's volume for it.
     Files(String),
     SubPath(&'a str),
+    /// Where the kubelet looks for the termination message.
+    TerminationLog,
     /// Nothing that can be carried.
     Foreign,
 }
@@ -50,6 +55,15 @@ enum Source<'a> {
 pub(crate) struct Owner<'a> {
     pub(crate) pod_uid: &'a str,
     pub(crate) container: &'a str,
+}
+
+/// Whether the kubelet reads a container's termination message from this mount's host path.
+pub(crate) fn is_termination_log(mount: &v1::Mount, pod_uid: &str, kubelet: &Path) -> bool {
+    let path = Path::new(&mount.host_path);
+    let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
+    !mount.readonly
+        && path.components().all(plain)
+        && classify(path, pod_uid, kubelet) == Source::TerminationLog
 }
 
 /// Plans all mounts of a container, reading the host's files. Blocks.
@@ -62,6 +76,10 @@ pub(crate) fn plan(
     for (index, mount) in mounts.iter().enumerate() {
         let field = |name: &str| format!("config.mounts[{index}].{name}");
         check(mount, field)?;
+        if is_termination_log(mount, owner.pod_uid, &node.kubelet_dir) {
+            plan.termination_path.clone_from(&mount.container_path);
+            continue;
+        }
         let (volume, sub_path) = source(index, mount, owner, node)?;
         plan.mounts.push(MountConfig {
             volume: volume.name.clone(),
@@ -118,7 +136,7 @@ fn source(
         let rule = hypernetes_telemetry::chain(&error).to_string();
         refused(rule)
     };
-    match classify(path, owner, &node.kubelet_dir) {
+    match classify(path, owner.pod_uid, &node.kubelet_dir) {
         Source::EmptyDir(name) => {
             let volume = empty_dir(name, path).map_err(unreadable)?;
             Ok((volume, String::new()))
@@ -144,7 +162,7 @@ fn source(
             }
         }
         Source::SubPath(_) => carried(sub_path_name(index, owner), path).map_err(unreadable),
-        Source::Foreign => {
+        Source::TerminationLog | Source::Foreign => {
             let allowed = node
                 .copied_paths
                 .iter()
@@ -174,8 +192,8 @@ fn sub_path_name(index: usize, owner: Owner<'_>) -> String {
     plain_name("sub-path", &format!("{}.{index}", owner.container))
 }
 
-fn classify<'a>(path: &'a Path, owner: Owner<'_>, kubelet: &Path) -> Source<'a> {
-    let pod = kubelet.join("pods").join(owner.pod_uid);
+fn classify<'a>(path: &'a Path, pod_uid: &str, kubelet: &Path) -> Source<'a> {
+    let pod = kubelet.join("pods").join(pod_uid);
     let parts: Option<Vec<&str>> = path
         .strip_prefix(&pod)
         .ok()
@@ -193,10 +211,7 @@ fn classify<'a>(path: &'a Path, owner: Owner<'_>, kubelet: &Path) -> Source<'a> 
             _ => Source::Foreign,
         },
         Some(["etc-hosts"]) => Source::Files("etc-hosts".to_owned()),
-        // The file's own name is new for each attempt.
-        Some(["containers", container, _file]) => {
-            Source::Files(plain_name("termination-log", container))
-        }
+        Some(["containers", _container, _file]) => Source::TerminationLog,
         Some(["volume-subpaths", volume, _, _]) => Source::SubPath(volume),
         _ => Source::Foreign,
     }
@@ -314,12 +329,7 @@ mod tests {
             .collect();
         assert_eq!(
             names,
-            [
-                "empty-dir.work",
-                "configmap.settings",
-                "etc-hosts",
-                "termination-log.c"
-            ]
+            ["empty-dir.work", "configmap.settings", "etc-hosts",]
         );
         assert!(matches!(plan.volumes[0].kind, VolumeKind::EmptyDir { .. }));
         let VolumeKind::Files { files } = &plan.volumes[1].kind else {
@@ -328,7 +338,8 @@ mod tests {
         assert_eq!(files["key"].content, "value");
         assert_eq!(plan.mounts[1].sub_path, "");
         assert_eq!(plan.mounts[2].sub_path, "file");
-        assert!(plan.mounts[4].readonly && plan.mounts[4].volume == "empty-dir.work");
+        assert!(plan.mounts[3].readonly && plan.mounts[3].volume == "empty-dir.work");
+        assert_eq!(plan.termination_path, "/dev/termination-log");
     }
 
     #[test]

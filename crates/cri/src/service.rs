@@ -21,6 +21,7 @@ use crate::{
     resources, sandbox, stats,
     status::CriError,
     streams::{Stream, Streams},
+    termination,
     v1::{self, runtime_service_server::RuntimeService},
 };
 
@@ -281,6 +282,27 @@ impl Service {
         Ok(stats::of_container(&status, found, all.unix_nanos))
     }
 
+    /// Puts a termination message where the kubelet looks for it. If that fails, the status has it.
+    async fn tell_end(&self, status: &mut ContainerStatus) {
+        let Some(sandbox) = self.runtime.sandbox(&status.sandbox).await else {
+            return;
+        };
+        let kubelet = &self.config.kubelet_dir;
+        let uid = &sandbox.config.metadata.uid;
+        let Some(path) = termination::file_of(status, uid, kubelet) else {
+            return;
+        };
+        let (file, message) = (path.clone(), status.message.clone());
+        let write = tokio::task::spawn_blocking(move || termination::write(&file, &message));
+        match write.await {
+            Ok(Ok(())) => status.message.clear(),
+            Ok(Err(error)) => {
+                tracing::debug!(path = %path.display(), %error, "cannot write a termination message");
+            }
+            Err(panic) => tracing::warn!(%panic, "writing a termination message failed"),
+        }
+    }
+
     fn info(&self) -> BTreeMap<String, String> {
         let config = json!({
             "stateDir": self.config.state_dir,
@@ -505,7 +527,8 @@ impl RuntimeService for Service {
         request: Request<v1::ContainerStatusRequest>,
     ) -> Answer<v1::ContainerStatusResponse> {
         let request = request.into_inner();
-        let status = self.container(&request.container_id).await?;
+        let mut status = self.container(&request.container_id).await?;
+        self.tell_end(&mut status).await;
         Ok(Response::new(v1::ContainerStatusResponse {
             status: Some(container::full(&status)),
             info: match request.verbose {

@@ -31,6 +31,8 @@ pub(crate) mod dir {
     pub(crate) const SCRATCH: &str = "/scratch";
     /// Files volumes and memory-backed emptyDirs.
     pub(crate) const VOLUMES: &str = "/volumes";
+    /// emptyDirs that have a disk of their own.
+    pub(crate) const DISKS: &str = "/disks";
     /// The pod's hosts, resolv.conf, hostname.
     pub(crate) const FILES: &str = "/files";
     /// The pod's shared memory.
@@ -92,6 +94,7 @@ pub(crate) fn prepare() -> Result<(), GuestError> {
         dir::ROOTS,
         dir::SCRATCH,
         dir::VOLUMES,
+        dir::DISKS,
         dir::FILES,
         dir::SHM,
     ] {

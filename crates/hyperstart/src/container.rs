@@ -8,8 +8,9 @@
 //! The first process ends the container: whatever else is in its cgroup is killed then.
 
 use std::{
-    fs, io,
-    os::fd::OwnedFd,
+    fs,
+    io::{self, Read, Seek, SeekFrom},
+    os::{fd::OwnedFd, unix::fs::PermissionsExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -40,6 +41,8 @@ use crate::{
     streams::{self, Input},
 };
 
+/// What is told of a termination message (`MaxContainerTerminationMessageLength` of the kubelet).
+const MAX_TERMINATION: u64 = 4096;
 /// How long killed processes may take to go: one may be waiting for a disk.
 const DIE: Duration = Duration::from_secs(10);
 
@@ -96,6 +99,9 @@ pub(crate) async fn create(
     let result = async {
         for path in [&places.writable, &places.root] {
             fs::create_dir_all(path).attempt("make the container's directories")?;
+        }
+        if !request.termination_path.is_empty() {
+            make_termination(&places.termination).attempt("make the termination message's file")?;
         }
         let cgroup = Cgroup::create(&request.id, &limits).attempt("make the container's cgroup")?;
         let made = launch(
@@ -305,6 +311,15 @@ impl Container {
         while self.cgroup.is_populated() && Instant::now() < deadline {
             sleep(Duration::from_millis(2)).await;
         }
+        let place = self.places.termination.clone();
+        let termination_message = blocking(move || read_end(&place, MAX_TERMINATION)).await;
+        let termination_message = termination_message.unwrap_or_else(|error| {
+            log!(
+                "cannot read what container {} says of its end: {error}",
+                self.id
+            );
+            Vec::new()
+        });
         let oom_killed = ended == Ended::Signal(9) && self.cgroup.oom_kills() > 0;
         {
             let mut state = self.lock();
@@ -316,6 +331,7 @@ impl Container {
                 oom_killed,
                 message,
                 finished_unix_nanos: now(),
+                termination_message,
             });
         }
         self.ended.send_replace(true);
@@ -455,6 +471,24 @@ pub(crate) async fn remove(pod: &Pod, id: &str) -> Result<Vec<u32>, GuestError> 
     Ok(pod.layers().release(&slots).await)
 }
 
+/// An empty file that any user of the container can write.
+fn make_termination(path: &Path) -> io::Result<()> {
+    fs::File::create(path)?.set_permissions(fs::Permissions::from_mode(0o666))
+}
+
+/// The last bytes of a file; nothing of one that is not there.
+fn read_end(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut file = match fs::File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let start = file.metadata()?.len().saturating_sub(limit);
+    file.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 async fn clear_cgroup(cgroup: &Cgroup) {
     drop(cgroup.kill());
     let deadline = Instant::now() + DIE;
@@ -489,5 +523,27 @@ async fn clear_places(places: &Places) {
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => log!("cannot remove a writable layer: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_termination_message_the_end_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("termination");
+        assert_eq!(read_end(&path, 4).unwrap(), b"");
+        make_termination(&path).unwrap();
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o666
+        );
+        assert_eq!(read_end(&path, 4).unwrap(), b"");
+        fs::write(&path, "abc").unwrap();
+        assert_eq!(read_end(&path, 4).unwrap(), b"abc");
+        fs::write(&path, "abcdef").unwrap();
+        assert_eq!(read_end(&path, 4).unwrap(), b"cdef");
     }
 }

@@ -100,6 +100,7 @@ pub(crate) async fn mount_disk(
     target: PathBuf,
     kind: &'static str,
     flags: MsFlags,
+    options: Option<&'static str>,
 ) -> Result<(), GuestError> {
     let what = format!(
         "mount {} as {kind} on {}",
@@ -111,7 +112,7 @@ pub(crate) async fn mount_disk(
         let (device, target) = (device.clone(), target.clone());
         let mounted = blocking(move || {
             fs::create_dir_all(&target)?;
-            mount(Some(&device), &target, Some(kind), flags, None::<&str>).map_err(io::Error::from)
+            mount(Some(&device), &target, Some(kind), flags, options).map_err(io::Error::from)
         })
         .await;
         match mounted {
@@ -178,7 +179,7 @@ impl Layers {
         }
         let device = find(slot).await?;
         let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
-        mount_disk(device.clone(), layer_path(slot), "erofs", flags).await?;
+        mount_disk(device.clone(), layer_path(slot), "erofs", flags, None).await?;
         layers.insert(slot, Layer { users: 1, device });
         Ok(())
     }

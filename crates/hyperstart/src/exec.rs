@@ -263,6 +263,7 @@ impl Exec {
             oom_killed: false,
             message: self.message.clone(),
             finished_unix_nanos: now(),
+            termination_message: Vec::new(),
         };
         send(tx, exec_output::Output::Exit(exit)).await;
     }

@@ -52,6 +52,7 @@ struct Inner {
     layers: Layers,
     state: Mutex<State>,
     configuring: tokio::sync::Mutex<()>,
+    writing: tokio::sync::Mutex<()>,
     events: broadcast::Sender<v1::ContainerState>,
     execs: Arc<Semaphore>,
 }
@@ -75,6 +76,7 @@ impl Pod {
             layers: Layers::default(),
             state: Mutex::default(),
             configuring: tokio::sync::Mutex::default(),
+            writing: tokio::sync::Mutex::default(),
             events: broadcast::channel(EVENTS).0,
             execs: Arc::new(Semaphore::new(MAX_EXECS)),
         }))
@@ -187,16 +189,20 @@ impl Pod {
         self.0.reaper.spawn(PidNamespace::Of(container.as_fd()))
     }
 
-    pub(crate) fn write_volume(
+    pub(crate) async fn write_volume(
         &self,
         volume: v1::Volume,
         gid: Option<u32>,
     ) -> Result<(), GuestError> {
-        let mut state = self.lock();
-        if state.configured.is_none() {
+        let _one_at_a_time = self.0.writing.lock().await;
+        if !self.is_configured() {
             return Err(not_configured());
         }
-        state.volumes.write(volume, gid)
+        let disk = self.lock().volumes.new_disk(&volume)?;
+        if let Some(disk) = disk {
+            disk.mount().await?;
+        }
+        self.lock().volumes.write(volume, gid)
     }
 
     /// The child's job for a container, from the pod's volumes and files.

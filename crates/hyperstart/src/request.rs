@@ -34,6 +34,19 @@ fn check_path(what: &str, path: &str) -> Result<(), GuestError> {
     )))
 }
 
+/// A path in the container that something can be mounted on.
+fn check_place(what: &str, path: &str) -> Result<(), GuestError> {
+    check_path(what, path)?;
+    let place: PathBuf = Path::new(path).components().collect();
+    if place == Path::new("/") || place.starts_with("/proc") {
+        // What the agent itself reads and writes there must be the kernel's.
+        return Err(GuestError::Invalid(format!(
+            "nothing can be mounted on {path}"
+        )));
+    }
+    Ok(())
+}
+
 /// Where one container keeps its own things.
 #[derive(Debug, Clone)]
 pub(crate) struct Places {
@@ -41,12 +54,16 @@ pub(crate) struct Places {
     pub(crate) writable: PathBuf,
     /// Its mount point.
     pub(crate) root: PathBuf,
+    /// What it says of its end; beside the writable layer, and gone with it.
+    pub(crate) termination: PathBuf,
 }
 
 impl Places {
     pub(crate) fn of(id: &str) -> Self {
+        let writable = Path::new(dir::SCRATCH).join("containers").join(id);
         Self {
-            writable: Path::new(dir::SCRATCH).join("containers").join(id),
+            termination: writable.join("termination"),
+            writable,
             root: Path::new(dir::ROOTS).join(id),
         }
     }
@@ -73,6 +90,16 @@ pub(crate) fn init(
             "more than {MAX_MOUNTS} mounts"
         )));
     }
+    let termination = match request.termination_path.as_str() {
+        "" => None,
+        path => {
+            check_place("termination message path", path)?;
+            Some(FileBind {
+                source: places.termination.clone(),
+                destination: path.to_owned(),
+            })
+        }
+    };
     for path in request.masked_paths.iter().chain(&request.readonly_paths) {
         check_path("masked or read-only path", path)?;
     }
@@ -99,6 +126,7 @@ pub(crate) fn init(
                 source: file.source.clone(),
                 destination: file.destination.clone(),
             })
+            .chain(termination)
             .collect(),
         shm: dir::SHM.into(),
         masked_paths: request.masked_paths.clone(),
@@ -110,14 +138,7 @@ pub(crate) fn init(
 
 fn mount(spec: &v1::Mount, volumes: &Volumes) -> Result<MountSpec, GuestError> {
     let destination = spec.destination.clone();
-    check_path("mount destination", &destination)?;
-    let place: PathBuf = Path::new(&destination).components().collect();
-    if place == Path::new("/") || place.starts_with("/proc") {
-        // What the agent itself reads and writes there must be the kernel's.
-        return Err(GuestError::Invalid(format!(
-            "nothing can be mounted on {destination}"
-        )));
-    }
+    check_place("mount destination", &destination)?;
     let source = match &spec.source {
         Some(Source::Volume(name)) => {
             let inside = |part| matches!(part, Component::Normal(_) | Component::CurDir);
@@ -302,6 +323,25 @@ mod tests {
                 }),
                 "{destination}"
             );
+        }
+    }
+
+    #[test]
+    fn a_termination_message_has_a_file_of_the_container_s_own() {
+        let asks = |path: &str| v1::CreateContainerRequest {
+            termination_path: path.into(),
+            ..request()
+        };
+        let plan = |path| init(&asks(path), &Places::of("c"), &Volumes::default(), &[]);
+        assert!(plan("").unwrap().files.is_empty());
+        let files = plan("/dev/termination-log").unwrap().files;
+        assert_eq!(files[0].destination, "/dev/termination-log");
+        assert_eq!(
+            files[0].source,
+            Path::new("/scratch/containers/c/termination")
+        );
+        for bad in ["/", "/proc/x", "relative", "/a/../b"] {
+            assert!(refused(&asks(bad)), "{bad}");
         }
     }
 

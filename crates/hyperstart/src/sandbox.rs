@@ -66,7 +66,7 @@ pub(crate) async fn configure(
     write_files(&request.files)
 }
 
-fn is_mounted(path: &str) -> bool {
+pub(crate) fn is_mounted(path: &str) -> bool {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     mounts
         .lines()
@@ -86,7 +86,8 @@ async fn mount_scratch(slot: u32) -> Result<(), GuestError> {
             .attempt("mount the scratch tmpfs")?,
             slot if disks::SLOTS.contains(&slot) => {
                 let device = disks::find(slot).await?;
-                disks::mount_disk(device, dir::SCRATCH.into(), "ext4", MsFlags::MS_NOATIME).await?;
+                let flags = MsFlags::MS_NOATIME;
+                disks::mount_disk(device, dir::SCRATCH.into(), "ext4", flags, None).await?;
             }
             slot => return Err(GuestError::Invalid(format!("there is no slot {slot}"))),
         }

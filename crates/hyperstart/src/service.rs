@@ -85,8 +85,12 @@ impl Agent for Pod {
     ) -> Answer<v1::WriteVolumeResponse> {
         let v1::WriteVolumeRequest { volume, gid } = request.into_inner();
         let volume = volume.ok_or_else(|| Status::invalid_argument("no volume"))?;
-        Pod::write_volume(self, volume, gid)?;
-        Ok(Response::new(v1::WriteVolumeResponse {}))
+        let pod = self.clone();
+        to_the_end(async move {
+            Pod::write_volume(&pod, volume, gid).await?;
+            Ok(v1::WriteVolumeResponse {})
+        })
+        .await
     }
 
     async fn create_container(

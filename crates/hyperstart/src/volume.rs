@@ -1,4 +1,11 @@
 //! Pod volumes that live in the guest: empty directories and files.
+//!
+//! | volume | directory |
+//! | --- | --- |
+//! | emptyDir | `/scratch/volumes/NAME` |
+//! | emptyDir with a disk of its own | `/disks/NAME/data`, with `/disks/NAME/ballast` beside it |
+//! | emptyDir in memory | `/volumes/NAME`, a tmpfs |
+//! | files | `/volumes/NAME` |
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -9,11 +16,13 @@ use std::{
 
 use hypernetes_agent_api::v1::{self, volume::Kind};
 use nix::mount::{MsFlags, mount};
+use rustix::fs::{FallocateFlags, fallocate, statvfs};
 
 use crate::{
     boot::dir,
+    disks,
     error::{Attempt, GuestError},
-    request,
+    request, sandbox,
 };
 
 const MAX_VOLUMES: usize = 256;
@@ -23,11 +32,80 @@ const MAX_TOTAL: usize = 3 * 1024 * 1024;
 /// The link that is switched to change everything at once.
 const DATA: &str = "..data";
 const NEW_DATA: &str = "..data_tmp";
+/// The volume's root on a disk of its own: beside it are things of the file system's.
+const ROOT: &str = "data";
+/// Takes what a disk has beyond the volume's limit.
+const BALLAST: &str = "ballast";
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Sort {
-    Empty { memory: bool },
+    Empty { memory: bool, slot: u32 },
     Files,
+}
+
+impl Sort {
+    fn directory(&self, name: &str) -> PathBuf {
+        match self {
+            Self::Empty { slot: 1.., .. } => own_disk(name).join(ROOT),
+            Self::Empty { memory: false, .. } => Path::new(dir::SCRATCH).join("volumes").join(name),
+            Self::Empty { memory: true, .. } | Self::Files => Path::new(dir::VOLUMES).join(name),
+        }
+    }
+}
+
+fn own_disk(name: &str) -> PathBuf {
+    Path::new(dir::DISKS).join(name)
+}
+
+/// A disk that a new volume has for itself.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct OwnDisk {
+    volume: String,
+    slot: u32,
+    size_limit: u64,
+}
+
+impl OwnDisk {
+    /// Mounts the disk and leaves as much room on it as the volume may have. Idempotent until the
+    /// volume is in use.
+    pub(crate) async fn mount(&self) -> Result<(), GuestError> {
+        let target = own_disk(&self.volume);
+        if !sandbox::is_mounted(&target.to_string_lossy()) {
+            let device = disks::find(self.slot).await?;
+            let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV;
+            // What is deleted here becomes a hole in the node's file; what is a hole needs no zeros.
+            let options = Some("discard,noinit_itable");
+            disks::mount_disk(device, target.clone(), "ext4", flags, options).await?;
+        }
+        let limit = self.size_limit;
+        disks::blocking(move || leave_room(&target, limit))
+            .await
+            .attempt(format!("limit volume {}", self.volume))
+    }
+}
+
+/// Fills a file system with unwritten blocks until no more than `limit` bytes, in whole blocks, can
+/// be written. How much a file system of a size can hold is for its kernel to say, not for the
+/// node that made it.
+fn leave_room(target: &Path, limit: u64) -> io::Result<()> {
+    // Before the count: it takes a block.
+    fs::create_dir_all(target.join(ROOT))?;
+    let mut options = fs::File::options();
+    let ballast = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(target.join(BALLAST))?;
+    // Blocks that a truncated ballast had are free only then.
+    rustix::fs::syncfs(&ballast)?;
+    let room = statvfs(target)?;
+    let wanted = limit.div_ceil(room.f_frsize);
+    let surplus = room.f_bavail.saturating_sub(wanted) * room.f_frsize;
+    if surplus > 0 {
+        fallocate(&ballast, FallocateFlags::empty(), 0, surplus)?;
+    }
+    Ok(())
 }
 
 #[derive(Debug)]
@@ -52,43 +130,17 @@ impl Volumes {
 
     /// Makes a volume, or replaces the content of one with files.
     pub(crate) fn write(&mut self, volume: v1::Volume, gid: Option<u32>) -> Result<(), GuestError> {
+        let (sort, known) = self.examine(&volume)?;
         let v1::Volume { name, kind } = volume;
-        if !request::is_plain_name(&name) {
-            return Err(GuestError::Invalid(format!("{name:?} is no volume name")));
-        }
-        let kind = kind.ok_or_else(|| GuestError::Invalid(format!("volume {name} has no kind")))?;
-        let sort = match &kind {
-            Kind::EmptyDir(empty) => Sort::Empty {
-                memory: empty.memory,
-            },
-            Kind::Files(_) => Sort::Files,
-        };
-        let known = match self.by_name.get(&name) {
-            Some(known) if known.sort != sort => {
-                return Err(GuestError::AlreadyExists(format!(
-                    "volume {name} is of another kind"
-                )));
-            }
-            Some(_) => true,
-            None if self.by_name.len() >= MAX_VOLUMES => {
-                return Err(GuestError::Exhausted(format!(
-                    "more than {MAX_VOLUMES} volumes"
-                )));
-            }
-            None => false,
-        };
-        let parent = match sort {
-            Sort::Empty { memory: false } => Path::new(dir::SCRATCH).join("volumes"),
-            _ => PathBuf::from(dir::VOLUMES),
-        };
-        let path = parent.join(&name);
+        let path = sort.directory(&name);
         match kind {
+            None => return Err(no_kind(&name)),
             // What is in it belongs to the containers.
-            Kind::EmptyDir(_) if known => return Ok(()),
-            Kind::EmptyDir(empty) => {
+            Some(Kind::EmptyDir(_)) if known => return Ok(()),
+            Some(Kind::EmptyDir(empty)) => {
                 make_empty(&path, &empty, gid).attempt(format!("make volume {name}"))?;
             }
-            Kind::Files(files) => {
+            Some(Kind::Files(files)) => {
                 check(&files)?;
                 self.version += 1;
                 write_files(&path, &files, files.gid.or(gid), self.version)
@@ -98,6 +150,55 @@ impl Volumes {
         self.by_name.insert(name, Volume { sort, path });
         Ok(())
     }
+
+    /// The disk that must be mounted before this volume can be written.
+    pub(crate) fn new_disk(&self, volume: &v1::Volume) -> Result<Option<OwnDisk>, GuestError> {
+        match (self.examine(volume)?, &volume.kind) {
+            ((Sort::Empty { slot: 1.., .. }, false), Some(Kind::EmptyDir(empty))) => {
+                Ok(Some(OwnDisk {
+                    volume: volume.name.clone(),
+                    slot: empty.disk_slot,
+                    size_limit: empty.size_limit,
+                }))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// What a volume is, and whether it is there already.
+    fn examine(&self, volume: &v1::Volume) -> Result<(Sort, bool), GuestError> {
+        let name = &volume.name;
+        if !request::is_plain_name(name) {
+            return Err(GuestError::Invalid(format!("{name:?} is no volume name")));
+        }
+        let sort = match &volume.kind {
+            None => return Err(no_kind(name)),
+            Some(Kind::EmptyDir(empty)) => {
+                let (memory, slot) = (empty.memory, empty.disk_slot);
+                if slot != 0 && (memory || empty.size_limit == 0 || !disks::SLOTS.contains(&slot)) {
+                    return Err(GuestError::Invalid(format!(
+                        "volume {name} cannot have the disk in slot {slot} for itself"
+                    )));
+                }
+                Sort::Empty { memory, slot }
+            }
+            Some(Kind::Files(_)) => Sort::Files,
+        };
+        match self.by_name.get(name) {
+            Some(known) if known.sort != sort => Err(GuestError::AlreadyExists(format!(
+                "volume {name} is of another kind"
+            ))),
+            Some(_) => Ok((sort, true)),
+            None if self.by_name.len() >= MAX_VOLUMES => Err(GuestError::Exhausted(format!(
+                "more than {MAX_VOLUMES} volumes"
+            ))),
+            None => Ok((sort, false)),
+        }
+    }
+}
+
+fn no_kind(name: &str) -> GuestError {
+    GuestError::Invalid(format!("volume {name} has no kind"))
 }
 
 fn make_empty(path: &Path, empty: &v1::EmptyDir, gid: Option<u32>) -> io::Result<()> {
@@ -327,6 +428,55 @@ mod tests {
             .collect();
         names.sort();
         assert_eq!(names, ["..data", "..v2", "a", "c"]);
+    }
+
+    fn limited(memory: bool, size_limit: u64, disk_slot: u32) -> v1::Volume {
+        v1::Volume {
+            name: "v".into(),
+            kind: Some(Kind::EmptyDir(v1::EmptyDir {
+                memory,
+                size_limit,
+                disk_slot,
+            })),
+        }
+    }
+
+    #[test]
+    fn a_new_volume_names_its_disk_and_a_known_one_keeps_it() {
+        let mut volumes = Volumes::default();
+        assert_eq!(volumes.new_disk(&limited(false, 7, 0)).unwrap(), None);
+        let disk = volumes.new_disk(&limited(false, 7, 250)).unwrap().unwrap();
+        assert_eq!(
+            (disk.volume.as_str(), disk.slot, disk.size_limit),
+            ("v", 250, 7)
+        );
+        for bad in [
+            limited(true, 7, 250),
+            limited(false, 0, 250),
+            limited(false, 7, 255),
+        ] {
+            assert!(matches!(
+                volumes.new_disk(&bad),
+                Err(GuestError::Invalid(_))
+            ));
+        }
+        let sort = Sort::Empty {
+            memory: false,
+            slot: 250,
+        };
+        assert_eq!(sort.directory("v"), Path::new("/disks/v/data"));
+        let path = sort.directory("v");
+        volumes.by_name.insert("v".into(), Volume { sort, path });
+        assert_eq!(volumes.new_disk(&limited(false, 7, 250)).unwrap(), None);
+        volumes.write(limited(false, 7, 250), None).unwrap();
+        for other in [
+            limited(false, 7, 249),
+            limited(false, 7, 0),
+            limited(true, 7, 0),
+        ] {
+            let refused = volumes.write(other, None);
+            assert!(matches!(refused, Err(GuestError::AlreadyExists(_))));
+        }
     }
 
     #[test]

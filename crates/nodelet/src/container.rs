@@ -46,6 +46,11 @@ pub(crate) fn config(
         security: security(pod_context, container.security_context.as_ref())?,
         resources: resources::container_resources(container),
         stop_signal: None,
+        termination_path: container
+            .termination_message_path
+            .clone()
+            .filter(|path| !path.is_empty())
+            .unwrap_or_else(|| "/dev/termination-log".to_owned()),
         log_path: PathBuf::from(&container.name).join(format!("{attempt}.log")),
         labels: BTreeMap::from([("hypernetes.io/container".to_owned(), container.name.clone())]),
         annotations: BTreeMap::from([(
@@ -152,6 +157,7 @@ mod tests {
         assert!(config.security.seccomp_default && config.security.readonly_rootfs);
         assert_eq!(config.command, ["run", "x"]);
         assert_eq!(config.log_path, PathBuf::from("c/2.log"));
+        assert_eq!(config.termination_path, "/dev/termination-log");
         assert_eq!(config.mounts[0].sub_path, "s");
         assert!(config.mounts[0].readonly);
     }

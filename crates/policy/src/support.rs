@@ -4,6 +4,7 @@
 //! refused by its name and never silently dropped. A value that asks for nothing (`null`, `false`,
 //! an empty text, list or object) needs no support.
 
+use hypernetes_types::Quantity;
 use serde_json::Value;
 
 use crate::FieldError;
@@ -26,6 +27,8 @@ enum Support {
 use Support::{Inside, No, Only, Rule, Yes};
 
 const NO_PROBES: &str = "probes are not supported by this node";
+/// emptyDirs on disk that can have a limit each: a limit is a disk, and a pod has so many slots.
+const MAX_LIMITED: usize = 32;
 const NO_PVC: &str = "persistent volumes are not supported by this node";
 
 /// Fields of `spec`. `[]` stands for every element of a list.
@@ -263,8 +266,7 @@ const CONTAINER: &[(&str, Support)] = &[
     ("startupProbe", No(NO_PROBES)),
     ("stdin", Yes),
     ("stdinOnce", Yes),
-    // The file itself is not read; the default path asks for nothing that the pod can count on.
-    ("terminationMessagePath", Only(&["/dev/termination-log"])),
+    ("terminationMessagePath", Rule(termination_path)),
     (
         "terminationMessagePolicy",
         Only(&["File", "FallbackToLogsOnError"]),
@@ -289,11 +291,34 @@ const CONTAINER: &[(&str, Support)] = &[
 pub fn unsupported(pod: &Value) -> Vec<FieldError> {
     let mut errors = Vec::new();
     match pod.get("spec") {
-        Some(spec @ Value::Object(_)) => walk(spec, "", "spec", POD, &mut errors),
+        Some(spec @ Value::Object(_)) => {
+            walk(spec, "", "spec", POD, &mut errors);
+            limited_volumes(spec, &mut errors);
+        }
         _ => errors.push(FieldError::new("spec", "must be an object")),
     }
     annotations(pod, &mut errors);
     errors
+}
+
+/// Volumes with a limit that find no slot.
+fn limited_volumes(spec: &Value, errors: &mut Vec<FieldError>) {
+    let volumes = spec["volumes"].as_array().into_iter().flatten();
+    let limited = volumes.enumerate().filter(|(_, volume)| {
+        let empty = &volume["emptyDir"];
+        let limit = match &empty["sizeLimit"] {
+            Value::String(text) => text.parse().unwrap_or_default(),
+            Value::Number(number) => number.to_string().parse().unwrap_or_default(),
+            _ => Quantity::default(),
+        };
+        empty["medium"] != "Memory" && limit > Quantity::default()
+    });
+    for (index, _) in limited.skip(MAX_LIMITED) {
+        errors.push(FieldError::new(
+            format!("spec.volumes[{index}].emptyDir.sizeLimit"),
+            format!("can be set on {MAX_LIMITED} volumes of a pod on this node"),
+        ));
+    }
 }
 
 /// Annotations that older clients used for fields.
@@ -414,6 +439,25 @@ fn sysctls(value: &Value) -> Option<String> {
         }
     }
     None
+}
+
+/// A path that the guest can make a file at.
+fn termination_path(value: &Value) -> Option<String> {
+    let path = value.as_str().unwrap_or_default();
+    let parts: Vec<&str> = path
+        .split('/')
+        .filter(|part| !matches!(*part, "" | "."))
+        .collect();
+    let usable = path.starts_with('/')
+        && path.len() < 4096
+        && !path.contains('\0')
+        && !parts.contains(&"..")
+        && parts.first().is_some_and(|part| *part != "proc");
+    (!usable && !path.is_empty()).then(|| {
+        format!(
+            "{path:?} is not the absolute path of a file that can be made: use /dev/termination-log"
+        )
+    })
 }
 
 fn resource_names(value: &Value) -> Option<String> {
@@ -572,6 +616,24 @@ mod tests {
     }
 
     #[test]
+    fn limits_beyond_the_slots_of_a_pod_are_named() {
+        let volume = |medium: &str, limit: Value| json!({"name": "v", "emptyDir": {"medium": medium, "sizeLimit": limit}});
+        let mut volumes = vec![
+            volume("Memory", json!("1Mi")),
+            volume("", json!("0Mi")),
+            volume("", json!(0)),
+            volume("", Value::Null),
+        ];
+        volumes.extend((0..MAX_LIMITED).map(|_| volume("", json!("1Mi"))));
+        assert!(fields(json!({"containers": [], "volumes": volumes})).is_empty());
+        volumes.push(volume("", json!(1)));
+        assert_eq!(
+            fields(json!({"containers": [], "volumes": volumes})),
+            ["spec.volumes[36].emptyDir.sizeLimit"]
+        );
+    }
+
+    #[test]
     fn every_unsupported_field_of_a_container_is_named() {
         for (field, extra) in [
             (
@@ -633,7 +695,11 @@ mod tests {
             ),
             (
                 "terminationMessagePath",
-                json!({"terminationMessagePath": "/tmp/x"}),
+                json!({"terminationMessagePath": "/tmp/../x"}),
+            ),
+            (
+                "terminationMessagePath",
+                json!({"terminationMessagePath": "/proc/x"}),
             ),
             ("volumeDevices", json!({"volumeDevices": [{"name": "v"}]})),
             (

@@ -11,6 +11,7 @@ mod boot;
 mod containers;
 mod guest;
 mod release;
+mod volumes;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

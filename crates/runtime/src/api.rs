@@ -157,6 +157,10 @@ pub struct ContainerConfig {
     pub stop_signal: Option<u32>,
     /// Below the sandbox's log directory.
     pub log_path: PathBuf,
+    /// Absolute path of the file whose content, up to 4096 bytes, becomes part of the message of
+    /// the container's end; empty = none.
+    #[serde(default)]
+    pub termination_path: String,
     /// Kept and returned unchanged.
     pub labels: BTreeMap<String, String>,
     /// Kept and returned unchanged.

@@ -9,6 +9,8 @@ use crate::error::RuntimeError;
 
 /// Longest text that is taken from a guest.
 const MAX_TEXT: usize = 1024;
+/// Longest text that is taken from a container about its end.
+const MAX_TERMINATION: usize = 4096;
 
 /// A guest's text, fit for a status or a log line.
 pub(crate) fn clean(text: &str) -> String {
@@ -40,6 +42,17 @@ fn bounded(text: &str, limit: usize, keep: impl Fn(char) -> bool) -> String {
         result.push(c);
     }
     result
+}
+
+/// What is told of a container's end: why it could not run, and what it says itself.
+pub(crate) fn exit_message(exit: &v1::Exit) -> String {
+    let said = &exit.termination_message[..exit.termination_message.len().min(MAX_TERMINATION)];
+    let said = clean_console_head(&String::from_utf8_lossy(said), MAX_TERMINATION);
+    match (clean(&exit.message), said) {
+        (reason, said) if said.is_empty() => reason,
+        (reason, said) if reason.is_empty() => said,
+        (reason, said) => format!("{reason}: {said}"),
+    }
 }
 
 /// An exit code in the range that processes have.
@@ -108,6 +121,23 @@ mod tests {
         assert_eq!(clean_console("old\nnew\r\n", 5), "new\n");
         assert_eq!(clean_console("ééé", 3), "é");
         assert_eq!(clean_console_head("panic: x\nrest", 8), "panic: x");
+    }
+
+    #[test]
+    fn a_container_s_last_words_are_bounded_and_clean() {
+        let exit = |message: &str, said: &[u8]| {
+            exit_message(&v1::Exit {
+                message: message.into(),
+                termination_message: said.to_vec(),
+                ..Default::default()
+            })
+        };
+        assert_eq!(exit("", b""), "");
+        assert_eq!(exit("", b"two\nlines\0\x1b[1m\n"), "two\nlines[1m\n");
+        assert_eq!(exit("no such file", b"words"), "no such file: words");
+        assert_eq!(exit("", b"\xff\xfe"), "\u{fffd}\u{fffd}");
+        assert_eq!(exit("", &[b'x'; 10_000]).len(), MAX_TERMINATION);
+        assert!(exit("", &[0xff; 10_000]).len() <= MAX_TERMINATION);
     }
 
     #[test]

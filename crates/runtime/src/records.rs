@@ -20,6 +20,8 @@ const SANDBOXES: &str = "/node/sandboxes/";
 const CONTAINERS: &str = "/node/containers/";
 /// Of both kinds of record. Raised when an older runtime could misread a newer record.
 const VERSION: u32 = 1;
+/// Of a sandbox with disks for volumes, which an older runtime would unplug.
+const VERSION_WITH_DISKS: u32 = 2;
 
 /// A sandbox on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +41,18 @@ pub(crate) struct SandboxRecord {
     pub(crate) lease: Option<Lease>,
     pub(crate) kernel_release: Option<String>,
     pub(crate) failure: Option<Failure>,
+    /// Disks of volumes, plugged or about to be.
+    #[serde(default)]
+    pub(crate) disks: Vec<VolumeDisk>,
+}
+
+/// A disk that a volume has for itself, and its slot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VolumeDisk {
+    pub(crate) volume: String,
+    pub(crate) slot: u32,
+    /// Bytes.
+    pub(crate) size_limit: u64,
 }
 
 impl SandboxRecord {
@@ -61,7 +75,16 @@ impl SandboxRecord {
             lease: None,
             kernel_release: None,
             failure: None,
+            disks: Vec::new(),
         }
+    }
+
+    pub(crate) fn set_disks(&mut self, disks: Vec<VolumeDisk>) {
+        self.version = match disks.is_empty() {
+            true => VERSION,
+            false => VERSION_WITH_DISKS,
+        };
+        self.disks = disks;
     }
 }
 
@@ -223,9 +246,11 @@ impl Records {
         let parse = |entry: hypernetes_store::Entry| {
             let unreadable = |error| storage(format!("read record {}", entry.key), error);
             let Versioned { version } = serde_json::from_slice(&entry.value).map_err(unreadable)?;
-            if version != VERSION {
+            if !(VERSION..=VERSION_WITH_DISKS).contains(&version) {
                 // Going on without it would leak a VM, or lose a pod.
-                let rule = format!("must be {VERSION}, not {version}: made by another release");
+                let rule = format!(
+                    "must be {VERSION} to {VERSION_WITH_DISKS}, not {version}: made by another release"
+                );
                 return Err(RuntimeError::Invalid {
                     field: format!("version of record {}", entry.key),
                     rule,
@@ -285,10 +310,27 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_record_from_before_volumes_had_disks_is_read() {
+        let mut record = SandboxRecord::new(SandboxId::random(), sandbox_config("a"), 1000, 7);
+        let mut value = serde_json::to_value(&record).unwrap();
+        value.as_object_mut().unwrap().remove("disks").unwrap();
+        let read: SandboxRecord = serde_json::from_value(value).unwrap();
+        assert_eq!(read, record);
+        record.set_disks(vec![VolumeDisk {
+            volume: "v".into(),
+            slot: 254,
+            size_limit: 1,
+        }]);
+        assert_eq!(record.version, VERSION_WITH_DISKS);
+        record.set_disks(Vec::new());
+        assert_eq!(read, record);
+    }
+
     #[tokio::test]
     async fn another_release_s_records_are_not_guessed_at() {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let value = Value::Bytes(r#"{"version":2}"#.into());
+        let value = Value::Bytes(r#"{"version":3}"#.into());
         store
             .txn(
                 vec![],

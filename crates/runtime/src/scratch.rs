@@ -2,6 +2,9 @@
 //!
 //! A scratch disk is a sparse copy of an empty ext4 file system, made once per size. The host formats
 //! that template from nothing, and copies it; a disk that a guest has had is never read again.
+//!
+//! An emptyDir with a size limit has a disk of its own. Its size is the tenant's choice, so that
+//! there is no template to be kept: it is formatted where it is used.
 
 use std::{
     fs::{File, OpenOptions},
@@ -25,6 +28,10 @@ const MIN_MIB: u64 = 8;
 /// ext4's limit with 4 KiB blocks is higher; a pod's is not.
 const MAX_MIB: u64 = 16 << 20;
 const DISK: &str = "scratch.ext4";
+/// No journal: what is on these disks does not outlive the VM. No reserve: all of it is the pod's.
+const FEATURES: [&str; 6] = ["-q", "-F", "-O", "^has_journal,^resize_inode", "-m", "0"];
+/// As much as can be left to the guest, and blocks of the host that are holes stay holes.
+const EXTENDED: [&str; 2] = ["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"];
 
 /// Makes and removes scratch disks.
 #[derive(Debug)]
@@ -55,6 +62,17 @@ impl ScratchDisks {
         &self.sandboxes
     }
 
+    /// Whether a volume can have a disk of this size.
+    pub(crate) fn check_volume(limit: u64) -> Result<(), RuntimeError> {
+        if limit <= MAX_MIB << 20 {
+            return Ok(());
+        }
+        Err(RuntimeError::Invalid {
+            field: "size_limit".into(),
+            rule: format!("must be at most {MAX_MIB} MiB"),
+        })
+    }
+
     /// Whether a disk can have this size.
     pub(crate) fn check(mib: u64) -> Result<(), RuntimeError> {
         if mib == 0 || (MIN_MIB..=MAX_MIB).contains(&mib) {
@@ -73,6 +91,40 @@ impl ScratchDisks {
         let path = self.directory(sandbox).join(DISK);
         let failed = format!("make scratch disk {}", path.display());
         blocking(failed, move || copy_sparse(&template, &path)).await
+    }
+
+    /// A fresh disk for a volume of at most `limit` bytes, open for reading and writing. One that was
+    /// in the way is removed, never used again: a guest may have had it.
+    pub(crate) async fn create_volume(
+        &self,
+        sandbox: &SandboxId,
+        slot: u32,
+        limit: u64,
+    ) -> Result<File, RuntimeError> {
+        let shape = Shape::of(limit);
+        let path = self.directory(sandbox).join(format!("volume-{slot}.ext4"));
+        let failed = format!("make volume disk {}", path.display());
+        let (target, size) = (path.clone(), shape.size());
+        let file = blocking(failed, move || {
+            if let Some(parent) = target.parent() {
+                std::fs::create_dir_all(parent)?;
+            }
+            match std::fs::remove_file(&target) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(target)?;
+            file.set_len(size)?;
+            Ok(file)
+        })
+        .await?;
+        self.format(&path, &shape.arguments()).await?;
+        Ok(file)
     }
 
     async fn template(&self, mib: u64) -> Result<PathBuf, RuntimeError> {
@@ -94,21 +146,8 @@ impl ScratchDisks {
             file.set_len(mib << 20)
         })
         .await?;
+        self.format(&fresh, &[]).await?;
         let failed = format!("format {}", fresh.display());
-        let output = Command::new(&self.mkfs)
-            .args(["-q", "-F", "-O", "^has_journal,^resize_inode", "-m", "0"])
-            .args(["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0"])
-            .arg(&fresh)
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output()
-            .await
-            .map_err(|error| storage(failed.clone(), error))?;
-        if !output.status.success() {
-            let text = String::from_utf8_lossy(&output.stderr);
-            let text = format!("{}: {}", output.status, text.trim());
-            return Err(storage(failed, io::Error::other(text)));
-        }
         let (from, to) = (fresh, path.clone());
         blocking(failed, move || {
             // A template that is half on disk after a power failure would break every later pod.
@@ -119,9 +158,73 @@ impl ScratchDisks {
         Ok(path)
     }
 
+    async fn format(&self, file: &Path, shape: &[String]) -> Result<(), RuntimeError> {
+        let failed = format!("format {}", file.display());
+        let output = Command::new(&self.mkfs)
+            .args(FEATURES)
+            .args(EXTENDED)
+            .args(shape)
+            .arg(file)
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .map_err(|error| storage(failed.clone(), error))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&output.stderr);
+        let text = format!("{}: {}", output.status, text.trim());
+        Err(storage(failed, io::Error::other(text)))
+    }
+
     /// Removes a sandbox's durable files. Idempotent.
     pub(crate) async fn remove(&self, sandbox: &SandboxId) -> Result<(), RuntimeError> {
         remove_directory(self.directory(sandbox)).await
+    }
+}
+
+/// A file system that a volume's limit fits into. HyperStart takes the surplus away, so that this
+/// errs on the large side.
+#[derive(Debug, PartialEq, Eq)]
+struct Shape {
+    block: u64,
+    blocks: u64,
+    inodes: u64,
+}
+
+impl Shape {
+    const INODE: u64 = 256;
+
+    fn of(limit: u64) -> Self {
+        // A volume of a few KiB is not to be a handful of blocks.
+        let block = if limit < 1 << 20 { 1024 } else { 4096 };
+        let data = limit.div_ceil(block);
+        // Small volumes run out of blocks before they run out of inodes, whatever is put in them;
+        // large ones have what mkfs gives by default.
+        let inodes = (limit / 4096).min(65_536).max(limit / 16_384) + 64;
+        let tables = inodes * Self::INODE / block;
+        // The kernel keeps a fiftieth back, 4096 blocks at most (ext4_calculate_resv_clusters).
+        let kept = (data / 32).min(8192);
+        // Group descriptors, bitmaps, and the least that mkfs takes for a file system.
+        let fixed = data / 256 + (128 << 10) / block;
+        Self {
+            block,
+            blocks: data + tables + kept + fixed,
+            inodes,
+        }
+    }
+
+    fn size(&self) -> u64 {
+        self.block * self.blocks
+    }
+
+    fn arguments(&self) -> Vec<String> {
+        let inode = Self::INODE;
+        format!("-b {} -I {inode} -N {}", self.block, self.inodes)
+            .split(' ')
+            .map(str::to_owned)
+            .collect()
     }
 }
 
@@ -226,6 +329,69 @@ mod tests {
         disks.remove(&a).await.unwrap();
         disks.remove(&a).await.unwrap();
         assert!(!disks.directory(&a).exists() && disks.directory(&b).exists());
+    }
+
+    /// What a fresh ext4 file system says of itself: blocks, free blocks, inodes, block size.
+    fn superblock(file: &File) -> (u64, u64, u64, u64) {
+        let mut bytes = [0; 32];
+        file.read_exact_at(&mut bytes, 1024).unwrap();
+        let word = |at: usize| u64::from(u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()));
+        (word(4), word(12), word(0), 1024 << word(24))
+    }
+
+    #[tokio::test]
+    async fn a_volume_s_limit_fits_on_its_disk() {
+        let temp = tempfile::tempdir().unwrap();
+        let disks = ScratchDisks::new(temp.path(), "mkfs.ext4".into());
+        let sandbox = SandboxId::random();
+        for limit in [
+            1,
+            4096,
+            65_536,
+            (1 << 20) - 1,
+            1 << 20,
+            10 << 20,
+            1 << 30,
+            10 << 30,
+            1 << 40,
+        ] {
+            let file = match disks.create_volume(&sandbox, 250, limit).await {
+                Err(RuntimeError::Storage { source, .. })
+                    if source.to_string().contains("No such file") =>
+                {
+                    println!("SKIP: mkfs.ext4 is not installed");
+                    return;
+                }
+                other => other.unwrap(),
+            };
+            let (blocks, free, inodes, block) = superblock(&file);
+            let kept = (blocks / 50).min(4096);
+            let room = (free - kept) * block;
+            // A block for the volume's root, one for the ballast's extents.
+            assert!(room >= limit + 2 * block, "{limit}: {room}");
+            // The file is not much larger than what may be in it.
+            assert!(room - limit < 256 * 1024 + limit / 32, "{limit}: {room}");
+            assert!(inodes >= 64, "{limit}: {inodes}");
+            assert!(file.metadata().unwrap().blocks() * 512 < 32 << 20);
+        }
+        assert!(ScratchDisks::check_volume(16 << 40).is_ok());
+        assert!(ScratchDisks::check_volume((16 << 40) + 1).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_volume_s_disk_is_never_used_twice() {
+        let temp = tempfile::tempdir().unwrap();
+        let disks = ScratchDisks::new(temp.path(), "true".into());
+        let sandbox = SandboxId::random();
+        let first = disks.create_volume(&sandbox, 250, 5).await.unwrap();
+        first.write_all_at(b"hostile", 0).unwrap();
+        let second = disks.create_volume(&sandbox, 250, 5).await.unwrap();
+        let mut bytes = [1; 7];
+        second.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(bytes, [0; 7]);
+        assert_eq!(first.metadata().unwrap().nlink(), 0);
+        disks.remove(&sandbox).await.unwrap();
+        assert!(!disks.directory(&sandbox).exists());
     }
 
     #[tokio::test]

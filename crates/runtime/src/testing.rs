@@ -137,6 +137,7 @@ pub(crate) fn container_config(name: &str) -> ContainerConfig {
         resources: ResourceConfig::default(),
         stop_signal: None,
         log_path: format!("{name}/0.log").into(),
+        termination_path: "/dev/termination-log".into(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
@@ -189,6 +190,8 @@ pub(crate) struct World {
     pub(crate) gate: Gate,
     pub(crate) images: Arc<FakeImages>,
     pub(crate) deadlines: Deadlines,
+    /// How many plugs fail from here on.
+    pub(crate) refuse_plugs: Arc<AtomicU64>,
     agents: Agents,
 }
 
@@ -230,6 +233,7 @@ impl World {
                 silent: Duration::from_secs(30),
                 readopt: Duration::from_secs(10),
             },
+            refuse_plugs: Arc::default(),
             agents,
         }
     }
@@ -249,6 +253,7 @@ impl World {
                 inner: self.vmm.clone(),
                 agents: self.agents.clone(),
                 gate: self.gate.clone(),
+                refuse_plugs: self.refuse_plugs.clone(),
             }),
             kernels: Arc::new(FakeKernels),
             hyperstart: "/hyperstart".into(),
@@ -603,6 +608,7 @@ struct GatedVmm {
     inner: FakeVmm,
     agents: Agents,
     gate: Gate,
+    refuse_plugs: Arc<AtomicU64>,
 }
 
 impl GatedVmm {
@@ -619,6 +625,7 @@ impl GatedVmm {
         Box::new(GatedVm {
             inner,
             gate: self.gate.clone(),
+            refuse_plugs: self.refuse_plugs.clone(),
         })
     }
 }
@@ -652,6 +659,7 @@ impl Vmm for GatedVmm {
 struct GatedVm {
     inner: Box<dyn Vm>,
     gate: Gate,
+    refuse_plugs: Arc<AtomicU64>,
 }
 
 #[async_trait]
@@ -662,6 +670,18 @@ impl Vm for GatedVm {
 
     async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError> {
         self.gate.step().await;
+        let less_one = |left: u64| left.checked_sub(1);
+        if self
+            .refuse_plugs
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less_one)
+            .is_ok()
+        {
+            return Err(VmmError::Control {
+                action: format!("plug disk {}", disk.slot),
+                sandbox: self.record().sandbox,
+                message: "refused by the test".into(),
+            });
+        }
         let result = self.inner.plug_disk(disk).await;
         self.gate.step().await;
         result

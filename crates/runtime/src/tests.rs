@@ -5,3 +5,4 @@ mod hostile;
 mod lifecycle;
 mod streams;
 mod upkeep;
+mod volumes;

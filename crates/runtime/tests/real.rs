@@ -309,6 +309,7 @@ fn container(name: &str, script: &str) -> ContainerConfig {
         resources: ResourceConfig::default(),
         stop_signal: None,
         log_path: format!("{name}/0.log").into(),
+        termination_path: "/dev/termination-log".into(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
@@ -364,30 +365,123 @@ fn assert_counts_up(lines: &[String]) {
     }
 }
 
+async fn write_empty(
+    runtime: &NodeRuntime,
+    sandbox: &SandboxId,
+    name: &str,
+    size_limit: u64,
+    gid: Option<u32>,
+) {
+    let kind = VolumeKind::EmptyDir {
+        memory: false,
+        size_limit,
+    };
+    let volume = VolumeConfig {
+        name: name.into(),
+        kind,
+        gid,
+    };
+    runtime.write_volume(sandbox, volume).await.unwrap();
+}
+
+fn mount_of(volume: &str, destination: &str, sub_path: &str) -> MountConfig {
+    MountConfig {
+        volume: volume.into(),
+        destination: destination.into(),
+        sub_path: sub_path.into(),
+        readonly: false,
+    }
+}
+
+/// Containers that mount the limited volumes `small` (4 MiB, group 2000), `tiny` (one byte) and
+/// `wide` (200 MiB).
+fn with_limits(name: &str, script: &str) -> ContainerConfig {
+    ContainerConfig {
+        mounts: vec![
+            mount_of("shared", "/shared", ""),
+            mount_of("small", "/small", ""),
+            mount_of("small", "/part", "sub/part"),
+            mount_of("tiny", "/tiny", ""),
+            mount_of("wide", "/wide", ""),
+        ],
+        ..container(name, script)
+    }
+}
+
+/// What is written beyond an emptyDir's limit fails, and nothing else does.
+async fn limits_hold(bed: &Bed, runtime: &NodeRuntime, sandbox: &SandboxId) -> ContainerId {
+    const LIMIT: u64 = 4 << 20;
+    const WIDE: u64 = 200 << 20;
+    for _ in 0..2 {
+        write_empty(runtime, sandbox, "small", LIMIT, Some(2000)).await;
+        write_empty(runtime, sandbox, "tiny", 1, None).await;
+        write_empty(runtime, sandbox, "wide", WIDE, None).await;
+    }
+    let writer = start(runtime, sandbox, with_limits("writer", "exec sleep 1000")).await;
+    let sh = async |script: &str| exec(runtime, &writer, &["sh", "-c", script], None).await;
+    let look = "ls -A /small /tiny; stat -c '%a %u %g' /small /tiny";
+    let (text, _) = sh(look).await;
+    assert_eq!(text, "/small:\nsub\n\n/tiny:\n2777 0 2000\n777 0 0\n");
+
+    let (text, _) = sh("df -Pk /wide | tail -n 1").await;
+    let room: u64 = text.split_whitespace().nth(3).unwrap().parse().unwrap();
+    let short = (WIDE / 1024).checked_sub(room);
+    assert!(short.is_some_and(|kib| kib <= 8), "{text}");
+
+    let (text, code) = sh("dd if=/dev/zero of=/small/big bs=4k count=4096").await;
+    assert!(
+        code != 0 && text.contains("No space left on device"),
+        "{text}"
+    );
+    // To a block: two directories are in it too, made for the sub path.
+    let (text, _) = sh("sync; stat -c %s /small/big; df -P /small | tail -n 1").await;
+    let size: u64 = text.lines().next().unwrap().parse().unwrap();
+    println!("of {LIMIT} bytes {size} could be written: {text}");
+    assert!((LIMIT - 4 * 4096..=LIMIT).contains(&size), "{text}");
+    let (text, code) = sh("echo more > /part/file").await;
+    assert!(
+        code != 0 && text.contains("No space left on device"),
+        "{text}"
+    );
+    let (text, code) = sh("dd if=/dev/zero of=/shared/big bs=1M count=16 && rm /shared/big").await;
+    assert_eq!(code, 0, "{text}");
+
+    // What is deleted goes back to the node, and can be written again.
+    let file = bed.temp.path().join("state/runtime/sandboxes");
+    let file = file.join(sandbox.as_str()).join("volume-254.ext4");
+    let used = || std::os::unix::fs::MetadataExt::blocks(&fs::metadata(&file).unwrap()) * 512;
+    println!("the disk of a full volume has {} bytes", used());
+    assert!(used() >= LIMIT - 4 * 4096);
+    assert_eq!(sh("rm /small/big && sync").await.1, 0);
+    eventually("the node's file shrinks", async || used() < LIMIT / 4).await;
+    assert_eq!(sh("echo kept > /part/file").await, (String::new(), 0));
+    assert_eq!(sh("echo a > /tiny/a").await, (String::new(), 0));
+    let (text, code) = sh("echo b > /tiny/b").await;
+    assert!(
+        code != 0 && text.contains("No space left on device"),
+        "{text}"
+    );
+    writer
+}
+
 async fn pods_run_in_real_vms() {
     let bed = Bed::new().await;
     let runtime = bed.open().await;
     let sandbox = runtime.run_sandbox(bed.sandbox("pod")).await.unwrap();
     println!("timing: {:?}", runtime.timing(&sandbox).unwrap());
-    let shared = VolumeKind::EmptyDir {
-        memory: false,
-        size_limit: 0,
-    };
-    let volume = VolumeConfig {
-        name: "shared".into(),
-        kind: shared,
-        gid: None,
-    };
-    runtime.write_volume(&sandbox, volume).await.unwrap();
+    write_empty(&runtime, &sandbox, "shared", 0, None).await;
+    let writer = limits_hold(&bed, &runtime, &sandbox).await;
 
     let count = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done";
     let counter = start(&runtime, &sandbox, container("counter", count)).await;
-    let second = "echo $GREETING from $(hostname); echo left > /shared/note; echo oops >&2; printf unfinished; exit 3";
+    let second = "echo $GREETING from $(hostname); echo left > /shared/note; echo oops >&2; printf unfinished; \
+        echo last words > /dev/termination-log; exit 3";
     let second = start(&runtime, &sandbox, container("second", second)).await;
     let ended = async || runtime.container(&second).await.unwrap().state == ContainerState::Exited;
     eventually("the second container ends", ended).await;
     let status = runtime.container(&second).await.unwrap();
     assert_eq!((status.exit_code, status.reason.as_str()), (3, "Error"));
+    assert_eq!(status.message, "last words\n");
     let mut lines = bed.log("second");
     lines.sort();
     assert_eq!(lines, ["hello from pod", "oops", "unfinished"]);
@@ -422,6 +516,7 @@ async fn pods_run_in_real_vms() {
         127
     );
     runtime.remove_container(&second).await.unwrap();
+    runtime.remove_container(&writer).await.unwrap();
 
     // The runtime goes away and comes back, twice; the container never notices.
     let mut runtime = runtime;
@@ -451,15 +546,12 @@ async fn pods_run_in_real_vms() {
     );
 
     // The layers' disks are still there for a new container after the adoption.
-    let third = start(
-        &runtime,
-        &sandbox,
-        container("third", "id -u; cat /etc/hostname"),
-    )
-    .await;
+    let script = "id -u; cat /etc/hostname /small/sub/part/file; dd if=/dev/zero of=/part/x bs=4k \
+        count=4096 2>&1 | grep -o 'No space'";
+    let third = start(&runtime, &sandbox, with_limits("third", script)).await;
     let ended = async || runtime.container(&third).await.unwrap().state == ContainerState::Exited;
     eventually("the third container ends", ended).await;
-    assert_eq!(bed.log("third"), ["0", "pod"]);
+    assert_eq!(bed.log("third"), ["0", "pod", "kept", "No space"]);
 
     let pid = bed.vmm_pids()[0];
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();

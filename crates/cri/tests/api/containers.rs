@@ -106,6 +106,47 @@ async fn a_container_comes_back_as_it_was_asked_for() {
 }
 
 #[tokio::test]
+async fn last_words_are_where_the_kubelet_reads_them() {
+    let mut bed = Bed::new().await;
+    let sandbox = bed.run(bed.pod("a")).await.unwrap();
+    let file = bed
+        .temp
+        .path()
+        .join("kubelet/pods/uid-a/containers/c/0a1b2c");
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    fs::write(&file, "").unwrap();
+    let mut config = Bed::container("c");
+    config.mounts = vec![v1::Mount {
+        container_path: "/dev/termination-log".into(),
+        host_path: file.to_str().unwrap().into(),
+        ..Default::default()
+    }];
+    let id = bed.create(&sandbox, config.clone()).await.unwrap();
+    bed.start(&id).await.unwrap();
+    bed.runtime
+        .end(&id.parse().unwrap(), 1, "Error", "no more work");
+    let status = bed.status(&id).await.unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "no more work");
+    assert_eq!(status.message, "", "the kubelet would show it twice");
+    assert_eq!(status.mounts, config.mounts);
+
+    // Why a container could not run is the node's word, not the container's.
+    config.metadata.as_mut().unwrap().attempt = 1;
+    config.log_path = "c/1.log".into();
+    fs::write(&file, "").unwrap();
+    let id = bed.create(&sandbox, config).await.unwrap();
+    bed.start(&id).await.unwrap();
+    bed.runtime.end(
+        &id.parse().unwrap(),
+        127,
+        "ContainerCannotRun",
+        "no such file",
+    );
+    assert_eq!(bed.status(&id).await.unwrap().message, "no such file");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "");
+}
+
+#[tokio::test]
 async fn stopping_and_removing_can_be_repeated() {
     let mut bed = Bed::new().await;
     let (_, id) = bed.running("a").await;

@@ -127,6 +127,7 @@ impl World {
             stop_signal: None,
             memo: String::new(),
             log_path: format!("{name}/{attempt}.log").into(),
+            termination_path: String::new(),
             labels: BTreeMap::new(),
             annotations: [(
                 crate::container::IMAGE_ANNOTATION.to_owned(),

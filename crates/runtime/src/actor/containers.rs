@@ -14,7 +14,7 @@ use hypernetes_vmm::{Disk, Vm};
 
 use super::{Actor, Member, not_found};
 use crate::{
-    api::{ContainerConfig, ContainerUpdate, ContainerUser, VolumeConfig, VolumeKind},
+    api::{ContainerConfig, ContainerUpdate, ContainerUser},
     container::{Event, Phase},
     error::RuntimeError,
     guest::clean,
@@ -37,10 +37,8 @@ const LAYER_SLOTS: std::ops::RangeInclusive<u32> = SCRATCH_SLOT + 1..=254;
 const MAX_GROUPS: usize = 1024;
 /// Containers of one sandbox.
 const MAX_CONTAINERS: usize = 256;
-/// What a volume may hold: it travels in one message.
-const MAX_VOLUME: usize = hypernetes_agent_api::MAX_MESSAGE_SIZE - 256 * 1024;
 
-fn invalid(field: &str, rule: impl Into<String>) -> RuntimeError {
+pub(super) fn invalid(field: &str, rule: impl Into<String>) -> RuntimeError {
     RuntimeError::Invalid {
         field: field.to_owned(),
         rule: rule.into(),
@@ -48,22 +46,6 @@ fn invalid(field: &str, rule: impl Into<String>) -> RuntimeError {
 }
 
 impl Actor {
-    pub(super) async fn write_volume(&mut self, volume: VolumeConfig) -> Result<(), RuntimeError> {
-        let action = "write a volume";
-        let vm = self.ready_vm(action)?;
-        let request = volume_request(volume)?;
-        let client = self.client(action).await?;
-        let deadline = self.shared.config.deadlines.call;
-        let sandbox = self.record.id.clone();
-        self.with_vm(action, &vm, async {
-            let written = client.write_volume(request, deadline).await;
-            written
-                .map(drop)
-                .map_err(|error| crate::guest::error(&sandbox, action, &error))
-        })
-        .await
-    }
-
     /// Creates a container, or finds the one of the same name and attempt.
     pub(super) async fn create(
         &mut self,
@@ -191,6 +173,7 @@ impl Actor {
             .values()
             .copied()
             .chain(self.plugged.iter().copied())
+            .chain(self.record.disks.iter().map(|disk| disk.slot))
             .collect();
         let (mut slots, mut files) = (Vec::new(), BTreeMap::new());
         // From the top: of a layer that is there twice only the upper one can be seen.
@@ -330,7 +313,7 @@ impl Actor {
         .await
     }
 
-    /// Unplugs disks that no container has.
+    /// Unplugs disks that neither a container nor a volume has.
     pub(super) async fn unplug_unused(&mut self) -> Result<(), RuntimeError> {
         let Some(vm) = self.vm.clone().filter(|vm| vm.exit().is_none()) else {
             return Ok(());
@@ -339,6 +322,7 @@ impl Actor {
             .members
             .values()
             .flat_map(|member| member.record.layers.iter().map(|layer| layer.slot))
+            .chain(self.record.disks.iter().map(|disk| disk.slot))
             .chain([SCRATCH_SLOT])
             .collect();
         let unused: Vec<u32> = self.plugged.difference(&used).copied().collect();
@@ -617,6 +601,7 @@ fn create_request(
     Ok(v1::CreateContainerRequest {
         id: record.id.to_string(),
         name: config.name.clone(),
+        termination_path: config.termination_path.clone(),
         layer_slots: record.layers.iter().map(|layer| layer.slot).collect(),
         process: Some(process),
         mounts,
@@ -628,43 +613,5 @@ fn create_request(
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         output_buffer: 0,
-    })
-}
-
-fn volume_request(volume: VolumeConfig) -> Result<v1::WriteVolumeRequest, RuntimeError> {
-    let kind = match volume.kind {
-        VolumeKind::EmptyDir { memory, size_limit } => {
-            v1::volume::Kind::EmptyDir(v1::EmptyDir { memory, size_limit })
-        }
-        VolumeKind::Files { files } => {
-            let size: usize = files
-                .iter()
-                .map(|(path, file)| path.len() + file.content.len() + 16)
-                .sum();
-            if size > MAX_VOLUME {
-                return Err(invalid(
-                    "volume",
-                    format!("must hold at most {MAX_VOLUME} bytes"),
-                ));
-            }
-            let file = |(path, file): (String, crate::api::VolumeFile)| v1::File {
-                path,
-                content: file.content.to_vec(),
-                mode: file.mode,
-                uid: file.uid,
-            };
-            v1::volume::Kind::Files(v1::FilesVolume {
-                files: files.into_iter().map(file).collect(),
-                default_mode: 0o644,
-                gid: volume.gid,
-            })
-        }
-    };
-    Ok(v1::WriteVolumeRequest {
-        volume: Some(v1::Volume {
-            name: volume.name,
-            kind: Some(kind),
-        }),
-        gid: volume.gid,
     })
 }

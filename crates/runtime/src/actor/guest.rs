@@ -11,7 +11,7 @@ use super::{Actor, Late, boot::failure, release::KILLED};
 use crate::{
     container::{Event, Phase},
     error::RuntimeError,
-    guest::{clean, exit_code, exit_reason},
+    guest::{exit_code, exit_message, exit_reason},
     identity::SCRATCH_SLOT,
     link::{GuestEvent, Link},
     logs::{file::LogFile, format::now_nanos},
@@ -35,7 +35,7 @@ impl Ending {
         Self {
             code: exit_code(exit),
             reason: exit_reason(exit).to_owned(),
-            message: clean(&exit.message),
+            message: exit_message(exit),
             finished_unix_nanos,
             drained,
         }
@@ -55,7 +55,9 @@ impl Actor {
             Err(error) => {
                 let error = hypernetes_telemetry::chain(&error).to_string();
                 tracing::warn!(error, "cannot list the disks of an adopted VM");
-                used.map(|layer| layer.slot).chain([SCRATCH_SLOT]).collect()
+                let volumes = self.record.disks.iter().map(|disk| disk.slot);
+                let layers = used.map(|layer| layer.slot);
+                layers.chain(volumes).chain([SCRATCH_SLOT]).collect()
             }
         };
         self.vm = Some(Arc::clone(&vm));

@@ -158,6 +158,7 @@ async fn lies_about_containers_change_nothing_but_their_own_pod() {
         code,
         message,
         finished_unix_nanos: i64::MAX,
+        termination_message: b"\x1b\xff\0".repeat(100_000),
         ..Default::default()
     };
     // Of a container that is another pod's, and of ids that are nobody's.
@@ -200,7 +201,7 @@ async fn lies_about_containers_change_nothing_but_their_own_pod() {
     agent.exit(container.as_str(), 0);
     let status = exited(&runtime, &container).await;
     assert_eq!(status.exit_code, 255);
-    assert!(status.message.len() <= 1024 && !status.message.contains('\u{1b}'));
+    assert!(status.message.len() <= 1024 + 2 + 4096 && !status.message.contains('\u{1b}'));
     assert!(status.finished_unix_nanos < i64::MAX);
     assert_eq!(
         runtime.container(&idle).await.unwrap().state,

@@ -68,9 +68,16 @@ async fn a_pod_lives_and_leaves_nothing() {
         agent.acked(container.as_str(), STDOUT) == Some(6)
     })
     .await;
-    agent.exit(container.as_str(), 3);
+    assert_eq!(request.termination_path, "/dev/termination-log");
+    let exit = v1::Exit {
+        code: 3,
+        termination_message: b"because".to_vec(),
+        ..Default::default()
+    };
+    agent.exit_with(container.as_str(), exit);
     let status = exited(&runtime, &container).await;
     assert_eq!((status.exit_code, status.reason.as_str()), (3, "Error"));
+    assert_eq!(status.message, "because");
     // The last output is in the log when the end is told, unfinished line included.
     assert_eq!(world.log("web", "c", "stdout"), "hello\nunfinished");
     assert_eq!(world.log("web", "c", "stderr"), "oops\n");
