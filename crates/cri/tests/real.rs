@@ -183,6 +183,8 @@ fn prepare(kubelet: &Path) {
     fs::write(map.join("..2026_01_01/greeting"), "hello from the host").unwrap();
     symlink("..2026_01_01", map.join("..data")).unwrap();
     symlink("..data/greeting", map.join("greeting")).unwrap();
+    fs::create_dir_all(pod.join("containers/brief")).unwrap();
+    fs::write(pod.join("containers/brief/0a1b"), "").unwrap();
     fs::write(
         pod.join("etc-hosts"),
         "127.0.0.1 localhost\n192.0.2.7 seven\n",
@@ -274,6 +276,24 @@ impl Client {
             runtime: RuntimeServiceClient::new(channel.clone()),
             images: ImageServiceClient::new(channel),
         }
+    }
+
+    /// Waits for a container's end, as a kubelet does: by asking.
+    async fn ended(&mut self, id: &str) -> v1::ContainerStatus {
+        let ask = async {
+            loop {
+                let request = v1::ContainerStatusRequest {
+                    container_id: id.into(),
+                    verbose: false,
+                };
+                let answer = self.runtime.container_status(request).await.unwrap();
+                let status = answer.into_inner().status.unwrap();
+                if status.state() == v1::ContainerState::ContainerExited {
+                    return status;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, ask).await.unwrap()
     }
 
     async fn exec(&mut self, id: &str, script: &str) -> (String, i32) {
@@ -430,6 +450,32 @@ async fn a_pod_lives_through_the_runtime_interface() {
         .to_string_lossy()
         .into_owned();
     assert_ne!(client.exec(&id, "uname -r").await.0.trim(), host);
+
+    // Last words are where the kubelet reads them.
+    let mut brief = container(&kubelet, &image_id);
+    brief.metadata.as_mut().unwrap().name = "brief".into();
+    brief.log_path = "brief/0.log".into();
+    brief.command[2] = "echo last words > /dev/termination-log; exit 4".into();
+    let words_file = kubelet.join("pods").join(UID).join("containers/brief/0a1b");
+    brief.mounts.push(v1::Mount {
+        container_path: "/dev/termination-log".into(),
+        host_path: words_file.to_str().unwrap().into(),
+        ..Default::default()
+    });
+    let request = v1::CreateContainerRequest {
+        pod_sandbox_id: pod.clone(),
+        config: Some(brief),
+        sandbox_config: Some(sandbox(&logs)),
+    };
+    let brief = client.runtime.create_container(request).await.unwrap();
+    let brief = brief.into_inner().container_id;
+    let request = v1::StartContainerRequest {
+        container_id: brief.clone(),
+    };
+    client.runtime.start_container(request).await.unwrap();
+    let ended = client.ended(&brief).await;
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (4, "Error"));
+    assert_eq!(fs::read_to_string(&words_file).unwrap(), "last words\n");
 
     // A late command is killed, and says so with its own code.
     let request = v1::ExecSyncRequest {
