@@ -174,6 +174,29 @@ impl Drop for Node {
     }
 }
 
+/// The bind mount that a kubelet makes for a `subPath`, for as long as the value lives.
+struct SubPath(PathBuf);
+
+impl SubPath {
+    fn bind(pod: &Path) -> Self {
+        let real = pod.join("volumes/kubernetes.io~empty-dir/work/sub");
+        let place = pod.join("volume-subpaths/work/brief/3");
+        fs::create_dir_all(&real).unwrap();
+        fs::create_dir_all(&place).unwrap();
+        hypernetes_testkit::run(Command::new("mount").arg("--bind").arg(real).arg(&place));
+        Self(place)
+    }
+}
+
+impl Drop for SubPath {
+    fn drop(&mut self) {
+        let ended = Command::new("umount").arg(&self.0).status();
+        if !ended.is_ok_and(|status| status.success()) {
+            eprintln!("{} is still mounted", self.0.display());
+        }
+    }
+}
+
 /// What a kubelet prepares for a pod: a ConfigMap in its layout, an emptyDir, /etc/hosts.
 fn prepare(kubelet: &Path) {
     let pod = kubelet.join("pods").join(UID);
@@ -455,8 +478,16 @@ async fn a_pod_lives_through_the_runtime_interface() {
     let mut brief = container(&kubelet, &image_id);
     brief.metadata.as_mut().unwrap().name = "brief".into();
     brief.log_path = "brief/0.log".into();
-    brief.command[2] = "echo last words > /dev/termination-log; exit 4".into();
-    let words_file = kubelet.join("pods").join(UID).join("containers/brief/0a1b");
+    brief.command[2] =
+        "echo below > /sub/file; echo last words > /dev/termination-log; exit 4".into();
+    let pod_dir = kubelet.join("pods").join(UID);
+    let sub_path = SubPath::bind(&pod_dir);
+    brief.mounts.push(v1::Mount {
+        container_path: "/sub".into(),
+        host_path: sub_path.0.to_str().unwrap().into(),
+        ..Default::default()
+    });
+    let words_file = pod_dir.join("containers/brief/0a1b");
     brief.mounts.push(v1::Mount {
         container_path: "/dev/termination-log".into(),
         host_path: words_file.to_str().unwrap().into(),
@@ -476,6 +507,8 @@ async fn a_pod_lives_through_the_runtime_interface() {
     let ended = client.ended(&brief).await;
     assert_eq!((ended.exit_code, ended.reason.as_str()), (4, "Error"));
     assert_eq!(fs::read_to_string(&words_file).unwrap(), "last words\n");
+    drop(sub_path);
+    assert_eq!(client.exec(&id, "cat /work/sub/file").await.0, "below\n");
 
     // A late command is killed, and says so with its own code.
     let request = v1::ExecSyncRequest {

@@ -33,6 +33,8 @@ use crate::{
 
 /// Slots of the SCSI bus that layers can have.
 const LAYER_SLOTS: std::ops::RangeInclusive<u32> = SCRATCH_SLOT + 1..=254;
+/// The first version of the protocol in which limits can name files of the cgroup.
+const PROTOCOL_WITH_UNIFIED: u32 = 2;
 /// Groups that are taken from a guest.
 const MAX_GROUPS: usize = 1024;
 /// Containers of one sandbox.
@@ -228,6 +230,12 @@ impl Actor {
         }
         let log = self.open_log(id, LogFile::create).await?;
         let client = self.client(action).await?;
+        let unified = request.resources.as_ref();
+        let unified = unified.is_some_and(|resources| !resources.unified.is_empty());
+        if unified && client.hello().version < PROTOCOL_WITH_UNIFIED {
+            let rule = "is not known to the guest of an earlier release: make the pod anew";
+            return Err(invalid("unified", rule));
+        }
         let deadline = self.shared.config.deadlines.call;
         let sandbox = self.record.id.clone();
         let created = self
