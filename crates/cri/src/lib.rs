@@ -1,7 +1,7 @@
 //! The node runtime behind the Container Runtime Interface, for a kubelet that nobody has changed.
 //!
 //! ```text
-//! kubelet ── gRPC, unix socket ──▶ service ─┬─▶ sandbox, container, security, …   what is asked, as
+//! kubelet ── gRPC, unix socket ──▶ calls   ─┬─▶ sandbox, container, security, …   what is asked, as
 //!    │                             images   │                                     the runtime takes it
 //!    │                                      └─▶ PodRuntime
 //!    └────── HTTP, one-time URL ──▶ streams ──▶ PodRuntime                        exec, attach, ports
@@ -15,6 +15,7 @@
 //! sees the host's file system.
 #![forbid(unsafe_code)]
 
+mod calls;
 mod config;
 mod container;
 mod exec_sync;

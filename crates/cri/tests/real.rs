@@ -382,6 +382,29 @@ async fn through_cat(client: &mut Client, id: &str, input: &[u8]) -> (Vec<u8>, S
     (output, status)
 }
 
+/// Pods come and go at the same time, and do not take the network from each other.
+async fn several_at_once(client: &Client, logs: &Path) {
+    let pod = async |number: u32| {
+        let mut runtime = client.runtime.clone();
+        let mut config = sandbox(&logs.join(number.to_string()));
+        let metadata = config.metadata.as_mut().unwrap();
+        metadata.uid = format!("several-{number}");
+        let request = v1::RunPodSandboxRequest {
+            config: Some(config),
+            runtime_handler: String::new(),
+        };
+        let id = runtime.run_pod_sandbox(request).await.unwrap();
+        let pod_sandbox_id = id.into_inner().pod_sandbox_id;
+        let request = v1::StopPodSandboxRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+        };
+        runtime.stop_pod_sandbox(request).await.unwrap();
+        let request = v1::RemovePodSandboxRequest { pod_sandbox_id };
+        runtime.remove_pod_sandbox(request).await.unwrap();
+    };
+    tokio::join!(pod(1), pod(2), pod(3), pod(4));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_lives_through_the_runtime_interface() {
     if !can_run_pods() {
@@ -613,6 +636,8 @@ async fn a_pod_lives_through_the_runtime_interface() {
     assert_eq!((status.exit_code, status.image_id), (137, image_id.clone()));
     let limits = status.resources.unwrap().linux.unwrap();
     assert_eq!(limits.memory_limit_in_bytes, 96 << 20);
+
+    Box::pin(several_at_once(&client, &logs)).await;
 
     let request = v1::RemoveContainerRequest { container_id: id };
     client.runtime.remove_container(request).await.unwrap();
