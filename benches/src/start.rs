@@ -16,62 +16,94 @@ use crate::{
     stats::{Samples, cpu_seconds},
 };
 
+/// A daemon with an image in its store.
+struct Node {
+    daemon: Daemon,
+    connection: Connection,
+    image: String,
+    /// Milliseconds from the request to the first byte, and of the daemon's own CPU time.
+    pods: Vec<f64>,
+    cpu: Vec<f64>,
+}
+
+impl Node {
+    async fn new(registry: &Registry, args: &[&str]) -> Result<Self> {
+        let image = registry.image("busybox:1");
+        let options = DaemonOptions {
+            args: args.iter().map(Into::into).collect(),
+            ..DaemonOptions::default()
+        };
+        let name = image.clone();
+        let daemon = tokio::task::spawn_blocking(move || {
+            let daemon = Daemon::start(options);
+            run(&mut daemon.hypernetes(&["image", "pull", "-q", &name]));
+            daemon
+        })
+        .await?;
+        let connection = Endpoint::from_kubeconfig(&daemon.admin_kubeconfig())?
+            .connect()
+            .await?;
+        Ok(Self {
+            daemon,
+            connection,
+            image,
+            pods: Vec::new(),
+            cpu: Vec::new(),
+        })
+    }
+
+    async fn start_one(&mut self, number: usize) -> Result<()> {
+        let before = cpu_seconds(self.daemon.pid()).unwrap_or(0.0);
+        let name = format!("start-{number}");
+        let took = pod(&mut self.connection, &self.daemon, &name, &self.image).await?;
+        let spent = cpu_seconds(self.daemon.pid()).unwrap_or(0.0) - before;
+        delete(&mut self.connection, &self.daemon, &name).await?;
+        // The first two warm the page cache.
+        if number >= 2 {
+            self.pods.push(took.as_secs_f64() * 1e3);
+            self.cpu.push(spent * 1e3);
+        }
+        Ok(())
+    }
+}
+
 pub(crate) async fn measure(starts: usize) -> Result<Value> {
     println!(
         "\n== start of a pod: API request → first byte of its output ({starts} times, in turns with bare boots)"
     );
-    let (registry, daemon) = tokio::task::spawn_blocking(|| {
-        let registry = Registry::start();
-        let daemon = Daemon::start(DaemonOptions::default());
-        run(&mut daemon.hypernetes(&["image", "pull", "-q", &registry.image("busybox:1")]));
-        (registry, daemon)
-    })
-    .await?;
-    let endpoint = Endpoint::from_kubeconfig(&daemon.admin_kubeconfig())?;
-    let mut connection = endpoint.connect().await?;
-    let image = registry.image("busybox:1");
+    let registry = tokio::task::spawn_blocking(Registry::start).await?;
+    let mut cold = Node::new(&registry, &["--templates", "0"]).await?;
     // A pod that stays: its VMM's command line is what the bare VMM gets.
-    pod(&mut connection, &daemon, "reference", &image).await?;
-    let pid = *daemon.vmm_processes().first().context("a VMM runs")?;
+    let image = cold.image.clone();
+    pod(&mut cold.connection, &cold.daemon, "reference", &image).await?;
+    let pid = *cold.daemon.vmm_processes().first().context("a VMM runs")?;
     let bare = Bare::prepare(pid)?;
-    let (mut pods, mut boots, mut daemon_cpu) = (Vec::new(), Vec::new(), Vec::new());
+    let mut warm = Node::new(&registry, &[]).await?;
+    warm.daemon.wait_template();
+    let mut boots = Vec::new();
     for number in 0..starts + 2 {
         let boot = bare.boot()?.boot.as_secs_f64() * 1e3;
-        let before = cpu_seconds(daemon.pid()).unwrap_or(0.0);
-        let name = format!("start-{number}");
-        let took = pod(&mut connection, &daemon, &name, &image)
-            .await?
-            .as_secs_f64()
-            * 1e3;
-        let spent = cpu_seconds(daemon.pid()).unwrap_or(0.0) - before;
-        delete(&mut connection, &daemon, &name).await?;
-        // The first two warm the page cache.
+        cold.start_one(number).await?;
+        warm.start_one(number).await?;
         if number >= 2 {
             boots.push(boot);
-            pods.push(took);
-            daemon_cpu.push(spent * 1e3);
         }
     }
-    let (pods, boots, daemon_cpu) = (
-        Samples::new(pods),
-        Samples::new(boots),
-        Samples::new(daemon_cpu),
-    );
-    println!("bare boot: {}", boots.line("ms"));
-    println!("pod:       {}", pods.line("ms"));
-    println!(
-        "ratio of medians: {:.2} (target 1.5)",
-        pods.median() / boots.median()
-    );
-    println!(
-        "CPU of the daemon for one start: median {:.0} ms",
-        daemon_cpu.median()
-    );
-    let result = json!({
-        "pod_ms": pods.json(), "bare_ms": boots.json(), "daemon_cpu_ms": daemon_cpu.json(),
-        "ratio": pods.median() / boots.median(), "bare_command": bare.command_line(),
-    });
-    tokio::task::spawn_blocking(move || drop((daemon, registry))).await?;
+    let boots = Samples::new(boots);
+    println!("bare boot:         {}", boots.line("ms"));
+    let mut result = json!({"bare_ms": boots.json(), "bare_command": bare.command_line()});
+    for (name, node) in [("template", &warm), ("boot", &cold)] {
+        let pods = Samples::new(node.pods.clone());
+        let cpu = Samples::new(node.cpu.clone());
+        let ratio = pods.median() / boots.median();
+        println!("pod from {name:9} {}", pods.line("ms"));
+        println!(
+            "    ratio of medians: {ratio:.2} (target 1.5); CPU of the daemon for one start: median {:.0} ms",
+            cpu.median()
+        );
+        result[name] = json!({"pod_ms": pods.json(), "daemon_cpu_ms": cpu.json(), "ratio": ratio});
+    }
+    tokio::task::spawn_blocking(move || drop((cold.daemon, warm.daemon, registry))).await?;
     Ok(result)
 }
 

@@ -53,6 +53,22 @@ pub(crate) fn pss_kib(pid: u32) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// Pages of a template that a VMM maps and has not changed, in KiB: its PSS has them already.
+pub(crate) fn template_kib(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    let mut inside = false;
+    let mut sum = 0;
+    for line in text.lines() {
+        let first = line.split_whitespace().next()?;
+        if !first.ends_with(':') {
+            inside = line.contains("guest-memory");
+        } else if inside && ["Shared_Clean:", "Private_Clean:"].contains(&first) {
+            sum += line.split_whitespace().nth(1)?.parse::<u64>().ok()?;
+        }
+    }
+    Some(sum)
+}
+
 /// Resident set size of a process in KiB.
 pub(crate) fn rss_kib(pid: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

@@ -21,6 +21,7 @@
 use std::{
     io,
     pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -201,8 +202,30 @@ where
     })
 }
 
+/// The node's line that the guest has read and not answered, if there is one: the stream broke in
+/// between, or the line came inside a session. Kept over sessions, it spares the node to ask again.
+#[derive(Debug, Clone, Default)]
+pub struct Unanswered(Arc<Mutex<Option<Nonce>>>);
+
+impl Unanswered {
+    fn lock(&self) -> MutexGuard<'_, Option<Nonce>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The guest's half of the preamble. Waits for as long as the node is silent.
-pub async fn guest_sync<S>(mut stream: S) -> Result<Watched<S>, SyncError>
+pub async fn guest_sync<S>(stream: S) -> Result<Watched<S>, SyncError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    guest_sync_again(stream, &Unanswered::default()).await
+}
+
+/// [`guest_sync`] of a guest that may have read a line before.
+pub async fn guest_sync_again<S>(
+    mut stream: S,
+    unanswered: &Unanswered,
+) -> Result<Watched<S>, SyncError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -210,25 +233,38 @@ where
     let mut piece = BytesMut::with_capacity(4096);
     let mut current = None;
     loop {
+        let asked = *unanswered.lock();
+        if let Some(nonce) = asked {
+            stream
+                .write_all(&nonce.line(ECHO))
+                .await
+                .map_err(SyncError::Io)?;
+            stream.flush().await.map_err(SyncError::Io)?;
+            unanswered.lock().take_if(|asked| *asked == nonce);
+            current = Some(nonce);
+        }
         while piece.has_remaining() {
             // Behind the first line only lines are expected; a byte that belongs to none is the
             // session's first.
             if current.is_some() && finder.have == 0 && piece[0] != START {
-                return Ok(Watched::new(Prefixed {
-                    prefix: piece,
-                    stream,
-                }));
+                return Ok(Watched {
+                    stream: Prefixed {
+                        prefix: piece,
+                        stream,
+                    },
+                    finder: Finder::new(SYNC),
+                    unanswered: unanswered.clone(),
+                });
             }
             if let Some(nonce) = finder.feed(piece.get_u8())
                 && current != Some(nonce)
             {
-                current = Some(nonce);
-                stream
-                    .write_all(&nonce.line(ECHO))
-                    .await
-                    .map_err(SyncError::Io)?;
-                stream.flush().await.map_err(SyncError::Io)?;
+                *unanswered.lock() = Some(nonce);
+                break;
             }
+        }
+        if piece.has_remaining() || unanswered.lock().is_some() {
+            continue;
         }
         if stream.read_buf(&mut piece).await.map_err(SyncError::Io)? == 0 {
             return Err(SyncError::Closed);
@@ -282,15 +318,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
 pub struct Watched<S> {
     stream: Prefixed<S>,
     finder: Finder,
-}
-
-impl<S> Watched<S> {
-    fn new(stream: Prefixed<S>) -> Self {
-        Self {
-            stream,
-            finder: Finder::new(SYNC),
-        }
-    }
+    unanswered: Unanswered,
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
@@ -302,7 +330,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         let before = buf.filled().len();
         let this = &mut *self;
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        if this.finder.feed_all(&buf.filled()[before..]).is_some() {
+        if let Some((nonce, _)) = this.finder.feed_all(&buf.filled()[before..]) {
+            *this.unanswered.lock() = Some(nonce);
             // A failed read has read nothing.
             buf.set_filled(before);
             return Poll::Ready(Err(io::Error::new(

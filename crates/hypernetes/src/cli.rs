@@ -111,6 +111,11 @@ pub(crate) struct Up {
     /// First of the 65536 user ids that VMMs run under, one for each VM
     #[arg(long, default_value_t = 0x7000_0000)]
     pub(crate) uid_base: u32,
+
+    /// How many VM templates to keep, of some 50 MiB each: pods start from them instead of booting
+    /// their kernel. 0 boots every pod
+    #[arg(long, value_name = "COUNT", default_value_t = 4)]
+    pub(crate) templates: usize,
 }
 
 #[derive(Debug, Args)]

@@ -192,6 +192,7 @@ async fn verify(
         .launch(VmSpec {
             sandbox: SandboxId::random(),
             kernel,
+            origin: hypernetes_vmm::Origin::Kernel,
             vcpus: 1,
             memory_mib: 256,
             net: None,
@@ -199,6 +200,7 @@ async fn verify(
             run_dir: run_dir.path().join("vm"),
             uid: VERIFY_UID,
             cgroup: None,
+            ephemeral: true,
         })
         .await?;
     let answer = meet(vm.as_ref()).await;

@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use hypernetes_cri::{CriConfig, VmSizes};
 use hypernetes_network::NetworkSpec;
+use hypernetes_runtime::TemplateConfig;
 use ipnet::{IpNet, Ipv4Net};
 use serde::Deserialize;
 
@@ -33,6 +34,7 @@ pub(crate) struct NodeConfig {
     registries: Registries,
     run_dir: PathBuf,
     uid_base: u32,
+    templates: usize,
     hyperstart: PathBuf,
     kernel_dir: PathBuf,
 }
@@ -87,6 +89,7 @@ impl Default for NodeConfig {
             registries: Registries::default(),
             run_dir: crate::parts::RUN_DIR.into(),
             uid_base: 0x7000_0000,
+            templates: TemplateConfig::default().most,
             hyperstart: PathBuf::new(),
             kernel_dir: PathBuf::new(),
         }
@@ -166,6 +169,11 @@ impl NodeConfig {
             kernel_dir: some(&self.kernel_dir),
             run_dir: Some(self.run_dir.clone()),
             uid_base: self.uid_base,
+            templates: self.templates,
+            usual_vm: (
+                self.vm.vcpus,
+                self.vm.memory_mib.saturating_add(self.vm.overhead_mib),
+            ),
         }
     }
 

@@ -7,7 +7,9 @@ use anyhow::{Context, Result};
 use hypernetes_image::{ImageStore, RegistryConfig, StoreConfig as ImageStoreConfig};
 use hypernetes_kernel::KernelCatalog;
 use hypernetes_network::{BuiltinConfig, BuiltinDriver, NetworkDriver};
-use hypernetes_runtime::{Deadlines, Defaults, NodeRuntime, PodRuntime, RuntimeConfig, UidRange};
+use hypernetes_runtime::{
+    Deadlines, Defaults, NodeRuntime, PodRuntime, RuntimeConfig, TemplateConfig, UidRange,
+};
 use hypernetes_store::{Store, StoreConfig};
 use hypernetes_vmm::{
     Vmm,
@@ -29,6 +31,10 @@ pub(crate) struct PartsOptions {
     pub(crate) kernel_dir: Option<PathBuf>,
     pub(crate) run_dir: Option<PathBuf>,
     pub(crate) uid_base: u32,
+    /// Most VM templates.
+    pub(crate) templates: usize,
+    /// Virtual CPUs and memory in MiB of most pods' VMs: a template of them is made at once.
+    pub(crate) usual_vm: (u32, u32),
 }
 
 /// The parts below the interface.
@@ -97,9 +103,14 @@ impl Parts {
             },
             defaults: Defaults::default(),
             deadlines: Deadlines::default(),
+            templates: TemplateConfig {
+                most: options.templates,
+            },
         })
         .await
         .context("cannot open the runtime")?;
+        let (vcpus, memory_mib) = options.usual_vm;
+        runtime.make_template(vcpus, memory_mib).await?;
         info!(report = ?runtime.recovery_report(), "pods found again");
         Ok(Self {
             store,

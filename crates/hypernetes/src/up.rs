@@ -67,6 +67,8 @@ impl Node {
             kernel_dir: options.kernel_dir.clone(),
             run_dir: options.run_dir.clone(),
             uid_base: options.uid_base,
+            templates: options.templates,
+            usual_vm: hypernetes_nodelet::USUAL_VM,
         };
         let parts = Parts::open(paths, &parts).await?;
         Ok(Self { authority, parts })

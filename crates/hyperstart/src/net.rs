@@ -30,7 +30,13 @@ pub(crate) fn loopback_up() -> Result<(), GuestError> {
 /// repeated.
 pub(crate) fn configure(interface: &v1::Interface) -> Result<(), GuestError> {
     let plan = Plan::parse(interface)?;
-    let name = find(&plan.mac).attempt("list the network devices")?;
+    // Under its former address if it has that still: a repeated call finds it under its own.
+    let mut name = None;
+    for mac in [Some(&plan.mac), plan.device_mac.as_ref()] {
+        if let (None, Some(mac)) = (&name, mac) {
+            name = find(mac).attempt("list the network devices")?;
+        }
+    }
     let Some(name) = name else {
         return Err(GuestError::NotFound(format!(
             "no network device has the address {}",
@@ -48,6 +54,11 @@ pub(crate) fn configure(interface: &v1::Interface) -> Result<(), GuestError> {
         netlink
             .set_link(index, Link::Name(plan.name))
             .attempt(what("name the device"))?;
+    }
+    if plan.device_mac.is_some() {
+        netlink
+            .set_link(index, Link::Address(plan.octets))
+            .attempt(what("set the MAC address of"))?;
     }
     if plan.mtu > 0 {
         netlink
@@ -114,6 +125,8 @@ struct Route {
 struct Plan<'a> {
     /// In the kernel's spelling.
     mac: String,
+    octets: [u8; 6],
+    device_mac: Option<String>,
     name: &'a str,
     mtu: u32,
     addresses: Vec<Prefix>,
@@ -129,11 +142,16 @@ impl<'a> Plan<'a> {
             addresses,
             routes,
             mtu,
+            device_mac,
         } = interface;
-        let octet = |octet: &str| octet.len() == 2 && octet.chars().all(|c| c.is_ascii_hexdigit());
-        if mac.split(':').count() != 6 || !mac.split(':').all(octet) {
-            return Err(GuestError::Invalid(format!("{mac:?} is no MAC address")));
-        }
+        let octets = parse_mac(mac)?;
+        let device_mac = match device_mac.as_str() {
+            "" => None,
+            text => {
+                parse_mac(text)?;
+                Some(text.to_ascii_lowercase())
+            }
+        };
         let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if !(1..=15).contains(&name.len()) || !name.chars().all(plain) || name.starts_with('.') {
             return Err(GuestError::Invalid(format!("{name:?} is no device name")));
@@ -170,12 +188,25 @@ impl<'a> Plan<'a> {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             mac: mac.to_ascii_lowercase(),
+            octets,
+            device_mac,
             name,
             mtu: *mtu,
             addresses,
             routes,
         })
     }
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], GuestError> {
+    let octet = |part: &str| {
+        let hex = part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        hex.then(|| u8::from_str_radix(part, 16).ok()).flatten()
+    };
+    let octets: Option<Vec<u8>> = text.split(':').map(octet).collect();
+    octets
+        .and_then(|octets| octets.try_into().ok())
+        .ok_or_else(|| GuestError::Invalid(format!("{text:?} is no MAC address")))
 }
 
 fn prefix(text: &str) -> Result<Prefix, GuestError> {
@@ -208,6 +239,7 @@ mod tests {
                 },
             ],
             mtu: 1450,
+            device_mac: String::new(),
         }
     }
 
@@ -216,6 +248,7 @@ mod tests {
         let interface = interface();
         let plan = Plan::parse(&interface).unwrap();
         assert_eq!(plan.mac, "02:00:0a:00:00:05");
+        assert_eq!((plan.octets[2], plan.device_mac), (0x0a, None));
         assert_eq!(plan.routes[0].gateway, None);
         assert_eq!(plan.routes[1].gateway, Some("169.254.1.1".parse().unwrap()));
     }

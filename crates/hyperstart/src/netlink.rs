@@ -20,6 +20,7 @@ const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
 
+const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFF_UP: u32 = 1;
@@ -44,6 +45,7 @@ pub(crate) enum Link<'a> {
     Up,
     Down,
     Name(&'a str),
+    Address([u8; 6]),
     Mtu(u32),
 }
 
@@ -163,7 +165,7 @@ fn link_message(index: u32, link: Link<'_>) -> Vec<u8> {
     let (flags, change) = match link {
         Link::Up => (IFF_UP, IFF_UP),
         Link::Down => (0, IFF_UP),
-        Link::Name(_) | Link::Mtu(_) => (0, 0),
+        Link::Name(_) | Link::Address(_) | Link::Mtu(_) => (0, 0),
     };
     let fixed: [&[u8]; 4] = [
         &[0; 4],
@@ -175,6 +177,7 @@ fn link_message(index: u32, link: Link<'_>) -> Vec<u8> {
     match link {
         Link::Up | Link::Down => message,
         Link::Name(name) => message.attribute(IFLA_IFNAME, &[name.as_bytes(), &[0]].concat()),
+        Link::Address(address) => message.attribute(IFLA_ADDRESS, &address),
         Link::Mtu(mtu) => message.attribute(IFLA_MTU, &mtu.to_ne_bytes()),
     }
     .finish()

@@ -14,8 +14,14 @@ use std::{
     time::Duration,
 };
 
-use hypernetes_agent_api::{PORT_NAME, server, sync::guest_sync};
-use rustix::fs::OFlags;
+use hypernetes_agent_api::{
+    PORT_NAME, server,
+    sync::{SyncError, Unanswered, guest_sync_again},
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::OFlags,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf, unix::AsyncFd},
     time::{Instant, sleep},
@@ -37,11 +43,14 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) async fn serve_for_ever(pod: Pod) -> Result<Infallible, GuestError> {
     let path = find().await?;
     let mut pause = SHORTEST_PAUSE;
+    let unanswered = Unanswered::default();
     loop {
-        match session(&path, &pod).await {
+        match session(&path, &pod, &unanswered).await {
             Ok(()) => pause = SHORTEST_PAUSE,
             // Nobody is connected: a look now and then costs nothing.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            // The node's bytes came before the word that it is there: answered in the next session.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => pause = SHORTEST_PAUSE,
             Err(error) => log!("cannot serve the port: {}", chain(&error)),
         }
         sleep(pause).await;
@@ -50,11 +59,14 @@ pub(crate) async fn serve_for_ever(pod: Pod) -> Result<Infallible, GuestError> {
 }
 
 /// One session, from the preamble to the end of the stream.
-async fn session(path: &Path, pod: &Pod) -> io::Result<()> {
-    let stream = match guest_sync(Port::open(path)?).await {
+async fn session(path: &Path, pod: &Pod, unanswered: &Unanswered) -> io::Result<()> {
+    let stream = match ticking(guest_sync_again(Port::open(path)?, unanswered)).await {
         Ok(stream) => stream,
-        Err(hypernetes_agent_api::sync::SyncError::Closed) => {
+        Err(SyncError::Closed) => {
             return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Err(SyncError::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            return Err(error);
         }
         Err(error) => return Err(io::Error::other(error)),
     };
@@ -62,6 +74,22 @@ async fn session(path: &Path, pod: &Pod) -> io::Result<()> {
         log!("the connection ended: {}", chain(&error));
     }
     Ok(())
+}
+
+/// Waits for the node with a timer that runs.
+///
+/// An emulated port may be opened in a guest that is otherwise idle, while the node's bytes lie in
+/// QEMU's socket already: QEMU then looks at them only when something else wakes its main loop, and
+/// the guest's timers do.
+async fn ticking<T>(work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    let mut pause = SHORTEST_PAUSE;
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+        }
+    }
 }
 
 async fn find() -> Result<PathBuf, GuestError> {
@@ -86,8 +114,12 @@ async fn find() -> Result<PathBuf, GuestError> {
 }
 
 /// The open port as a byte stream.
+///
+/// The event loop never takes back that a stream was closed. A port that was opened just before
+/// the node connected is such a stream and works: it is registered anew then, and only a port that
+/// is without a node now has ended.
 #[derive(Debug)]
-struct Port(AsyncFd<OwnedFd>);
+struct Port(Option<AsyncFd<OwnedFd>>);
 
 impl Port {
     fn open(path: &Path) -> io::Result<Self> {
@@ -97,18 +129,38 @@ impl Port {
             .write(true)
             .custom_flags(flags)
             .open(path)?;
-        Ok(Self(streams::register(file.into())?))
+        Ok(Self(Some(streams::register(file.into())?)))
+    }
+
+    fn stream(&self) -> io::Result<&AsyncFd<OwnedFd>> {
+        self.0
+            .as_ref()
+            .ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    /// Whether the port has a node, although it was seen without one: it can be waited for again.
+    fn is_connected_again(&mut self) -> io::Result<bool> {
+        let mut look = [PollFd::new(self.stream()?.get_ref(), PollFlags::empty())];
+        let now = Timespec::default();
+        poll(&mut look, Some(&now))?;
+        if look[0].revents().contains(PollFlags::HUP) {
+            return Ok(false);
+        }
+        if let Some(stream) = self.0.take() {
+            self.0 = Some(streams::register(stream.into_inner())?);
+        }
+        Ok(true)
     }
 }
 
 impl AsyncRead for Port {
     fn poll_read(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         loop {
-            let mut ready = ready!(self.0.poll_read_ready(cx))?;
+            let mut ready = ready!(self.stream()?.poll_read_ready(cx))?;
             let hung_up = ready.ready().is_read_closed();
             match ready
                 .try_io(|file| Ok(rustix::io::read(file.get_ref(), buf.initialize_unfilled())?))
@@ -119,9 +171,9 @@ impl AsyncRead for Port {
                 }
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(error)) => return Poll::Ready(Err(error)),
-                // The host has gone, and perhaps come again: readiness of a stream that was closed
-                // is never taken back, so waiting here would spin. The next session starts afresh.
-                Err(_would_block) if hung_up => return Poll::Ready(Ok(())),
+                Err(_would_block) if hung_up && !self.is_connected_again()? => {
+                    return Poll::Ready(Ok(()));
+                }
                 Err(_would_block) => {}
             }
         }
@@ -130,18 +182,17 @@ impl AsyncRead for Port {
 
 impl AsyncWrite for Port {
     fn poll_write(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
         loop {
-            let mut ready = ready!(self.0.poll_write_ready(cx))?;
+            let mut ready = ready!(self.stream()?.poll_write_ready(cx))?;
             let hung_up = ready.ready().is_write_closed();
             match ready.try_io(|file| Ok(rustix::io::write(file.get_ref(), buf)?)) {
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(result) => return Poll::Ready(result),
-                // As for reading.
-                Err(_would_block) if hung_up => {
+                Err(_would_block) if hung_up && !self.is_connected_again()? => {
                     return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
                 }
                 Err(_would_block) => {}

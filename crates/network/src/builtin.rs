@@ -15,6 +15,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -29,6 +30,7 @@ use crate::{
     netns::{self, Namespace},
     plan::{Names, NetworkPlan, PodPlan, hex, namespace_prefix},
     record::{NetworkRecord, Records},
+    tap,
 };
 use network::Live;
 
@@ -219,6 +221,11 @@ impl NetworkDriver for BuiltinDriver {
     async fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
         let sandbox = sandbox.clone();
         self.run(move |inner| inner.detach(&sandbox)).await
+    }
+
+    async fn park(&self) -> Result<OwnedFd, NetworkError> {
+        self.run(|_| tap::park().map_err(system("park a tap")))
+            .await
     }
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::OpenOptions,
     net::{IpAddr, Ipv4Addr},
+    os::fd::OwnedFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -51,6 +52,15 @@ impl FakeDriver {
 fn plan(spec: &NetworkSpec) -> Result<NetworkPlan, NetworkError> {
     let pool = Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 16);
     NetworkPlan::new(spec, pool, Ipv4Net::new_assert(pool.network(), 31))
+}
+
+fn null() -> Result<OwnedFd, NetworkError> {
+    let open = OpenOptions::new().read(true).write(true).open("/dev/null");
+    let null = open.map_err(|source| NetworkError::System {
+        action: "open /dev/null".to_owned(),
+        source: Box::new(source),
+    })?;
+    Ok(null.into())
 }
 
 impl State {
@@ -170,24 +180,14 @@ impl NetworkDriver for FakeDriver {
                 search: vec![format!("svc.{}", spec.domain), spec.domain.clone()],
             }
         };
-        let tap = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/null")
-            .map_err(|source| NetworkError::System {
-                action: "open /dev/null".to_owned(),
-                source: Box::new(source),
-            })?;
+        let tap = null()?;
         if let (Some(network), IpAddr::V4(address), None) =
             (state.networks.get_mut(network), lease.address, requested)
         {
             network.2 = Some(address);
         }
         state.leases.insert(sandbox.clone(), lease.clone());
-        Ok(Attachment {
-            tap: tap.into(),
-            lease,
-        })
+        Ok(Attachment { tap, lease })
     }
 
     async fn lease(&self, sandbox: &SandboxId) -> Result<Option<Lease>, NetworkError> {
@@ -197,6 +197,10 @@ impl NetworkDriver for FakeDriver {
     async fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
         self.lock().leases.remove(sandbox);
         Ok(())
+    }
+
+    async fn park(&self) -> Result<OwnedFd, NetworkError> {
+        null()
     }
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {

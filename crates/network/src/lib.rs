@@ -113,6 +113,9 @@ pub trait NetworkDriver: Send + Sync + std::fmt::Debug {
     async fn lease(&self, sandbox: &SandboxId) -> Result<Option<Lease>, NetworkError>;
     /// Releases tap and address.
     async fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError>;
+    /// A tap like those of [`NetworkDriver::attach`], but alone in a namespace that ends with it: for
+    /// a VM that is nobody's yet. It carries nothing.
+    async fn park(&self) -> Result<OwnedFd, NetworkError>;
     /// Replaces the names that pods of the network can resolve.
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError>;
     /// After a restart: repairs namespaces, rules and DNS of known networks, removes leases of

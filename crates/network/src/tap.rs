@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use tokio::time::Instant;
 use tun_rs::{DeviceBuilder, Layer};
 
-use crate::netns::Namespace;
+use crate::netns::{self, Namespace};
 
 /// How long a killed VMM may take to let go of its queue.
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
@@ -35,6 +35,19 @@ pub(crate) fn open(namespace: &Namespace, name: &str) -> io::Result<OwnedFd> {
                 other => return other,
             }
         }
+    })
+}
+
+/// Opens a tap in a namespace without a name: both end when the last descriptor is closed.
+pub(crate) fn park() -> io::Result<OwnedFd> {
+    netns::in_new(|| {
+        let device = DeviceBuilder::new()
+            .name("park0")
+            .layer(Layer::L2)
+            .offload(true)
+            .inherit_enable_state()
+            .build_sync()?;
+        device.as_fd().try_clone_to_owned()
     })
 }
 

@@ -4,6 +4,13 @@ use std::{net::IpAddr, path::PathBuf};
 
 use ipnet::IpNet;
 
+/// Memory that the guest itself takes.
+const OVERHEAD_MIB: u32 = 64;
+/// Memory of a container that says nothing.
+const DEFAULT_MEMORY_MIB: u32 = 128;
+/// Virtual CPUs and memory in MiB of the VM of a pod with one container that says nothing.
+pub const USUAL_VM: (u32, u32) = (1, DEFAULT_MEMORY_MIB + OVERHEAD_MIB);
+
 /// Configuration of a [`crate::Nodelet`].
 #[derive(Debug, Clone)]
 pub struct NodeletConfig {
@@ -51,8 +58,8 @@ impl NodeletConfig {
             mtu: 1500,
             cluster_domain: "cluster.local".to_owned(),
             scratch_mib: 10 * 1024,
-            overhead_mib: 64,
-            default_memory_mib: 128,
+            overhead_mib: OVERHEAD_MIB,
+            default_memory_mib: DEFAULT_MEMORY_MIB,
             cgroup_root: "hypernetes".to_owned(),
         }
     }

@@ -46,7 +46,7 @@ use kube::Client;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-pub use config::NodeletConfig;
+pub use config::{NodeletConfig, USUAL_VM};
 
 /// Failure of the node as a whole.
 #[derive(Debug, thiserror::Error)]

@@ -33,6 +33,22 @@ pub struct RuntimeConfig {
     pub defaults: Defaults,
     /// How long things may take.
     pub deadlines: Deadlines,
+    /// VMs that have booted before anybody asked.
+    pub templates: TemplateConfig,
+}
+
+/// Templates: see [`NodeRuntime::make_template`](crate::NodeRuntime::make_template).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TemplateConfig {
+    /// How many are kept at most, one for each kernel and shape of VM that is in use; each takes
+    /// the memory of an idle guest, some 50 MiB. 0: every VM boots.
+    pub most: usize,
+}
+
+impl Default for TemplateConfig {
+    fn default() -> Self {
+        Self { most: 4 }
+    }
 }
 
 /// User ids that belong to the runtime: one per VM.

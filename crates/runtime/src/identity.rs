@@ -79,10 +79,12 @@ pub(crate) fn check(config: &SandboxConfig) -> Result<(), RuntimeError> {
     Ok(())
 }
 
-/// The configuration message for a sandbox with this lease.
+/// The configuration message for a sandbox with this lease, whose NIC has `device_mac` if that is
+/// not the lease's yet.
 pub(crate) fn configure_request(
     config: &SandboxConfig,
     lease: Option<&Lease>,
+    device_mac: Option<&str>,
 ) -> Result<v1::ConfigureSandboxRequest, RuntimeError> {
     let mut seed = vec![0; 32];
     // Requests of up to 256 bytes are answered whole or not at all (getrandom(2)).
@@ -92,7 +94,10 @@ pub(crate) fn configure_request(
         hostname: config.hostname.clone(),
         unix_nanos: now_nanos(),
         seed,
-        interfaces: lease.map(interface).into_iter().collect(),
+        interfaces: lease
+            .map(|lease| interface(lease, device_mac))
+            .into_iter()
+            .collect(),
         sysctls: config.sysctls.clone().into_iter().collect(),
         scratch_slot: if config.scratch_mib == 0 {
             0
@@ -118,7 +123,7 @@ fn file(path: &str, content: String) -> v1::File {
     }
 }
 
-fn interface(lease: &Lease) -> v1::Interface {
+fn interface(lease: &Lease, device_mac: Option<&str>) -> v1::Interface {
     // Point to point: no neighbour is on link but the gateway.
     let (bits, everywhere) = if lease.address.is_ipv4() {
         (32, "0.0.0.0/0")
@@ -141,6 +146,7 @@ fn interface(lease: &Lease) -> v1::Interface {
             },
         ],
         mtu: lease.mtu,
+        device_mac: device_mac.unwrap_or_default().to_owned(),
     }
 }
 
@@ -204,7 +210,7 @@ mod tests {
         config.hosts.push(alias);
         config.dns.options.push("ndots:5".into());
         let lease = lease();
-        let request = configure_request(&config, Some(&lease)).unwrap();
+        let request = configure_request(&config, Some(&lease), None).unwrap();
         let text = |index: usize| String::from_utf8(request.files[index].content.clone()).unwrap();
         assert!(
             text(0).contains("\n10.1.0.5\tweb\n10.0.0.9\tdb db.local\n"),
@@ -221,7 +227,8 @@ mod tests {
         assert_eq!(interface.routes[0].destination, "10.1.0.1/32");
         assert_eq!(interface.routes[1].gateway, "10.1.0.1");
         assert_eq!(request.seed.len(), 32);
-        assert_ne!(request.seed, configure_request(&config, None).unwrap().seed);
+        let other = configure_request(&config, None, None).unwrap();
+        assert_ne!(request.seed, other.seed);
     }
 
     #[test]

@@ -35,6 +35,7 @@ mod scratch;
 mod sessions;
 mod shared;
 mod stats;
+mod templates;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -43,7 +44,7 @@ mod timing;
 mod usage;
 
 pub use api::*;
-pub use config::{Deadlines, Defaults, RuntimeConfig, UidRange};
+pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;
 pub use node::NodeRuntime;
 pub use ports::{Images, Kernels};

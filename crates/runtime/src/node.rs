@@ -33,6 +33,7 @@ use crate::{
     sessions::{self, AttachInput, Place},
     shared::{Shared, Snapshot},
     stats,
+    templates::{self, Wish},
     timing::{Stopwatch, Timing},
     usage,
 };
@@ -65,6 +66,7 @@ impl NodeRuntime {
         let shared = Arc::new(Shared::new(config));
         let (sandboxes, report) = crate::recovery::recover(&shared).await?;
         tracing::info!(?report, "the runtime is open");
+        templates::spawn_maker(&shared);
         Ok(Self {
             shared,
             sandboxes: Mutex::new(sandboxes),
@@ -80,6 +82,30 @@ impl NodeRuntime {
     /// How long the phases of a sandbox's start took; empty for an adopted one.
     pub fn timing(&self, id: &SandboxId) -> Option<Timing> {
         Some(self.handle(id).ok()?.snapshot.borrow().timing.clone())
+    }
+
+    /// Has a template made in the background, from which sandboxes with the default kernel and
+    /// these numbers start instead of booting. Templates for other kernels and numbers are made
+    /// when they are in use.
+    ///
+    /// # Errors
+    /// If there is no default kernel. A template that cannot be made is logged.
+    pub async fn make_template(&self, vcpus: u32, memory_mib: u32) -> Result<(), RuntimeError> {
+        let config = &self.shared.config;
+        let kernel = config.kernels.prepare(None, &config.hyperstart).await?;
+        self.shared.templates.make_ahead(Wish {
+            kernel,
+            vcpus,
+            memory_mib,
+            nic: true,
+        });
+        Ok(())
+    }
+
+    /// Whether every template that was asked for is made, or has failed.
+    #[cfg(test)]
+    pub(crate) fn templates_are_settled(&self) -> bool {
+        self.shared.templates.is_settled()
     }
 
     /// Images that containers on this node are made of: they must not be removed.

@@ -210,8 +210,10 @@ async fn remove_orphans(
     report: &mut RecoveryReport,
 ) {
     let mut found: BTreeMap<PathBuf, bool> = BTreeMap::new();
+    let templates = shared.template_dir();
     for (root, has_vm) in [
         (shared.config.run_dir.as_path(), true),
+        (templates.as_path(), true),
         (shared.scratch.root(), false),
     ] {
         match directories(root).await {

@@ -19,6 +19,7 @@ use crate::{
     records::{ContainerRecord, Records, SandboxRecord},
     sandbox,
     scratch::ScratchDisks,
+    templates::Templates,
     timing::Timing,
 };
 
@@ -31,6 +32,7 @@ pub(crate) struct Shared {
     pub(crate) config: RuntimeConfig,
     pub(crate) records: Records,
     pub(crate) scratch: ScratchDisks,
+    pub(crate) templates: Templates,
     pub(crate) events: broadcast::Sender<RuntimeEvent>,
     /// Cancelled when the runtime is dropped.
     pub(crate) closing: CancellationToken,
@@ -50,6 +52,7 @@ impl Shared {
         Self {
             records: Records::new(config.store.clone()),
             scratch: ScratchDisks::new(&config.state_dir, config.defaults.mkfs.clone()),
+            templates: Templates::new(config.templates),
             events: broadcast::channel(EVENTS).0,
             closing: CancellationToken::new(),
             sessions: TaskTracker::new(),
@@ -70,6 +73,11 @@ impl Shared {
 
     pub(crate) fn run_dir(&self, sandbox: &SandboxId) -> PathBuf {
         self.config.run_dir.join(sandbox.as_str())
+    }
+
+    /// Where VMs are that become templates.
+    pub(crate) fn template_dir(&self) -> PathBuf {
+        self.config.run_dir.join("templates")
     }
 
     /// Where log checkpoints of a sandbox are.

@@ -35,7 +35,8 @@ use tokio::{
 use crate::{
     ContainerConfig, ContainerState, ContainerStatus, Deadlines, Defaults, DnsConfig,
     FilesystemUsage, Images, Kernels, NodeRuntime, PodRuntime, PullProgress, ResourceConfig,
-    RuntimeConfig, RuntimeError, SandboxConfig, SandboxMetadata, SecurityConfig, UidRange,
+    RuntimeConfig, RuntimeError, SandboxConfig, SandboxMetadata, SecurityConfig, TemplateConfig,
+    UidRange,
 };
 
 thread_local! {
@@ -190,6 +191,8 @@ pub(crate) struct World {
     pub(crate) gate: Gate,
     pub(crate) images: Arc<FakeImages>,
     pub(crate) deadlines: Deadlines,
+    /// How many templates a runtime keeps; a test of something else has none.
+    pub(crate) templates: usize,
     /// How many plugs fail from here on.
     pub(crate) refuse_plugs: Arc<AtomicU64>,
     agents: Agents,
@@ -233,6 +236,7 @@ impl World {
                 silent: Duration::from_secs(30),
                 readopt: Duration::from_secs(10),
             },
+            templates: 0,
             refuse_plugs: Arc::default(),
             agents,
         }
@@ -255,7 +259,7 @@ impl World {
                 gate: self.gate.clone(),
                 refuse_plugs: self.refuse_plugs.clone(),
             }),
-            kernels: Arc::new(FakeKernels),
+            kernels: Arc::new(FakeKernels::new(self.temp.path())),
             hyperstart: "/hyperstart".into(),
             uid_range: UidRange {
                 first: 1000,
@@ -267,6 +271,9 @@ impl World {
                 ..Defaults::default()
             },
             deadlines: self.deadlines.clone(),
+            templates: TemplateConfig {
+                most: self.templates,
+            },
         }
     }
 
@@ -505,8 +512,22 @@ impl Images for FakeImages {
     }
 }
 
+/// One kernel, whose files are empty.
 #[derive(Debug)]
-struct FakeKernels;
+struct FakeKernels {
+    directory: std::path::PathBuf,
+}
+
+impl FakeKernels {
+    fn new(directory: &Path) -> Self {
+        for name in ["vmlinux", "initrd"] {
+            std::fs::write(directory.join(name), "").unwrap();
+        }
+        Self {
+            directory: directory.to_owned(),
+        }
+    }
+}
 
 #[async_trait]
 impl Kernels for FakeKernels {
@@ -522,8 +543,8 @@ impl Kernels for FakeKernels {
             });
         }
         Ok(GuestKernel {
-            kernel: "/vmlinux".into(),
-            initrd: "/initrd".into(),
+            kernel: self.directory.join("vmlinux"),
+            initrd: self.directory.join("initrd"),
             machine: Machine::Microvm,
             extra_cmdline: String::new(),
         })
@@ -588,6 +609,10 @@ impl NetworkDriver for GatedNetwork {
         let result = self.inner.detach(sandbox).await;
         self.gate.step().await;
         result
+    }
+
+    async fn park(&self) -> Result<std::os::fd::OwnedFd, NetworkError> {
+        self.inner.park().await
     }
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {
@@ -716,6 +741,10 @@ impl Vm for GatedVm {
 
     fn console_tail(&self) -> String {
         self.inner.console_tail()
+    }
+
+    async fn save(&self) -> Result<hypernetes_vmm::Template, VmmError> {
+        self.inner.save().await
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -4,5 +4,6 @@ mod crashes;
 mod hostile;
 mod lifecycle;
 mod streams;
+mod templates;
 mod upkeep;
 mod volumes;

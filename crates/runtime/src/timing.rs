@@ -11,6 +11,8 @@ pub struct Timing {
     /// `network`, `scratch`, `kernel`, `vmm` (until the VMM answers), `boot` (until the agent
     /// answers), `configure`.
     pub phases: Vec<(&'static str, Duration)>,
+    /// The VM went on where a template was, instead of booting.
+    pub from_template: bool,
     /// From the request to the ready sandbox.
     pub total: Duration,
 }

@@ -26,7 +26,7 @@ use hypernetes_network::FakeDriver;
 use hypernetes_runtime::{
     ContainerConfig, ContainerState, Deadlines, Defaults, DnsConfig, ExecConfig, MountConfig,
     NodeRuntime, Output, PodRuntime, ResourceConfig, RuntimeConfig, SandboxConfig, SandboxMetadata,
-    SandboxState, SecurityConfig, UidRange, VolumeConfig, VolumeKind,
+    SandboxState, SecurityConfig, TemplateConfig, UidRange, VolumeConfig, VolumeKind,
 };
 use hypernetes_store::{Store, StoreConfig};
 use hypernetes_types::{ContainerId, SandboxId};
@@ -209,6 +209,7 @@ impl Bed {
                 boot: Duration::from_secs(240),
                 ..Deadlines::default()
             },
+            templates: TemplateConfig { most: 0 },
         };
         Self { temp, config }
     }

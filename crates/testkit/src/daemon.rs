@@ -122,6 +122,20 @@ impl Daemon {
         }
     }
 
+    /// Waits until pods of the usual shape start from a template, and returns its size in KiB.
+    pub fn wait_template(&self) -> u64 {
+        let ready = || -> Result<u64, String> {
+            let log = self.log_text();
+            let line = log
+                .lines()
+                .rfind(|line| line.contains("a template is ready"));
+            line.and_then(|line| line.split("size_kib=").nth(1))
+                .and_then(|rest| rest.split(' ').next()?.parse().ok())
+                .ok_or_else(|| "no template yet".to_owned())
+        };
+        eventually("a template is made", Duration::from_secs(120), ready)
+    }
+
     /// SIGKILL, as a crash.
     pub fn kill(&mut self) {
         let mut child = self.child.take().expect("the daemon runs");
@@ -232,9 +246,19 @@ impl Daemon {
         found
     }
 
+    /// Its log, without colours.
+    pub fn log_text(&self) -> String {
+        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let mut pieces = log.split("\u{1b}[");
+        let mut text = pieces.next().unwrap_or_default().to_owned();
+        // A colour ends with the letter m.
+        text.extend(pieces.filter_map(|piece| Some(piece.split_once('m')?.1)));
+        text
+    }
+
     /// The last lines of its log.
     pub fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.log_path()).unwrap_or_default();
+        let log = self.log_text();
         let lines: Vec<&str> = log.lines().collect();
         lines[lines.len().saturating_sub(60)..].join("\n")
     }

@@ -3,14 +3,14 @@
 //! `spec` gives the specification of a new VM each time, whose guest does nothing or echoes;
 //! `file` gives a new, writable image of at least 4 KiB. A failed expectation panics.
 
-use std::fs::File;
+use std::{fs::File, sync::Arc};
 
 use tokio::{
     io::AsyncReadExt,
     time::{Duration, timeout},
 };
 
-use crate::{Disk, Vm, VmEvent, VmSpec, Vmm, VmmError};
+use crate::{Disk, Origin, Vm, VmEvent, VmSpec, Vmm, VmmError};
 
 /// Makes specifications.
 pub type Specs<'a> = &'a (dyn Fn() -> VmSpec + Sync);
@@ -26,6 +26,7 @@ pub async fn all(vmm: &dyn Vmm, spec: Specs<'_>, file: Files<'_>) {
     one_channel_at_a_time(vmm, spec).await;
     running_vms_are_adopted(vmm, spec, file).await;
     the_directory_is_enough_to_destroy(vmm, spec).await;
+    templates_are_gone_on_with(vmm, spec, file).await;
 }
 
 async fn launch(vmm: &dyn Vmm, spec: VmSpec) -> Box<dyn Vm> {
@@ -148,4 +149,49 @@ pub async fn the_directory_is_enough_to_destroy(vmm: &dyn Vmm, spec: Specs<'_>) 
     ));
     vmm.destroy(&record.run_dir).await.expect("destroyed twice");
     vmm.destroy(&spec().run_dir).await.expect("never existed");
+}
+
+/// A savable VM becomes a template once, and VMs of its shape start from it, with their own disks.
+pub async fn templates_are_gone_on_with(vmm: &dyn Vmm, spec: Specs<'_>, file: Files<'_>) {
+    let plain = launch(vmm, spec()).await;
+    assert!(matches!(plain.save().await, Err(VmmError::Spec { .. })));
+    let vm = launch(
+        vmm,
+        VmSpec {
+            origin: Origin::Savable,
+            ..spec()
+        },
+    )
+    .await;
+    let template = Arc::new(vm.save().await.expect("a savable VM is saved"));
+    assert!(vm.exit().is_some(), "a saved VM has ended");
+    let from = || Origin::Template(Arc::clone(&template));
+    let misfit = VmSpec {
+        origin: from(),
+        memory_mib: spec().memory_mib + 1,
+        ..spec()
+    };
+    assert!(matches!(
+        vmm.launch(misfit).await,
+        Err(VmmError::Spec {
+            field: "origin",
+            ..
+        })
+    ));
+    for _ in 0..2 {
+        let mut clone = spec();
+        clone.origin = from();
+        clone.disks.push(Disk {
+            slot: 9,
+            file: file(),
+            read_only: true,
+        });
+        let vm = launch(vmm, clone).await;
+        assert_eq!(vm.list_disks().await.expect("a list"), [9]);
+        let record = vm.record();
+        drop(vm);
+        let vm = vmm.adopt(&record).await.expect("it is adopted like any");
+        assert!(matches!(vm.save().await, Err(VmmError::Spec { .. })));
+        vm.kill().await.expect("killed");
+    }
 }

@@ -21,7 +21,10 @@ use tokio::{
     task::AbortHandle,
 };
 
-use crate::{Channel, Disk, Vm, VmEvent, VmExit, VmRecord, VmSpec, Vmm, VmmError};
+use crate::{
+    Channel, Disk, Origin, Template, Vm, VmEvent, VmExit, VmRecord, VmSpec, Vmm, VmmError,
+    template::{self, Shape},
+};
 
 /// Plays the guest: called with the guest's end of each channel that is opened.
 pub type Guest = dyn Fn(&SandboxId, DuplexStream) + Send + Sync;
@@ -73,6 +76,11 @@ impl FakeVmm {
         self.running(sandbox).map(|state| state.slots())
     }
 
+    /// Whether a running VM was started from a template.
+    pub fn is_restored(&self, sandbox: &SandboxId) -> Option<bool> {
+        self.running(sandbox).map(|state| state.restored)
+    }
+
     /// Sandboxes that have a running VM.
     pub fn sandboxes(&self) -> Vec<SandboxId> {
         let vms = self.lock();
@@ -104,6 +112,9 @@ impl FakeVmm {
 struct State {
     record: VmRecord,
     disks: Mutex<BTreeSet<u32>>,
+    savable: Mutex<Option<Shape>>,
+    /// Started from a template.
+    restored: bool,
     channel: Mutex<Option<AbortHandle>>,
     exit: watch::Sender<Option<VmExit>>,
     events: broadcast::Sender<VmEvent>,
@@ -264,6 +275,30 @@ impl Vm for FakeVm {
         }
     }
 
+    async fn save(&self) -> Result<Template, VmmError> {
+        self.running()?;
+        let shape = self
+            .state
+            .savable
+            .lock()
+            .expect("no holder of this lock panics")
+            .take();
+        self.kill().await?;
+        let Some(shape) = shape else {
+            return Err(VmmError::Spec {
+                field: "origin",
+                rule: "must be savable for a template, which can be made once".to_owned(),
+            });
+        };
+        template::memory(1)
+            .and_then(|memory| Template::new(shape, memory, Vec::new()))
+            .map_err(|source| VmmError::Io {
+                action: "make a template in",
+                path: self.state.record.run_dir.clone(),
+                source,
+            })
+    }
+
     async fn kill(&self) -> Result<(), VmmError> {
         self.state.end(VmExit::VmmDied {
             status: "killed by signal 9".to_owned(),
@@ -287,6 +322,9 @@ impl Vmm for FakeVmm {
         {
             return Err(error);
         }
+        if let Origin::Template(template) = &spec.origin {
+            template.check(&spec)?;
+        }
         let mut slots = BTreeSet::new();
         for disk in &spec.disks {
             check_slot(disk.slot)?;
@@ -298,6 +336,8 @@ impl Vmm for FakeVmm {
                 });
             }
         }
+        let savable = matches!(spec.origin, Origin::Savable).then(|| Shape::of(&spec));
+        let restored = matches!(spec.origin, Origin::Template(_));
         let pid = self.next_pid.fetch_add(1, Ordering::Relaxed);
         let record = VmRecord {
             driver: self.name().to_owned(),
@@ -310,6 +350,8 @@ impl Vmm for FakeVmm {
         let state = Arc::new(State {
             record,
             disks: Mutex::new(slots),
+            savable: Mutex::new(savable),
+            restored,
             channel: Mutex::default(),
             exit: watch::Sender::new(None),
             events: broadcast::Sender::new(16),
@@ -364,12 +406,14 @@ mod tests {
                 machine: Machine::Microvm,
                 extra_cmdline: String::new(),
             },
+            origin: Origin::Kernel,
             vcpus: 1,
             memory_mib: 64,
             net: None,
             disks: Vec::new(),
             uid: 1,
             cgroup: None,
+            ephemeral: false,
         }
     }
 

@@ -10,7 +10,8 @@
 //! 4. write pid and start time into the run directory;
 //! 5. new, empty network, IPC and UTS namespaces;
 //! 6. open what Landlock shall allow, drop limits, user, groups and new privileges;
-//! 7. enforce Landlock, exec the VMM with an empty environment. Its own seccomp filter follows.
+//! 7. enforce Landlock, make holes in a template harmless, exec the VMM with an empty environment.
+//!    Its own seccomp filter follows.
 
 pub(crate) mod cgroup;
 
@@ -33,6 +34,10 @@ use nix::{
     sched::{CloneFlags, unshare},
     sys::resource::{Resource, setrlimit},
     unistd::{Gid, Uid, setgroups, setresgid, setresuid},
+};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
 };
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +70,10 @@ pub(crate) struct LaunchSpec {
     pub(crate) read_only: Vec<PathBuf>,
     /// Paths that the VMM may read and write.
     pub(crate) read_write: Vec<PathBuf>,
+    /// Number at which the VMM will have the memory of a template: see [`keep_holes_out_of`].
+    pub(crate) keep_holes_out_of: Option<RawFd>,
+    /// The VMM never outlives the parent.
+    pub(crate) ephemeral: bool,
 }
 
 /// Becomes the VMM that the specification at descriptor `spec` asks for. Returns only on failure.
@@ -85,12 +94,7 @@ fn step(what: &'static str) -> impl Fn(io::Error) -> io::Error {
 fn prepare(fd: RawFd) -> io::Result<Command> {
     let spec = read_spec(fd).map_err(step("read the launch specification"))?;
 
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-    if parent_id() != spec.parent {
-        return Err(io::Error::other(
-            "the daemon that asked for this VM is gone",
-        ));
-    }
+    die_with(spec.parent)?;
     // EPERM: the process leads a group already, which serves as well.
     rustix::process::setsid().ok();
     std::env::set_current_dir("/").map_err(step("change to /"))?;
@@ -125,14 +129,32 @@ fn prepare(fd: RawFd) -> io::Result<Command> {
     setresgid(gid, gid, gid).map_err(|e| step("set the group")(e.into()))?;
     setresuid(uid, uid, uid).map_err(|e| step("set the user")(e.into()))?;
     rustix::thread::set_no_new_privs(true)?;
+    if spec.ephemeral {
+        // Once more, because a change of user takes it back.
+        die_with(spec.parent)?;
+    }
     rules
         .restrict_self()
         .map_err(io::Error::other)
         .map_err(step("enforce Landlock"))?;
+    if let Some(fd) = spec.keep_holes_out_of {
+        keep_holes_out_of(fd).map_err(step("filter system calls"))?;
+    }
 
     let mut vmm = Command::new(&spec.program);
     vmm.args(&spec.args).env_clear().env("LC_ALL", "C");
     Ok(vmm)
+}
+
+/// Has the kernel kill this process when the thread that started it ends.
+fn die_with(parent: u32) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    if parent_id() != parent {
+        return Err(io::Error::other(
+            "the daemon that asked for this VM is gone",
+        ));
+    }
+    Ok(())
 }
 
 fn read_spec(fd: RawFd) -> io::Result<LaunchSpec> {
@@ -164,6 +186,40 @@ fn new_namespaces() -> io::Result<()> {
     unshare(network | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
         .or_else(|_| unshare(network))?;
     Ok(())
+}
+
+/// Turns the order to punch a hole into the file at `fd` into one that does nothing and succeeds.
+///
+/// QEMU gives back memory that its guest has freed in two steps: it punches a hole into the file
+/// behind it, and tells the kernel to forget its own copy of the page. A template's file is shared
+/// and sealed: the first step would fail, and QEMU would not take the second, which is all that is
+/// needed. The number is known from the first VM of the template, and checked in every later one.
+fn keep_holes_out_of(fd: RawFd) -> io::Result<()> {
+    let failed = |e: &dyn std::fmt::Display| io::Error::other(e.to_string());
+    let fd = u64::try_from(fd).map_err(|e| failed(&e))?;
+    let hole = nix::libc::FALLOC_FL_PUNCH_HOLE | nix::libc::FALLOC_FL_KEEP_SIZE;
+    let mode = u64::try_from(hole).map_err(|e| failed(&e))?;
+    let equals = |argument, value| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+    };
+    let conditions = vec![
+        equals(0, fd).map_err(|e| failed(&e))?,
+        equals(1, mode).map_err(|e| failed(&e))?,
+    ];
+    let rule = SeccompRule::new(conditions).map_err(|e| failed(&e))?;
+    let filter = SeccompFilter::new(
+        [(nix::libc::SYS_fallocate, vec![rule])].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(0),
+        std::env::consts::ARCH
+            .try_into()
+            .map_err(|e: seccompiler::BackendError| failed(&e))?,
+    )
+    .map_err(|e| failed(&e))?;
+    let program: BpfProgram = filter
+        .try_into()
+        .map_err(|e: seccompiler::BackendError| failed(&e))?;
+    seccompiler::apply_filter(&program).map_err(|e| failed(&e))
 }
 
 fn rules(spec: &LaunchSpec) -> io::Result<RulesetCreated> {

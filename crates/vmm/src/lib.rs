@@ -14,13 +14,16 @@ pub mod launcher;
 mod process;
 pub mod qemu;
 mod run_dir;
+mod template;
 
-use std::{fs::File, os::fd::OwnedFd, path::PathBuf};
+use std::{fs::File, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use hypernetes_types::SandboxId;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
+
+pub use template::Template;
 
 /// How the guest's devices are attached: decided by what the kernel can drive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -65,13 +68,29 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+/// Where a VM begins.
+#[derive(Debug, Clone, Default)]
+pub enum Origin {
+    /// Boots its kernel.
+    #[default]
+    Kernel,
+    /// Boots its kernel, so that [`Vm::save`] can make a template of it, before this process ends.
+    Savable,
+    /// Goes on where the VM was that a template was made of. The template must be of the same
+    /// kernel, virtual CPUs and memory, and its VM had a NIC exactly if this one has. The guest
+    /// still has the MAC address of the template's VM.
+    Template(Arc<Template>),
+}
+
 /// What to start.
 #[derive(Debug)]
 pub struct VmSpec {
     /// Names the VM; one VM per sandbox.
     pub sandbox: SandboxId,
-    /// What boots.
+    /// What boots, or has booted in the template.
     pub kernel: GuestKernel,
+    /// Boot or template.
+    pub origin: Origin,
     /// Virtual CPUs, at least 1.
     pub vcpus: u32,
     /// Guest memory in MiB, at least 64.
@@ -86,6 +105,8 @@ pub struct VmSpec {
     pub uid: u32,
     /// cgroup path below each controller's root that the VMM process is put into, if any.
     pub cgroup: Option<String>,
+    /// The VM does not outlive this process, however that ends.
+    pub ephemeral: bool,
 }
 
 /// What a restarted daemon needs to find a VM again. Stored before the VM is used.
@@ -154,6 +175,9 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     async fn wait(&self) -> VmExit;
     /// The last bytes of the guest's serial console, at most 64 KiB.
     fn console_tail(&self) -> String;
+    /// Makes a template of a VM that was launched as [`Origin::Savable`], whose guest has nobody's
+    /// data yet. The VM ends by it, whether it succeeds or not.
+    async fn save(&self) -> Result<Template, VmmError>;
     /// Kills the VMM and waits until it is gone. Idempotent.
     async fn kill(&self) -> Result<(), VmmError>;
 }
@@ -163,8 +187,8 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
 pub trait Vmm: Send + Sync + std::fmt::Debug {
     /// Name of the driver, for records and messages: `qemu-kvm`, `qemu-tcg`.
     fn name(&self) -> &'static str;
-    /// Starts a VM. On error nothing is left running. Returns once the VMM answers; the guest may
-    /// still be booting.
+    /// Starts a VM. On error nothing is left running. Returns once the VMM answers; a guest that is
+    /// not from a template may still be booting.
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, VmmError>;
     /// Takes over a VM that survived a restart of this process. [`VmmError::Gone`] if it did not.
     async fn adopt(&self, record: &VmRecord) -> Result<Box<dyn Vm>, VmmError>;

@@ -30,6 +30,7 @@ fn spec(change: impl FnOnce(&mut Value)) -> Vec<u8> {
         "program": "/usr/bin/id", "args": ["-u"], "uid": 61999, "groups": [],
         "parent": std::process::id(), "record": null, "cgroup": null, "keep": [],
         "read_only": ["/usr", "/lib", "/lib64", "/etc/ld.so.cache"], "read_write": ["/dev/null"],
+        "keep_holes_out_of": null, "ephemeral": false,
     });
     change(&mut spec);
     serde_json::to_vec(&spec).unwrap()

@@ -93,6 +93,38 @@ async fn a_new_node_ends_the_session_inside_a_frame() {
 }
 
 #[tokio::test]
+async fn a_line_without_an_answer_is_answered_in_the_next_session() {
+    // Once because the line came inside a session, once because the stream broke before the answer.
+    for in_session in [true, false] {
+        let unanswered = Unanswered::default();
+        let nonce = Nonce::random();
+        let (mut node, guest) = duplex(4096);
+        if in_session {
+            node.write_all(&Nonce::random().line(SYNC)).await.unwrap();
+            node.write_all(b"frame").await.unwrap();
+            let mut guest = guest_sync_again(guest, &unanswered).await.unwrap();
+            node.write_all(&nonce.line(SYNC)).await.unwrap();
+            guest.read_to_end(&mut Vec::new()).await.unwrap_err();
+        } else {
+            node.write_all(&nonce.line(SYNC)).await.unwrap();
+            drop(node);
+            let error = guest_sync_again(guest, &unanswered).await.unwrap_err();
+            assert!(matches!(error, SyncError::Io(_)), "{error}");
+        }
+        let (mut node, guest) = duplex(4096);
+        let guest = tokio::spawn(async move { guest_sync_again(guest, &unanswered).await });
+        let mut echo = [0; LINE];
+        node.read_exact(&mut echo).await.unwrap();
+        assert_eq!(echo, nonce.line(ECHO));
+        node.write_all(b"PRI").await.unwrap();
+        let mut first = [0; 3];
+        let mut session = guest.await.unwrap().unwrap();
+        session.read_exact(&mut first).await.unwrap();
+        assert_eq!(&first, b"PRI");
+    }
+}
+
+#[tokio::test]
 async fn a_flooding_guest_is_cut_off() {
     let (node, mut guest) = duplex(1 << 16);
     let flood = tokio::spawn(async move {

@@ -317,6 +317,7 @@ pub(crate) fn sandbox(slot: u32) -> v1::ConfigureSandboxRequest {
                 },
             ],
             mtu: 1450,
+            device_mac: String::new(),
         }],
         sysctls: [(
             "net.ipv4.ip_unprivileged_port_start".to_owned(),

@@ -4,20 +4,20 @@ use std::{fs::File, sync::Arc};
 
 use hypernetes_agent_api::AgentClient;
 use hypernetes_network::Attachment;
-use hypernetes_vmm::{Disk, GuestKernel, NetDevice, Vm, VmExit, VmSpec};
+use hypernetes_vmm::{Disk, GuestKernel, NetDevice, Origin, Vm, VmExit, VmSpec};
 use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument, info_span};
 
 use super::Actor;
 use crate::{
     api::Failure,
-    backoff::Backoff,
     error::RuntimeError,
     guest::{clean, clean_console},
     identity::{SCRATCH_SLOT, configure_request},
-    link::{self, Link},
+    link::Link,
     sandbox,
     scratch::blocking,
+    templates::{self, Wish},
     timing::Stopwatch,
 };
 
@@ -37,7 +37,7 @@ impl Actor {
         let begun = self.start_phases(asked).await;
         let Err(error) = begun else {
             self.timing.total = asked.elapsed();
-            tracing::info!(total = ?self.timing.total, phases = ?self.timing.phases, "sandbox is ready");
+            tracing::info!(total = ?self.timing.total, from_template = self.timing.from_template, phases = ?self.timing.phases, "sandbox is ready");
             self.publish_sandbox();
             return Ok(());
         };
@@ -98,10 +98,7 @@ impl Actor {
     }
 
     async fn bring_up(&mut self) -> Result<(), RuntimeError> {
-        let parts = self.prepare().await?;
-        let watch = Stopwatch::start();
-        let vm = self.launch(parts).instrument(info_span!("vmm")).await?;
-        self.timing.phases.push(("vmm", watch.elapsed()));
+        let vm = self.bring_up_vm().await?;
 
         let watch = Stopwatch::start();
         let client = self
@@ -112,7 +109,9 @@ impl Actor {
 
         let watch = Stopwatch::start();
         let call = self.shared.config.deadlines.call;
-        let request = configure_request(&self.record.config, self.record.lease.as_ref())?;
+        let device_mac = self.timing.from_template.then_some(templates::MAC);
+        let lease = self.record.lease.as_ref();
+        let request = configure_request(&self.record.config, lease, device_mac)?;
         client
             .configure_sandbox(request, call)
             .instrument(info_span!("configure"))
@@ -125,6 +124,47 @@ impl Actor {
         let deadlines = &self.shared.config.deadlines;
         self.link = Some(Link::spawn(&self.record.id, vm, Some(client), deadlines));
         Ok(())
+    }
+
+    /// A VM from a template if there is one, else one that boots.
+    async fn bring_up_vm(&mut self) -> Result<Arc<dyn Vm>, RuntimeError> {
+        let parts = self.prepare().await?;
+        let wish = self.wish(&parts);
+        let (origin, why) = self.shared.templates.origin(&wish);
+        let from_template = matches!(origin, Origin::Template(_));
+        tracing::debug!(why, from_template, "where the VM begins");
+        let watch = Stopwatch::start();
+        let launched = self
+            .launch(parts, origin)
+            .instrument(info_span!("vmm"))
+            .await;
+        let vm = match launched {
+            Err(RuntimeError::Vmm(error)) if from_template => {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                tracing::warn!(error, "cannot start from the template: booting instead");
+                self.shared.templates.distrust(&wish);
+                let parts = self.prepare().await?;
+                self.launch(parts, Origin::Kernel).await?
+            }
+            launched => {
+                self.timing.from_template = from_template;
+                launched?
+            }
+        };
+        self.timing.phases.push(("vmm", watch.elapsed()));
+        Ok(vm)
+    }
+
+    fn wish(&self, parts: &Parts) -> Wish {
+        let defaults = &self.shared.config.defaults;
+        let config = &self.record.config;
+        let or = |asked: u32, default: u32| if asked == 0 { default } else { asked };
+        Wish {
+            kernel: parts.kernel.clone(),
+            vcpus: or(config.vcpus, defaults.vcpus),
+            memory_mib: or(config.memory_mib, defaults.memory_mib),
+            nic: parts.attachment.is_some(),
+        }
     }
 
     /// Network, scratch disk and kernel, all at once.
@@ -192,10 +232,11 @@ impl Actor {
         })
     }
 
-    async fn launch(&mut self, parts: Parts) -> Result<Arc<dyn Vm>, RuntimeError> {
-        let defaults = &self.shared.config.defaults;
+    async fn launch(&mut self, parts: Parts, origin: Origin) -> Result<Arc<dyn Vm>, RuntimeError> {
+        let Wish {
+            vcpus, memory_mib, ..
+        } = self.wish(&parts);
         let config = &self.record.config;
-        let or = |asked: u32, default: u32| if asked == 0 { default } else { asked };
         let (net, lease) = match parts.attachment {
             Some(attachment) => {
                 let mac = attachment.lease.mac.clone();
@@ -219,14 +260,16 @@ impl Actor {
         let spec = VmSpec {
             sandbox: self.record.id.clone(),
             kernel: parts.kernel,
-            vcpus: or(config.vcpus, defaults.vcpus),
-            memory_mib: or(config.memory_mib, defaults.memory_mib),
+            origin,
+            vcpus,
+            memory_mib,
             net,
             disks: disks.into_iter().collect(),
             run_dir: self.shared.run_dir(&self.record.id),
             uid: self.record.uid,
             cgroup: cgroup
                 .map(|parent| format!("{}/{}", parent.trim_end_matches('/'), self.record.id)),
+            ephemeral: false,
         };
         let vm: Arc<dyn Vm> = Arc::from(self.shared.config.vmm.launch(spec).await?);
         self.vm = Some(Arc::clone(&vm));
@@ -239,24 +282,7 @@ impl Actor {
     async fn wait_for_agent(&self, vm: &Arc<dyn Vm>) -> Result<AgentClient, RuntimeError> {
         let waited = self.shared.config.deadlines.boot;
         let deadline = Instant::now() + waited;
-        let attempts = async {
-            let mut backoff = Backoff::new(
-                std::time::Duration::from_millis(20),
-                std::time::Duration::from_millis(500),
-            );
-            loop {
-                // The preamble repeats itself until the agent is there: one attempt is usually
-                // enough, however long the boot takes.
-                match link::connect(vm.as_ref(), waited).await {
-                    Ok(client) => return client,
-                    Err(error) => {
-                        let error = hypernetes_telemetry::chain(&error).to_string();
-                        tracing::debug!(error, "no session with the agent yet");
-                    }
-                }
-                backoff.wait().await;
-            }
-        };
+        let attempts = templates::connect(vm.as_ref(), waited);
         let sandbox = self.record.id.to_string();
         tokio::select! {
             client = timeout_at(deadline, attempts) => {

@@ -41,7 +41,8 @@ fn transport(machine: Machine) -> &'static str {
 pub(crate) struct CommandLine {
     pub(crate) name: String,
     pub(crate) machine: MachineArgs,
-    pub(crate) boot: Boot,
+    /// What boots; a VM from a template waits for its state instead.
+    pub(crate) boot: Option<Boot>,
     pub(crate) sockets: Sockets,
     pub(crate) net: Option<Net>,
     pub(crate) disks: Vec<BootDisk>,
@@ -54,7 +55,10 @@ impl CommandLine {
         let mut push = |args: Vec<String>| out.extend(args);
         push(base(&self.name));
         push(self.machine.args());
-        push(self.boot.args(self.machine.accelerator));
+        push(match &self.boot {
+            Some(boot) => boot.args(self.machine.accelerator),
+            None => strings(["-incoming", "defer", "-S"]),
+        });
         push(self.sockets.args(machine));
         push(common_devices(machine));
         if let Some(net) = &self.net {
@@ -91,6 +95,35 @@ pub(crate) struct MachineArgs {
     pub(crate) accelerator: Accelerator,
     pub(crate) vcpus: u32,
     pub(crate) memory_mib: u32,
+    pub(crate) memory: Memory,
+}
+
+/// What the guest's memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Memory {
+    /// The VMM's own.
+    Own,
+    /// A file that a template will be made of.
+    Savable(RawFd),
+    /// A template's file, of which this VM changes a copy.
+    Template(RawFd),
+}
+
+impl Memory {
+    fn arg(self, mib: u32) -> String {
+        match self {
+            // memfd: shmem comes in 4 KiB pages unless the host asks for more, whereas anonymous
+            // memory gets transparent huge pages by QEMU's own madvise, which costs an idle VM 6 MiB.
+            // Shared costs the same as private, and another process may map it.
+            Self::Own => format!("memory-backend-memfd,id=ram,size={mib}M,share=on"),
+            Self::Savable(fd) => Self::file(mib, fd, "on"),
+            Self::Template(fd) => Self::file(mib, fd, "off"),
+        }
+    }
+
+    fn file(mib: u32, fd: RawFd, share: &str) -> String {
+        format!("memory-backend-file,id=ram,size={mib}M,mem-path=/proc/self/fd/{fd},share={share}")
+    }
 }
 
 impl MachineArgs {
@@ -109,13 +142,7 @@ impl MachineArgs {
             // kernel's allocator then crashes at random.
             Accelerator::Tcg => ("tcg,tb-size=32", "max,-cx16"),
         };
-        // memfd: shmem comes in 4 KiB pages unless the host asks for more, whereas anonymous
-        // memory gets transparent huge pages by QEMU's own madvise, which costs an idle VM 6 MiB.
-        // Shared costs the same as private, and another process may map it.
-        let memory = format!(
-            "memory-backend-memfd,id=ram,size={}M,share=on",
-            self.memory_mib
-        );
+        let memory = self.memory.arg(self.memory_mib);
         let mut args = strings(["-M", &machine, "-accel", accelerator, "-cpu", cpu]);
         args.extend(strings(["-smp", &self.vcpus.to_string()]));
         args.extend(strings([
@@ -282,13 +309,14 @@ mod tests {
                 accelerator,
                 vcpus: 2,
                 memory_mib: 128,
+                memory: Memory::Own,
             },
-            boot: Boot {
+            boot: Some(Boot {
                 kernel: 4,
                 initrd: 5,
                 tsc_khz: Some(2_600_000),
                 extra: "x=1".to_owned(),
-            },
+            }),
             sockets: Sockets {
                 agent: 6,
                 qmp: 7,
@@ -305,6 +333,18 @@ mod tests {
             }],
         };
         line.render().join("\n")
+    }
+
+    #[test]
+    fn templates_share_their_memory_only_while_they_are_made() {
+        assert_eq!(
+            Memory::Savable(3).arg(64),
+            "memory-backend-file,id=ram,size=64M,mem-path=/proc/self/fd/3,share=on"
+        );
+        assert_eq!(
+            Memory::Template(3).arg(64),
+            "memory-backend-file,id=ram,size=64M,mem-path=/proc/self/fd/3,share=off"
+        );
     }
 
     #[test]

@@ -15,13 +15,17 @@ mod console;
 mod disk;
 pub mod probe;
 mod qmp;
+mod restore;
 mod spawn;
 mod vm;
 
 use std::{
     fs::File,
     io,
-    os::unix::fs::MetadataExt,
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -32,7 +36,7 @@ use tokio::time::timeout;
 
 pub use self::{argv::Accelerator, probe::Probe, spawn::Launcher};
 use self::{
-    argv::{Boot, BootDisk, CommandLine, MachineArgs, Net, Sockets},
+    argv::{Boot, BootDisk, CommandLine, MachineArgs, Memory, Net, Sockets},
     console::Console,
     probe::ProbeError,
     qmp::{Qmp, QmpError, QmpEvent},
@@ -40,10 +44,11 @@ use self::{
     vm::{Parts, QemuVm, ShutdownReason, clear_up, read_messages},
 };
 use crate::{
-    Machine, Vm, VmRecord, VmSpec, Vmm, VmmError,
+    Disk, Machine, Origin, Template, Vm, VmRecord, VmSpec, Vmm, VmmError,
     launcher::LaunchSpec,
     process::{LaunchRecord, Process},
     run_dir::{AGENT, CONSOLE, QMP, RunDir},
+    template::{self, Shape},
 };
 
 /// Settings of the driver.
@@ -110,7 +115,7 @@ impl QemuDriver {
     }
 
     /// Starts the process. Everything up to here is undone by the caller.
-    fn start(&self, spec: VmSpec, run: &RunDir) -> Result<(Process, File), VmmError> {
+    fn start(&self, spec: VmSpec, run: &RunDir) -> Result<Started, VmmError> {
         let machine = spec.kernel.machine;
         let program = self.program(machine)?.to_owned();
         let in_run_dir = |action| {
@@ -122,12 +127,37 @@ impl QemuDriver {
         };
         run.create().map_err(in_run_dir("create"))?;
 
+        let memory_failed = |source| VmmError::Io {
+            action: "share the guest memory of",
+            path: run.path().to_owned(),
+            source,
+        };
+        let shape = Shape::of(&spec);
         let mut handover = Handover::default();
-        let boot = Boot {
-            kernel: handover.add(open_for_all(&spec.kernel.kernel)?.into()),
-            initrd: handover.add(open_for_all(&spec.kernel.initrd)?.into()),
-            tsc_khz: self.probe.tsc_khz,
-            extra: spec.kernel.extra_cmdline,
+        let boot = match &spec.origin {
+            Origin::Template(_) => None,
+            Origin::Kernel | Origin::Savable => Some(Boot {
+                kernel: handover.add(open_for_all(&spec.kernel.kernel)?.into()),
+                initrd: handover.add(open_for_all(&spec.kernel.initrd)?.into()),
+                tsc_khz: self.probe.tsc_khz,
+                extra: spec.kernel.extra_cmdline,
+            }),
+        };
+        let (mut savable, mut template) = (None, None);
+        let memory = match spec.origin {
+            Origin::Kernel => Memory::Own,
+            Origin::Savable => {
+                let file = template::memory(spec.memory_mib).map_err(memory_failed)?;
+                let copy = file.try_clone().map_err(memory_failed)?;
+                savable = Some((shape, file));
+                Memory::Savable(handover.add(copy))
+            }
+            Origin::Template(found) => {
+                let file = found.share_memory().map_err(memory_failed)?;
+                let memory = handover.add(file);
+                template = Some((found, memory));
+                Memory::Template(memory)
+            }
         };
         let mut listen = |name| {
             run.listen(name)
@@ -143,8 +173,13 @@ impl QemuDriver {
             tap: handover.add(net.tap),
             mac: net.mac,
         });
+        // A VM from a template has the template's devices and no others when its state arrives.
+        let (boot_disks, later) = match &template {
+            Some(_) => (Vec::new(), spec.disks),
+            None => (spec.disks, Vec::new()),
+        };
         let mut disks = Vec::new();
-        for disk in spec.disks {
+        for disk in boot_disks {
             let (slot, read_only, fd) = disk::prepare(disk)?;
             disks.push(BootDisk {
                 slot,
@@ -153,7 +188,10 @@ impl QemuDriver {
             });
         }
         let mut read_only = spawn::readable(&program);
-        read_only.extend([boot.kernel, boot.initrd].map(|fd| format!("/proc/self/fd/{fd}").into()));
+        // No Landlock rule for guest memory: a memfd is on no mount that a rule could name, and allowed.
+        read_only.extend(boot.iter().flat_map(|boot| {
+            [boot.kernel, boot.initrd].map(|fd| format!("/proc/self/fd/{fd}").into())
+        }));
         let command_line = CommandLine {
             name: spec.sandbox.to_string(),
             machine: MachineArgs {
@@ -161,6 +199,7 @@ impl QemuDriver {
                 accelerator: self.probe.accelerator,
                 vcpus: spec.vcpus,
                 memory_mib: spec.memory_mib,
+                memory,
             },
             boot,
             sockets,
@@ -183,6 +222,10 @@ impl QemuDriver {
             keep: handover.numbers(),
             read_only,
             read_write,
+            keep_holes_out_of: template
+                .as_ref()
+                .and_then(|(template, _)| template.memory_fd.get().copied()),
+            ephemeral: spec.ephemeral,
         };
         let vmm_end = run.make_messages().map_err(in_run_dir("make a pipe in"))?;
         let messages = run
@@ -207,7 +250,16 @@ impl QemuDriver {
         let process = Process::open(child.id(), None)
             .and_then(|found| found.ok_or_else(|| io::ErrorKind::NotFound.into()))
             .map_err(spawn_failed)?;
-        Ok((process, messages))
+        Ok(Started {
+            process,
+            messages,
+            savable,
+            restore: template.map(|(template, memory)| Restore {
+                template,
+                memory,
+                disks: later,
+            }),
+        })
     }
 
     /// Connects to a QEMU that runs or is about to.
@@ -216,6 +268,7 @@ impl QemuDriver {
         record: VmRecord,
         process: Process,
         messages: File,
+        savable: Option<(Shape, OwnedFd)>,
         deadline: Duration,
     ) -> Result<QemuVm, QmpError> {
         let run = RunDir::new(&record.run_dir);
@@ -239,10 +292,28 @@ impl QemuDriver {
             qmp,
             console,
             messages,
+            savable,
             shutdown,
             deadline,
         }))
     }
+}
+
+/// A process that will be a VM.
+struct Started {
+    process: Process,
+    messages: File,
+    /// Memory that a template can be made of.
+    savable: Option<(Shape, OwnedFd)>,
+    restore: Option<Restore>,
+}
+
+/// What a VM from a template is still to be given.
+struct Restore {
+    template: Arc<Template>,
+    /// Number under which the VMM was handed the template's memory.
+    memory: RawFd,
+    disks: Vec<Disk>,
 }
 
 fn remember_shutdown(reason: ShutdownReason) -> impl Fn(&QmpEvent) + Send + 'static {
@@ -304,6 +375,9 @@ fn check_spec(spec: &VmSpec) -> Result<(), VmmError> {
             return refuse("net.mac", "must be six hexadecimal bytes with colons");
         }
     }
+    if let Origin::Template(template) = &spec.origin {
+        template.check(spec)?;
+    }
     let mut slots: Vec<u32> = spec.disks.iter().map(|disk| disk.slot).collect();
     slots.sort_unstable();
     slots.dedup();
@@ -362,7 +436,12 @@ impl Vmm for QemuDriver {
         check_spec(&spec)?;
         let run = RunDir::new(&spec.run_dir);
         let (sandbox, cgroup) = (spec.sandbox.clone(), spec.cgroup.clone());
-        let (process, messages) = match self.start(spec, &run) {
+        let Started {
+            process,
+            messages,
+            savable,
+            restore,
+        } = match self.start(spec, &run) {
             Ok(started) => started,
             Err(e) => {
                 clear_up(&run, None).await;
@@ -385,8 +464,18 @@ impl Vmm for QemuDriver {
         };
         let deadline = self.config.launch_deadline;
         let words = messages.try_clone();
-        match self.attach(record, process, messages, deadline).await {
+        let attached = self
+            .attach(record, process, messages, savable, deadline)
+            .await;
+        match attached {
             Ok(vm) => {
+                if let Some(restore) = restore
+                    && let Err(error) = vm.restore(restore).await
+                {
+                    drop(vm);
+                    guard.undo().await;
+                    return Err(error);
+                }
                 let mut guard = guard;
                 guard.armed = false;
                 Ok(Box::new(vm))
@@ -437,7 +526,7 @@ impl Vmm for QemuDriver {
         let messages = run.open_messages().map_err(failed)?;
         let deadline = self.config.command_deadline;
         match self
-            .attach(record.clone(), process, messages, deadline)
+            .attach(record.clone(), process, messages, None, deadline)
             .await
         {
             Ok(vm) => Ok(Box::new(vm)),

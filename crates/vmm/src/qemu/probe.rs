@@ -319,6 +319,8 @@ async fn boot(
         keep: handover.numbers(),
         read_only: spawn::readable(program),
         read_write: vec!["/dev/kvm".into(), "/dev/null".into()],
+        keep_holes_out_of: None,
+        ephemeral: true,
     };
     let mut child = spawn::spawn(
         &config.launcher,

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -21,11 +22,12 @@ use super::{
     qmp::{Qmp, QmpError},
 };
 use crate::{
-    Channel, Disk, Vm, VmEvent, VmExit, VmRecord, VmmError,
+    Channel, Disk, Template, Vm, VmEvent, VmExit, VmRecord, VmmError,
     channel::ChannelSlot,
     launcher::cgroup,
     process::{ExitStatus, Process},
     run_dir::{AGENT, RunDir},
+    template::Shape,
 };
 
 /// How long a panicked kernel may take to reboot, which ends QEMU, before it is killed.
@@ -48,6 +50,7 @@ pub(crate) struct Parts {
     pub(crate) qmp: Qmp,
     pub(crate) console: Console,
     pub(crate) messages: File,
+    pub(crate) savable: Option<(Shape, OwnedFd)>,
     pub(crate) shutdown: ShutdownReason,
     pub(crate) deadline: Duration,
 }
@@ -57,15 +60,17 @@ pub(crate) struct Parts {
 pub(crate) struct QemuVm {
     record: VmRecord,
     run: RunDir,
-    process: Process,
-    qmp: Arc<Qmp>,
+    pub(super) process: Process,
+    pub(super) qmp: Arc<Qmp>,
     console: Arc<Console>,
     channel: ChannelSlot,
     /// One change of disks at a time: QEMU's names are checked, then used.
     disks: tokio::sync::Mutex<()>,
+    /// Memory that a template can be made of, once.
+    pub(super) savable: Mutex<Option<(Shape, OwnedFd)>>,
     events: broadcast::Sender<VmEvent>,
     exit: watch::Receiver<Option<VmExit>>,
-    deadline: Duration,
+    pub(super) deadline: Duration,
     _tasks: JoinSet<()>,
 }
 
@@ -77,6 +82,7 @@ impl QemuVm {
             qmp,
             console,
             messages,
+            savable,
             shutdown,
             deadline,
         } = parts;
@@ -105,6 +111,7 @@ impl QemuVm {
             console,
             channel: ChannelSlot::default(),
             disks: tokio::sync::Mutex::new(()),
+            savable: Mutex::new(savable),
             events,
             exit,
             deadline,
@@ -112,7 +119,7 @@ impl QemuVm {
         }
     }
 
-    fn failed(&self, action: impl Into<String>) -> impl FnOnce(QmpError) -> VmmError {
+    pub(super) fn failed(&self, action: impl Into<String>) -> impl FnOnce(QmpError) -> VmmError {
         let (action, sandbox) = (action.into(), self.record.sandbox.clone());
         move |e| match e {
             QmpError::Closed => VmmError::Gone { sandbox },
@@ -129,7 +136,7 @@ impl QemuVm {
         }
     }
 
-    fn control(&self, action: String, message: &str) -> VmmError {
+    pub(super) fn control(&self, action: String, message: &str) -> VmmError {
         let sandbox = self.record.sandbox.clone();
         VmmError::Control {
             action,
@@ -295,6 +302,16 @@ impl Vm for QemuVm {
 
     fn console_tail(&self) -> String {
         self.console.tail()
+    }
+
+    async fn save(&self) -> Result<Template, VmmError> {
+        let saved = self.save_memory().await;
+        let killed = self.kill().await;
+        let (shape, memory, state) = saved?;
+        killed?;
+        // Only now has the memory no writer any more.
+        Template::new(shape, memory, state)
+            .map_err(|e| self.control("seal the template".to_owned(), &e.to_string()))
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -11,7 +11,7 @@ use std::{
 
 use hypernetes_types::SandboxId;
 use hypernetes_vmm::{
-    Disk, GuestKernel, Machine, Vm, VmSpec,
+    Disk, GuestKernel, Machine, Origin, Vm, VmSpec,
     qemu::{Launcher, QemuConfig, QemuDriver},
 };
 
@@ -78,6 +78,7 @@ impl Bench {
                 machine: Machine::Microvm,
                 extra_cmdline: format!("role={role}"),
             },
+            origin: Origin::Kernel,
             vcpus: 1,
             memory_mib: 64,
             net: None,
@@ -85,6 +86,7 @@ impl Bench {
             run_dir: self.temp.path().join(sandbox.short()),
             uid: 61_000 + u32::from(std::process::id() as u16 % 1000),
             cgroup: Some(format!("hypernetes-test/{}", sandbox.short())),
+            ephemeral: false,
             sandbox,
         }
     }
