@@ -11,10 +11,10 @@
 
 mod support;
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use hypernetes_kernel::{KernelCatalog, import};
-use hypernetes_vmm::{Machine, VmEvent, VmExit, VmSpec, Vmm, VmmError};
+use hypernetes_vmm::{Machine, Origin, VmEvent, VmExit, VmSpec, Vmm, VmmError};
 use support::{Bench, PATIENCE, console, disk, until};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -588,4 +588,89 @@ async fn the_probe_decides_by_booting_and_remembers() {
         .unwrap();
     assert_eq!(again.probe(), probe);
     assert!(started.elapsed() < Duration::from_millis(500));
+}
+
+/// Seccomp filters of a process.
+fn filters(pid: u32) -> u32 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Seccomp_filters:"));
+    line.unwrap().trim().parse().unwrap()
+}
+
+#[tokio::test]
+async fn vms_go_on_from_a_template_on_both_machines() {
+    let Some(bench) = Bench::new().await else {
+        return;
+    };
+    for machine in [Machine::Microvm, Machine::Q35] {
+        let spec = |origin| {
+            let mut spec = bench.spec("echo");
+            spec.kernel.machine = machine;
+            spec.memory_mib = 128;
+            spec.origin = origin;
+            spec
+        };
+        let vm = bench.driver.launch(spec(Origin::Savable)).await.unwrap();
+        console(&*vm, "GUEST READY echo").await;
+        let template = Arc::new(vm.save().await.unwrap());
+        assert!(vm.exit().is_some());
+        let mut seen = Vec::new();
+        for name in ["first", "second", "third"] {
+            let mut spec = spec(Origin::Template(Arc::clone(&template)));
+            spec.disks.push(disk(3, &bench.image(name), true));
+            let vm = bench.driver.launch(spec).await.unwrap();
+            console(&*vm, &format!("DISK+ 3 ro {name}")).await;
+            assert!(!vm.console_tail().contains("GUEST READY"), "it booted");
+            let mut channel = vm.open_channel().await.unwrap();
+            channel.write_all(b"ping").await.unwrap();
+            let mut word = [0; 4];
+            timeout(PATIENCE, channel.read_exact(&mut word))
+                .await
+                .unwrap()
+                .unwrap();
+            assert_eq!(&word, b"ping");
+            seen.push(filters(vm.record().pid));
+            vm.kill().await.unwrap();
+        }
+        // The first VM shows where the memory is; holes in it are caught from the second on.
+        assert_eq!(seen[1..], [seen[0] + 1, seen[0] + 1], "{machine:?}");
+    }
+}
+
+#[test]
+fn an_ephemeral_vm_dies_with_whoever_started_it() {
+    let runtime = || {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    // The kernel watches the thread: its end is that of a process of one thread.
+    let pids = std::thread::spawn(move || {
+        runtime().block_on(async {
+            let bench = Bench::new().await?;
+            let mut spec = bench.spec("echo");
+            spec.ephemeral = true;
+            let vm = bench.driver.launch(spec).await.unwrap();
+            let other = bench.driver.launch(bench.spec("echo")).await.unwrap();
+            let pids = (vm.record().pid, other.record().pid);
+            assert!(alive(pids.0) && alive(pids.1));
+            Some((pids, other.record().run_dir, bench))
+        })
+    });
+    let Some(((ephemeral, other), run_dir, bench)) = pids.join().unwrap() else {
+        return;
+    };
+    runtime().block_on(async {
+        until(
+            "the ephemeral VM is dead",
+            || !alive(ephemeral),
+            String::new,
+        )
+        .await;
+        assert!(alive(other), "the other one runs on");
+        bench.driver.destroy(&run_dir).await.unwrap();
+    });
 }
