@@ -11,7 +11,7 @@ use serde_json::Value;
 /// Floor of each room; 1 is the top. A room may use rooms of a higher number only.
 const FLOORS: &[(u8, &[&str])] = &[
     (1, &["hypernetes", "hyperstart"]),
-    (2, &["apiserver", "controllers", "nodelet"]),
+    (2, &["apiserver", "controllers", "nodelet", "cri"]),
     (3, &["runtime", "apimachinery", "policy", "streaming"]),
     (
         4,

@@ -224,6 +224,7 @@ unary! {
     write_volume: "WriteVolume", WriteVolumeRequest -> WriteVolumeResponse;
     create_container: "CreateContainer", CreateContainerRequest -> CreateContainerResponse;
     start_container: "StartContainer", StartContainerRequest -> StartContainerResponse;
+    update_container: "UpdateContainer", UpdateContainerRequest -> UpdateContainerResponse;
     signal: "Signal", SignalRequest -> SignalResponse;
     remove_container: "RemoveContainer", RemoveContainerRequest -> RemoveContainerResponse;
     list_containers: "ListContainers", ListContainersRequest -> ListContainersResponse;

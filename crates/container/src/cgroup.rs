@@ -1,6 +1,7 @@
 //! cgroup v2 of a container, from the agent's side.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -13,7 +14,7 @@ const CONTAINERS: &str = "containers";
 const MAX_DEPTH: u32 = 16;
 
 /// What a container may use. Zero means no limit.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 pub struct Limits {
     /// Bytes.
     pub memory: u64,
@@ -25,6 +26,18 @@ pub struct Limits {
     pub cpu_shares: u64,
     /// Processes.
     pub pids: u64,
+    /// Files and what is written to them after the rest; see [`is_limit`].
+    pub unified: BTreeMap<String, String>,
+}
+
+/// Whether a file of a cgroup is a limit: one of a controller, not one that moves processes.
+pub fn is_limit(file: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_');
+    let controllers = ["cpu.", "cpuset.", "hugetlb.", "io.", "memory.", "pids."];
+    file.bytes().all(plain)
+        && controllers
+            .iter()
+            .any(|controller| file.starts_with(controller))
 }
 
 /// What a container uses.
@@ -38,6 +51,12 @@ pub struct Usage {
     pub working_set: u64,
     /// Processes.
     pub pids: u64,
+    /// Bytes of anonymous memory.
+    pub rss: u64,
+    /// Page faults.
+    pub page_faults: u64,
+    /// Page faults that waited for a disk.
+    pub major_page_faults: u64,
 }
 
 /// Enables every controller for the containers and moves the calling process out of the root.
@@ -102,7 +121,43 @@ impl Cgroup {
         if limits.pids > 0 {
             self.write("pids.max", &limits.pids.to_string())?;
         }
+        self.set_unified(limits)
+    }
+
+    fn set_unified(&self, limits: &Limits) -> io::Result<()> {
+        for (file, value) in &limits.unified {
+            if !is_limit(file) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            self.write(file, value).map_err(|error| {
+                io::Error::new(error.kind(), format!("cannot write {file}: {error}"))
+            })?;
+        }
         Ok(())
+    }
+
+    /// Replaces the limits: what is 0 has none from then on.
+    pub fn update(&self, limits: &Limits) -> io::Result<()> {
+        let or_max = |limit: u64| match limit {
+            0 => "max".to_owned(),
+            limit => limit.to_string(),
+        };
+        let period = match limits.cpu_period {
+            0 => 100_000,
+            period => period,
+        };
+        self.write("memory.max", &or_max(limits.memory))?;
+        if limits.memory > 0 {
+            self.write("memory.oom.group", "1")?;
+        }
+        self.write("cpu.max", &format!("{} {period}", or_max(limits.cpu_quota)))?;
+        let shares = match limits.cpu_shares {
+            0 => 1024,
+            shares => shares,
+        };
+        self.write("cpu.weight", &weight(shares).to_string())?;
+        self.write("pids.max", &or_max(limits.pids))?;
+        self.set_unified(limits)
     }
 
     /// Moves a process in.
@@ -138,17 +193,19 @@ impl Cgroup {
     /// What is used at present.
     pub fn usage(&self) -> Usage {
         let memory = self.number("memory.current");
-        let inactive = self
-            .value("memory.stat", "inactive_file")
-            .unwrap_or_default();
+        let stat = fs::read_to_string(self.path.join("memory.stat")).unwrap_or_default();
+        let stat = |key| field(&stat, key).unwrap_or_default();
         Usage {
             cpu_nanos: self
                 .value("cpu.stat", "usage_usec")
                 .unwrap_or_default()
                 .saturating_mul(1000),
             memory,
-            working_set: memory.saturating_sub(inactive),
+            working_set: memory.saturating_sub(stat("inactive_file")),
             pids: self.number("pids.current"),
+            rss: stat("anon"),
+            page_faults: stat("pgfault"),
+            major_page_faults: stat("pgmajfault"),
         }
     }
 
@@ -220,6 +277,26 @@ mod tests {
             [0, 2, 1024, 262_144, u64::MAX].map(weight),
             [1, 1, 39, 10_000, 10_000]
         );
+    }
+
+    #[test]
+    fn only_limits_can_be_written() {
+        for limit in [
+            "memory.oom.group",
+            "cpu.idle",
+            "hugetlb.2MB.max",
+            "pids.max",
+        ] {
+            assert!(is_limit(limit), "{limit}");
+        }
+        for other in [
+            "cgroup.procs",
+            "cgroup.kill",
+            "memory.x/../../cgroup.procs",
+            "",
+        ] {
+            assert!(!is_limit(other), "{other}");
+        }
     }
 
     #[test]

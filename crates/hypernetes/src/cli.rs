@@ -41,6 +41,8 @@ pub(crate) enum LogFormat {
 pub(crate) enum Command {
     /// Run everything on this machine: API server, controllers, node
     Up(Up),
+    /// Run this machine's pods for a kubelet: the Container Runtime Interface on a unix socket
+    Node(Node),
     /// Tenants: create, list, delete, hand out kubeconfigs
     #[command(subcommand)]
     Tenant(Tenant),
@@ -114,6 +116,17 @@ pub(crate) struct Up {
     /// their kernel. 0 boots every pod
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
     pub(crate) templates: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Node {
+    /// Configuration file, YAML; without it the defaults
+    #[arg(long, env = "HYPERNETES_NODE_CONFIG", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Print the default configuration with comments, and end
+    #[arg(long)]
+    pub(crate) print_default_config: bool,
 }
 
 #[derive(Debug, Subcommand)]

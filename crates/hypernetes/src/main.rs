@@ -7,6 +7,9 @@ mod doctor;
 mod image;
 mod kernel;
 mod lock;
+mod node;
+mod node_config;
+mod parts;
 mod paths;
 mod tenant;
 mod terminal;
@@ -56,6 +59,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let paths = Paths::new(std::path::absolute(&cli.state_dir)?);
     match cli.command {
         Command::Up(options) => up::run(&paths, options).await?,
+        Command::Node(options) => node::run(&paths, options).await?,
         Command::Tenant(command) => tenant::run(&paths, command).await?,
         Command::Kernel(command) => return kernel::run(&paths, command).await,
         Command::Image(command) => image::run(&paths, command).await?,

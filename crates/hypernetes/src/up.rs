@@ -4,9 +4,8 @@
 //! on when it ends; the next start finds them.
 
 use std::{
-    fs,
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -15,19 +14,8 @@ use anyhow::{Context, Result, anyhow};
 use hypernetes_apiserver::{ApiServer, ApiServerConfig, tls_config};
 use hypernetes_controllers::ControllersConfig;
 use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User};
-use hypernetes_image::{ImageStore, RegistryConfig, StoreConfig as ImageStoreConfig};
-use hypernetes_kernel::KernelCatalog;
-use hypernetes_network::{BuiltinConfig, BuiltinDriver, NetworkDriver};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
-use hypernetes_runtime::{
-    Deadlines, Defaults, NodeRuntime, PodRuntime, RuntimeConfig, TemplateConfig, UidRange,
-};
-use hypernetes_store::{Store, StoreConfig};
 use hypernetes_telemetry::{VERSION, chain};
-use hypernetes_vmm::{
-    Vmm,
-    qemu::{QemuConfig, QemuDriver},
-};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -36,7 +24,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use crate::{admin, cli::Up, kernel, lock::StateLock, paths, paths::Paths, terminal};
+use crate::{
+    admin,
+    cli::Up,
+    lock::StateLock,
+    parts::{Parts, PartsOptions},
+    paths::Paths,
+    terminal,
+};
 
 /// Validity of the operator's certificate; a new one is written at each start.
 const ADMIN_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -57,88 +52,26 @@ pub(crate) async fn run(paths: &Paths, options: Up) -> Result<()> {
 
 /// The parts below the API.
 struct Node {
-    store: Store,
     authority: Authority,
-    networks: Arc<dyn NetworkDriver>,
-    runtime: Arc<dyn PodRuntime>,
-    /// Prefix of what this daemon makes on the host.
-    instance: String,
+    parts: Parts,
 }
 
 impl Node {
     async fn prepare(paths: &Paths, options: &Up) -> Result<Self> {
         let authority = Authority::load_or_create(&paths.pki())
             .context("cannot open the certificate authority")?;
-        let store = Store::open(&paths.database(), StoreConfig::default())?;
-        let registry = RegistryConfig {
+        let parts = PartsOptions {
             insecure_registries: options.insecure_registries.clone(),
-            ..RegistryConfig::default()
+            upstream_dns: options.upstream_dns.clone(),
+            hyperstart: options.hyperstart.clone(),
+            kernel_dir: options.kernel_dir.clone(),
+            run_dir: options.run_dir.clone(),
+            uid_base: options.uid_base,
+            templates: options.templates,
+            usual_vm: hypernetes_nodelet::USUAL_VM,
         };
-        let images = ImageStore::open(
-            paths.images(),
-            ImageStoreConfig {
-                registry,
-                ..ImageStoreConfig::default()
-            },
-        )
-        .context("cannot open the image store")?;
-        let kernels =
-            KernelCatalog::open(paths.state()).context("cannot open the kernel catalog")?;
-        let default = kernel::ensure_default(
-            &kernels,
-            paths::kernel_dir(options.kernel_dir.clone()).as_deref(),
-        )?;
-        info!(kernel = %default.name, release = default.release, "default kernel");
-        let hyperstart = paths::hyperstart(options.hyperstart.clone())
-            .context("the guest's program is not beside this binary; give --hyperstart FILE")?;
-
-        let mut network = BuiltinConfig::new(paths.network());
-        if !options.upstream_dns.is_empty() {
-            network.upstream_dns.clone_from(&options.upstream_dns);
-        }
-        let instance = network.instance.clone();
-        fs::write(paths.instance(), &instance).context("cannot write the instance name")?;
-        let networks: Arc<dyn NetworkDriver> = Arc::new(BuiltinDriver::open(network)?);
-
-        let vmm = QemuDriver::detect(QemuConfig::new(paths.state().to_owned())).await?;
-        let probe = vmm.probe();
-        info!(qemu = probe.version, accelerator = %probe.accelerator, why = probe.why, "virtual machines");
-        let vmm: Arc<dyn Vmm> = Arc::new(vmm);
-        let run_dir = match &options.run_dir {
-            Some(dir) => std::path::absolute(dir)?,
-            None => PathBuf::from("/run/hypernetes"),
-        };
-        let runtime = NodeRuntime::open(RuntimeConfig {
-            state_dir: paths.runtime(),
-            run_dir: run_dir.join("vm"),
-            store: store.clone(),
-            images: Arc::new(images),
-            network: networks.clone(),
-            vmm,
-            kernels: Arc::new(Arc::new(kernels)),
-            hyperstart,
-            uid_range: UidRange {
-                first: options.uid_base,
-                ..UidRange::default()
-            },
-            defaults: Defaults::default(),
-            deadlines: Deadlines::default(),
-            templates: TemplateConfig {
-                most: options.templates,
-            },
-        })
-        .await
-        .context("cannot open the runtime")?;
-        let (vcpus, memory_mib) = hypernetes_nodelet::USUAL_VM;
-        runtime.make_template(vcpus, memory_mib).await?;
-        info!(report = ?runtime.recovery_report(), "pods found again");
-        Ok(Self {
-            store,
-            authority,
-            networks,
-            runtime: Arc::new(runtime),
-            instance,
-        })
+        let parts = Parts::open(paths, &parts).await?;
+        Ok(Self { authority, parts })
     }
 
     async fn serve(
@@ -152,8 +85,8 @@ impl Node {
             Some(name) => name.clone(),
             None => host_name(),
         };
-        let mut config = ApiServerConfig::new(self.store.clone());
-        config.streams = Some(Nodelet::streams_of(self.runtime.clone()));
+        let mut config = ApiServerConfig::new(self.parts.store.clone());
+        config.streams = Some(Nodelet::streams_of(self.parts.runtime.clone()));
         config.node_name = Some(node_name.clone());
         config.server_address = address.to_string();
         let server = ApiServer::new(config)
@@ -178,7 +111,7 @@ impl Node {
         }
         let controllers = ControllersConfig {
             client: client("system:hypernetes-controllers"),
-            networks: Some(self.networks.clone()),
+            networks: Some(self.parts.networks.clone()),
             ca_pem: self.authority.certificate_pem().to_owned(),
         };
         let token = stop.clone();
@@ -193,12 +126,12 @@ impl Node {
             ipnet::IpNet::V4(options.pod_cidr),
         );
         // Named like everything else that this daemon makes on the host.
-        config.cgroup_root = format!("hypernetes-{}", self.instance);
+        config.cgroup_root = format!("hypernetes-{}", self.parts.instance);
         let nodelet = Nodelet::new(
             config,
             client(&format!("system:node:{node_name}")),
-            self.runtime.clone(),
-            self.networks.clone(),
+            self.parts.runtime.clone(),
+            self.parts.networks.clone(),
         );
         let token = stop.clone();
         parts.spawn(async move {
@@ -206,8 +139,8 @@ impl Node {
             Ok("node")
         });
         let backend = admin::Backend {
-            runtime: self.runtime.clone(),
-            store: self.store.clone(),
+            runtime: self.parts.runtime.clone(),
+            store: self.parts.store.clone(),
         };
         let (socket, token) = (paths.admin_socket(), stop.clone());
         parts.spawn(async move {
@@ -242,7 +175,7 @@ impl Node {
         if drained.await.is_err() {
             warn!("not everything ended within {DRAIN:?}");
         }
-        if let Err(error) = self.store.flush().await {
+        if let Err(error) = self.parts.store.flush().await {
             error!(error = %chain(&error), "the last writes may not be on disk");
         }
         outcome
@@ -296,7 +229,8 @@ fn host_name() -> String {
     }
 }
 
-async fn interrupted() -> Result<()> {
+/// Returns when somebody wants the daemon to end.
+pub(crate) async fn interrupted() -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {

@@ -17,7 +17,11 @@ use std::{
 };
 
 use hypernetes_agent_api::v1::{self, ContainerPhase};
-use hypernetes_container::{Control, Job, Reply, Spawned, cgroup::Cgroup, sys};
+use hypernetes_container::{
+    Control, Job, Reply, Spawned,
+    cgroup::{Cgroup, Limits},
+    sys,
+};
 use tokio::{
     io::unix::AsyncFd,
     sync::{oneshot, watch},
@@ -379,6 +383,16 @@ impl Container {
     }
 
     /// Sends a signal to the first process, or to all.
+    /// Replaces the limits.
+    pub(crate) fn update(&self, limits: &Limits) -> Result<(), GuestError> {
+        if self.state().phase() == ContainerPhase::Exited {
+            return Err(GuestError::Precondition("the container has ended".into()));
+        }
+        self.cgroup
+            .update(limits)
+            .attempt("change the container's limits")
+    }
+
     pub(crate) fn signal(&self, signal: u32, all: bool) -> Result<(), GuestError> {
         let number = i32::try_from(signal)
             .ok()

@@ -6,7 +6,8 @@ use std::path::{Component, Path, PathBuf};
 use hypernetes_agent_api::v1::{self, mount::Source};
 use hypernetes_container::{
     CapabilitySpec, FileBind, InitSpec, MountSource, MountSpec, ProcessSpec, RlimitSpec,
-    RootfsSpec, UserSpec, cgroup::Limits,
+    RootfsSpec, UserSpec,
+    cgroup::{self, Limits},
 };
 
 use crate::{boot::dir, disks, error::GuestError, volume::Volumes};
@@ -240,12 +241,20 @@ pub(crate) fn limits(resources: Option<&v1::Resources>) -> Result<Limits, GuestE
     if resources.cpu_period != 0 && !(1000..=1_000_000).contains(&resources.cpu_period) {
         return Err(GuestError::invalid("the CPU period must be 1 ms to 1 s"));
     }
+    for (file, value) in &resources.unified {
+        if !cgroup::is_limit(file) || value.contains('\0') || value.len() > 256 {
+            return Err(GuestError::Invalid(format!(
+                "{file:?} is no limit of a cgroup"
+            )));
+        }
+    }
     Ok(Limits {
         memory: positive(resources.memory_limit),
         cpu_quota: positive(resources.cpu_quota),
         cpu_period: resources.cpu_period,
         cpu_shares: resources.cpu_shares,
         pids: positive(resources.pids_limit),
+        unified: resources.unified.clone().into_iter().collect(),
     })
 }
 

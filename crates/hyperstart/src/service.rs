@@ -12,7 +12,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::{console::log, container, error::GuestError, exec, forward, pod::Pod, sandbox, stats};
+use crate::{
+    console::log, container, error::GuestError, exec, forward, pod::Pod, request, sandbox, stats,
+};
 
 type Answer<T> = Result<Response<T>, Status>;
 type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -113,6 +115,16 @@ impl Agent for Pod {
             Ok(v1::StartContainerResponse { started_unix_nanos })
         })
         .await
+    }
+
+    async fn update_container(
+        &self,
+        request: Request<v1::UpdateContainerRequest>,
+    ) -> Answer<v1::UpdateContainerResponse> {
+        let v1::UpdateContainerRequest { id, resources } = request.into_inner();
+        let limits = request::limits(resources.as_ref())?;
+        self.container(&id)?.update(&limits)?;
+        Ok(Response::new(v1::UpdateContainerResponse {}))
     }
 
     async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {

@@ -379,7 +379,7 @@ fn fill(directory: &Path, files: &v1::FilesVolume, gid: Option<u32>) -> io::Resu
             .mode(0o600)
             .open(&target)?;
         io::Write::write_all(&mut open, &file.content)?;
-        chown(&target, None, gid)?;
+        chown(&target, Some(file.uid), gid)?;
         open.set_permissions(PermissionsExt::from_mode(mode))?;
     }
     Ok(())
@@ -394,6 +394,7 @@ mod tests {
             path: (*path).into(),
             content: content.as_bytes().to_vec(),
             mode: 0,
+            uid: 0,
         };
         v1::FilesVolume {
             files: list.iter().map(file).collect(),

@@ -887,6 +887,7 @@ async fn files(client: &AgentClient) {
             path: path.into(),
             content: text.as_bytes().to_vec(),
             mode: 0o440,
+            uid: 0,
         };
         v1::volume::Kind::Files(v1::FilesVolume {
             files: vec![file("a"), file("deep/b")],

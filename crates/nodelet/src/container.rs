@@ -45,6 +45,7 @@ pub(crate) fn config(
         stdin_once: flag(container.stdin_once),
         security: security(pod_context, container.security_context.as_ref())?,
         resources: resources::container_resources(container),
+        stop_signal: None,
         termination_path: container
             .termination_message_path
             .clone()
@@ -56,6 +57,7 @@ pub(crate) fn config(
             IMAGE_ANNOTATION.to_owned(),
             container.image.clone().unwrap_or_default(),
         )]),
+        memo: String::new(),
     })
 }
 
@@ -115,6 +117,7 @@ fn security(
         readonly_rootfs: own.read_only_root_filesystem.unwrap_or(false),
         no_new_privs: own.allow_privilege_escalation == Some(false) && !privileged,
         seccomp_default: profile.is_some_and(|profile| profile.type_ == "RuntimeDefault"),
+        ..SecurityConfig::default()
     })
 }
 

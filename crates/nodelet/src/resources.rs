@@ -64,7 +64,7 @@ pub(crate) fn container_resources(container: &Container) -> ResourceConfig {
         memory_limit: limit(container, "memory").map_or(0, Quantity::value),
         cpu_limit_milli: limit(container, "cpu").map_or(0, Quantity::milli_value),
         cpu_request_milli: request(container, "cpu").map_or(0, Quantity::milli_value),
-        pids_limit: 0,
+        ..ResourceConfig::default()
     }
 }
 

@@ -75,6 +75,7 @@ pub(crate) fn config(
         cgroup_parent: Some(format!("{}/pod{uid}", node.cgroup_root)),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
+        memo: String::new(),
         metadata: SandboxMetadata {
             name,
             namespace,

@@ -182,7 +182,14 @@ fn insert(
         });
     }
     let mode = u32::try_from(mode & 0o777).unwrap_or(0o644);
-    files.insert(path.to_owned(), VolumeFile { content, mode });
+    files.insert(
+        path.to_owned(),
+        VolumeFile {
+            content,
+            mode,
+            uid: 0,
+        },
+    );
     Ok(())
 }
 

@@ -30,11 +30,14 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::Instrument;
 
 use crate::{
-    api::{ContainerConfig, RuntimeEvent, VolumeConfig},
+    api::{ContainerConfig, ContainerUpdate, RuntimeEvent, VolumeConfig},
     container,
     error::RuntimeError,
     link::{GuestEvent, Link},
-    logs::{fanout::Subscription, pump::Pump},
+    logs::{
+        fanout::Subscription,
+        pump::{Pump, Reopener},
+    },
     records::{ContainerRecord, SandboxRecord},
     sandbox::{self, Phase},
     shared::{Shared, Snapshot},
@@ -63,6 +66,8 @@ pub(crate) enum Request {
         reply: Reply<()>,
     },
     RemoveContainer(ContainerId, Reply<()>),
+    Update(ContainerId, Box<ContainerUpdate>, Reply<()>),
+    Reopener(ContainerId, Reply<Reopener>),
     Subscribe(ContainerId, Reply<Subscription>),
 }
 
@@ -324,6 +329,10 @@ impl Actor {
             Request::RemoveContainer(id, reply) => {
                 drop(reply.send(self.remove_container(&id).await));
             }
+            Request::Update(id, update, reply) => {
+                drop(reply.send(self.update_container(&id, *update).await));
+            }
+            Request::Reopener(id, reply) => drop(reply.send(self.reopener(&id))),
             Request::Subscribe(id, reply) => drop(reply.send(self.subscribe(&id))),
         }
     }

@@ -58,6 +58,9 @@ pub struct SandboxConfig {
     pub labels: BTreeMap<String, String>,
     /// Kept and returned unchanged.
     pub annotations: BTreeMap<String, String>,
+    /// What the owner wants to find again and the runtime does not read. Returned unchanged.
+    #[serde(default)]
+    pub memo: String,
 }
 
 /// resolv.conf of a pod.
@@ -115,6 +118,9 @@ pub struct VolumeFile {
     pub content: Bytes,
     /// Permission bits.
     pub mode: u32,
+    /// Owner.
+    #[serde(default)]
+    pub uid: u32,
 }
 
 /// What a container shall be.
@@ -146,6 +152,9 @@ pub struct ContainerConfig {
     pub security: SecurityConfig,
     /// Limits inside the VM.
     pub resources: ResourceConfig,
+    /// Number of the signal that asks it to end, before the image's.
+    #[serde(default)]
+    pub stop_signal: Option<u32>,
     /// Below the sandbox's log directory.
     pub log_path: PathBuf,
     /// Absolute path of the file whose content, up to 4096 bytes, becomes part of the message of
@@ -156,6 +165,9 @@ pub struct ContainerConfig {
     pub labels: BTreeMap<String, String>,
     /// Kept and returned unchanged.
     pub annotations: BTreeMap<String, String>,
+    /// What the owner wants to find again and the runtime does not read. Returned unchanged.
+    #[serde(default)]
+    pub memo: String,
 }
 
 /// One mount of a volume.
@@ -176,6 +188,9 @@ pub struct MountConfig {
 pub struct SecurityConfig {
     /// Numeric user, before the image's.
     pub run_as_user: Option<u32>,
+    /// Name of a user of the image, where there is no number.
+    #[serde(default)]
+    pub run_as_username: String,
     /// Numeric group.
     pub run_as_group: Option<u32>,
     /// Refuse to run as uid 0.
@@ -194,6 +209,12 @@ pub struct SecurityConfig {
     pub no_new_privs: bool,
     /// The engines' default system call filter.
     pub seccomp_default: bool,
+    /// Paths that are not to be seen; `None` = the engines' usual ones, none if privileged.
+    #[serde(default)]
+    pub masked_paths: Option<Vec<String>>,
+    /// Paths that are not writable; `None` = the engines' usual ones, none if privileged.
+    #[serde(default)]
+    pub readonly_paths: Option<Vec<String>>,
 }
 
 /// Limits of a container.
@@ -207,6 +228,23 @@ pub struct ResourceConfig {
     pub cpu_request_milli: i64,
     /// Processes; 0 = none.
     pub pids_limit: i64,
+    /// How soon the guest's kernel ends the first process when memory runs out, -1000 to 1000.
+    #[serde(default)]
+    pub oom_score_adj: Option<i32>,
+    /// Files of the container's cgroup (version 2) and what is written to them.
+    #[serde(default)]
+    pub unified: BTreeMap<String, String>,
+}
+
+/// User and groups of a process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerUser {
+    /// User.
+    pub uid: u32,
+    /// Primary group.
+    pub gid: u32,
+    /// More groups.
+    pub groups: Vec<u32>,
 }
 
 /// State of a sandbox. See `sandbox` for the transitions.
@@ -278,6 +316,8 @@ pub struct ContainerStatus {
     pub image_id: String,
     /// `repository@digest` of the image, or its id.
     pub image_ref: String,
+    /// Who its first process runs as, as the guest found out.
+    pub user: Option<ContainerUser>,
     /// Nanoseconds since 1970; 0 = not yet.
     pub created_unix_nanos: i64,
     /// Nanoseconds since 1970; 0 = not yet.
@@ -348,6 +388,86 @@ pub struct Session {
 /// A byte stream to a port of a pod.
 pub type Connection = Box<dyn hypernetes_vmm::Channel>;
 
+/// What a file system holds of this node's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FilesystemUsage {
+    /// A directory on it.
+    pub path: PathBuf,
+    /// Bytes that are allocated.
+    pub used_bytes: u64,
+    /// Files.
+    pub files: u64,
+}
+
+/// Where the node keeps images and what containers write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskUsage {
+    /// Image layers and their documents.
+    pub images: FilesystemUsage,
+    /// Scratch disks of sandboxes.
+    pub containers: FilesystemUsage,
+}
+
+/// What a sandbox uses, in its guest's words.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SandboxStats {
+    /// When the guest was asked, in nanoseconds since 1970.
+    pub unix_nanos: i64,
+    /// Bytes that the guest's kernel manages.
+    pub memory_total: u64,
+    /// Bytes that could be had without swapping.
+    pub memory_available: u64,
+    /// The guest's interfaces but the loopback.
+    pub interfaces: Vec<InterfaceStats>,
+    /// Containers that are not removed.
+    pub containers: Vec<ContainerStats>,
+}
+
+/// Traffic of one interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InterfaceStats {
+    /// Its name in the guest.
+    pub name: String,
+    /// Bytes in.
+    pub rx_bytes: u64,
+    /// Failed receptions.
+    pub rx_errors: u64,
+    /// Bytes out.
+    pub tx_bytes: u64,
+    /// Failed transmissions.
+    pub tx_errors: u64,
+}
+
+/// What one container uses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerStats {
+    /// Which.
+    pub id: ContainerId,
+    /// CPU time in nanoseconds.
+    pub cpu_usage_nanos: u64,
+    /// Bytes charged.
+    pub memory_usage: u64,
+    /// Bytes that cannot be dropped at once.
+    pub memory_working_set: u64,
+    /// Bytes of anonymous memory.
+    pub memory_rss: u64,
+    /// Page faults.
+    pub page_faults: u64,
+    /// Page faults that waited for a disk.
+    pub major_page_faults: u64,
+    /// Processes.
+    pub pids: u64,
+}
+
+/// New limits of a container, and the note that goes with them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerUpdate {
+    /// All limits, not only those that change.
+    pub resources: ResourceConfig,
+    /// Replaces [`ContainerConfig::memo`].
+    pub memo: String,
+}
+
 /// Progress of an image pull.
 pub type PullProgress = Box<dyn Fn(hypernetes_image::PullEvent) + Send + Sync>;
 
@@ -384,10 +504,22 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     ) -> Result<(), RuntimeError>;
     /// Forgets an exited container and its log. Kills a running one.
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError>;
+    /// Changes the limits of a container that has not ended, at once and for later starts of the
+    /// node.
+    async fn update_container(
+        &self,
+        id: &ContainerId,
+        update: ContainerUpdate,
+    ) -> Result<(), RuntimeError>;
+    /// Goes on in a new log file if somebody has taken the old one away. When it returns, the file
+    /// is there and the old one gets no more.
+    async fn reopen_log(&self, id: &ContainerId) -> Result<(), RuntimeError>;
     /// One container.
     async fn container(&self, id: &ContainerId) -> Option<ContainerStatus>;
     /// All containers, or one sandbox's.
     async fn list_containers(&self, sandbox: Option<&SandboxId>) -> Vec<ContainerStatus>;
+    /// What a sandbox that is up and its containers use.
+    async fn stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError>;
     /// Changes from now on.
     fn events(&self) -> broadcast::Receiver<RuntimeEvent>;
     /// Runs a process in a running container.
@@ -405,4 +537,10 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     ) -> Result<hypernetes_image::Image, RuntimeError>;
     /// Finds an image in the store.
     async fn image(&self, reference: &str) -> Option<hypernetes_image::Image>;
+    /// All images in the store.
+    async fn list_images(&self) -> Result<Vec<hypernetes_image::Image>, RuntimeError>;
+    /// Takes an image with all of its names out of the store. An image of a container is refused.
+    async fn remove_image(&self, reference: &str) -> Result<(), RuntimeError>;
+    /// What images and scratch disks take.
+    async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError>;
 }

@@ -20,14 +20,16 @@ use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::{
-    Connection, ContainerConfig, ContainerState, ContainerStatus, ExecConfig, Failure, Output,
+    Connection, ContainerConfig, ContainerState, ContainerStats, ContainerStatus, ContainerUpdate,
+    ContainerUser, DiskUsage, ExecConfig, Failure, FilesystemUsage, InterfaceStats, Output,
     PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState,
-    SandboxStatus, Session, VolumeConfig,
+    SandboxStats, SandboxStatus, Session, VolumeConfig,
     actor::not_found,
     logs::{
         fanout::Fanout,
         format::{LineCutter, Stream, now_nanos},
     },
+    records::storage,
 };
 
 /// What an exec answers: standard output, standard error, exit code.
@@ -479,9 +481,13 @@ impl PodRuntime for FakeRuntime {
             id: id.clone(),
             sandbox: sandbox.clone(),
             log_path: directory.unwrap_or_default().join(&config.log_path),
-            config,
             state: ContainerState::Created,
             image_id: image.id.to_string(),
+            user: Some(ContainerUser {
+                uid: config.security.run_as_user.unwrap_or(0),
+                gid: config.security.run_as_group.unwrap_or(0),
+                groups: config.security.supplemental_groups.clone(),
+            }),
             image_ref: image
                 .digests
                 .first()
@@ -492,6 +498,7 @@ impl PodRuntime for FakeRuntime {
             exit_code: 0,
             reason: String::new(),
             message: String::new(),
+            config,
         };
         let container = FakeContainer {
             status,
@@ -567,6 +574,38 @@ impl PodRuntime for FakeRuntime {
         Ok(())
     }
 
+    async fn update_container(
+        &self,
+        id: &ContainerId,
+        update: ContainerUpdate,
+    ) -> Result<(), RuntimeError> {
+        self.enter("update_container", id.as_str())?;
+        let mut state = self.lock();
+        let container = state
+            .containers
+            .get_mut(id)
+            .ok_or_else(|| not_found("container", id))?;
+        if container.status.state == ContainerState::Exited {
+            return Err(RuntimeError::State {
+                action: "update",
+                kind: "container",
+                id: id.to_string(),
+                state: "exited".into(),
+            });
+        }
+        container.status.config.resources = update.resources;
+        container.status.config.memo = update.memo;
+        Ok(())
+    }
+
+    async fn reopen_log(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        self.enter("reopen_log", id.as_str())?;
+        self.running(id, "reopen the log of")?;
+        let status = self.container(id).await;
+        let status = status.ok_or_else(|| not_found("container", id))?;
+        append(&status, &[]).map_err(|error| storage("reopen a container log", error))
+    }
+
     async fn container(&self, id: &ContainerId) -> Option<ContainerStatus> {
         self.lock()
             .containers
@@ -581,6 +620,38 @@ impl PodRuntime for FakeRuntime {
             .filter(|status| sandbox.is_none_or(|id| status.sandbox == *id))
             .cloned()
             .collect()
+    }
+
+    /// Every running container has used one second and 1 MiB.
+    async fn stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
+        self.enter("stats", id.as_str())?;
+        self.ready(id, "read statistics")?;
+        let containers = self.list_containers(Some(id)).await;
+        let running = containers
+            .iter()
+            .filter(|container| container.state == ContainerState::Running);
+        let stats = |container: &ContainerStatus| ContainerStats {
+            id: container.id.clone(),
+            cpu_usage_nanos: 1_000_000_000,
+            memory_usage: 1 << 20,
+            memory_working_set: 1 << 20,
+            memory_rss: 1 << 19,
+            page_faults: 7,
+            major_page_faults: 1,
+            pids: 1,
+        };
+        Ok(SandboxStats {
+            unix_nanos: now_nanos(),
+            memory_total: 128 << 20,
+            memory_available: 64 << 20,
+            interfaces: vec![InterfaceStats {
+                name: "eth0".into(),
+                rx_bytes: 100,
+                tx_bytes: 200,
+                ..InterfaceStats::default()
+            }],
+            containers: running.map(stats).collect(),
+        })
     }
 
     fn events(&self) -> broadcast::Receiver<RuntimeEvent> {
@@ -711,6 +782,44 @@ impl PodRuntime for FakeRuntime {
             .get(reference)
             .or_else(|| state.images.values().find(named))
             .cloned()
+    }
+
+    async fn list_images(&self) -> Result<Vec<Image>, RuntimeError> {
+        self.enter("list_images", "")?;
+        let mut images: Vec<Image> = Vec::new();
+        for image in self.lock().images.values() {
+            if !images.iter().any(|other| other.id == image.id) {
+                images.push(image.clone());
+            }
+        }
+        Ok(images)
+    }
+
+    async fn remove_image(&self, reference: &str) -> Result<(), RuntimeError> {
+        self.enter("remove_image", reference)?;
+        let found = self.image(reference).await;
+        let image = found.ok_or_else(|| ImageError::NotFound(reference.to_owned()))?;
+        let mut state = self.lock();
+        let id = image.id.to_string();
+        let mut statuses = state.containers.values().map(|container| &container.status);
+        if statuses.any(|status| status.image_id == id) {
+            return Err(ImageError::InUse(reference.to_owned()).into());
+        }
+        state.images.retain(|_, other| other.id != image.id);
+        Ok(())
+    }
+
+    async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError> {
+        self.enter("disk_usage", "")?;
+        let usage = |path: &str| FilesystemUsage {
+            path: path.into(),
+            used_bytes: 1 << 20,
+            files: 3,
+        };
+        Ok(DiskUsage {
+            images: usage("/var/tmp"),
+            containers: usage("/tmp"),
+        })
     }
 }
 

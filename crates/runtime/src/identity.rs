@@ -119,6 +119,7 @@ fn file(path: &str, content: String) -> v1::File {
         path: path.to_owned(),
         content: content.into_bytes(),
         mode: 0o644,
+        uid: 0,
     }
 }
 

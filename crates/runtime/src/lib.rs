@@ -34,12 +34,14 @@ mod sandbox;
 mod scratch;
 mod sessions;
 mod shared;
+mod stats;
 mod templates;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
 mod timing;
+mod usage;
 
 pub use api::*;
 pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};

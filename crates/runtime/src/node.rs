@@ -17,8 +17,9 @@ use tokio::{
 use crate::{
     actor::{self, Handle, Request, Start, not_found},
     api::{
-        Connection, ContainerConfig, ContainerStatus, ExecConfig, PodRuntime, PullProgress,
-        RuntimeEvent, SandboxConfig, SandboxStatus, Session, VolumeConfig,
+        Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
+        PodRuntime, PullProgress, RuntimeEvent, SandboxConfig, SandboxStats, SandboxStatus,
+        Session, VolumeConfig,
     },
     config::RuntimeConfig,
     container,
@@ -26,13 +27,15 @@ use crate::{
     identity,
     logs::format::now_nanos,
     process::exec_process,
-    records::SandboxRecord,
+    records::{SandboxRecord, storage},
     recovery::RecoveryReport,
     sandbox,
     sessions::{self, AttachInput, Place},
     shared::{Shared, Snapshot},
+    stats,
     templates::{self, Wish},
     timing::{Stopwatch, Timing},
+    usage,
 };
 
 /// [`PodRuntime`] on VMs.
@@ -379,6 +382,30 @@ impl PodRuntime for NodeRuntime {
             .await
     }
 
+    async fn update_container(
+        &self,
+        id: &ContainerId,
+        update: ContainerUpdate,
+    ) -> Result<(), RuntimeError> {
+        let handle = self.handle_of(id)?;
+        handle
+            .ask(|reply| Request::Update(id.clone(), Box::new(update), reply))
+            .await
+    }
+
+    async fn reopen_log(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+        let handle = self.handle_of(id)?;
+        let reopener = handle
+            .ask(|reply| Request::Reopener(id.clone(), reply))
+            .await?;
+        // Not in the sandbox's task: a log that cannot be written must not hold it up.
+        let waited = self.deadline();
+        match timeout(waited, reopener.reopen()).await {
+            Ok(result) => result.map_err(|error| storage("reopen a container log", error)),
+            Err(late) => Err(storage("reopen a container log", late)),
+        }
+    }
+
     async fn container(&self, id: &ContainerId) -> Option<ContainerStatus> {
         let handle = self.handle_of(id).ok()?;
         let snapshot = handle.snapshot.borrow();
@@ -398,6 +425,20 @@ impl PodRuntime for NodeRuntime {
             containers.extend(ids.filter_map(|id| snapshot.container(id, silent)));
         }
         containers
+    }
+
+    async fn stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
+        let action = "read statistics";
+        let handle = self.handle(id)?;
+        let client = self.client(&handle, action).await?;
+        let unix_nanos = now_nanos();
+        let answer = client
+            .stats(v1::StatsRequest {}, self.deadline())
+            .await
+            .map_err(|error| crate::guest::error(&handle.id, action, &error))?;
+        let snapshot = handle.snapshot.borrow();
+        let known = |id: &ContainerId| snapshot.containers.contains_key(id);
+        Ok(stats::of_guest(answer, unix_nanos, known))
     }
 
     fn events(&self) -> broadcast::Receiver<RuntimeEvent> {
@@ -510,5 +551,21 @@ impl PodRuntime for NodeRuntime {
 
     async fn image(&self, reference: &str) -> Option<hypernetes_image::Image> {
         self.shared.config.images.get(reference).await.ok()
+    }
+
+    async fn list_images(&self) -> Result<Vec<hypernetes_image::Image>, RuntimeError> {
+        Ok(self.shared.config.images.list().await?)
+    }
+
+    async fn remove_image(&self, reference: &str) -> Result<(), RuntimeError> {
+        let images = &self.shared.config.images;
+        let id = images.get(reference).await?.id;
+        Ok(images.remove(&id, &self.images_in_use()).await?)
+    }
+
+    async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError> {
+        let images = self.shared.config.images.usage().await?;
+        let containers = usage::of_tree(self.shared.scratch.root().to_owned()).await?;
+        Ok(DiskUsage { images, containers })
     }
 }

@@ -1,14 +1,18 @@
 //! What the runtime needs of images and kernels, so that tests can do without either.
 
-use std::{fmt::Debug, fs::File, path::Path, sync::Arc};
+use std::{collections::HashSet, fmt::Debug, fs::File, path::Path, sync::Arc};
 
 use async_trait::async_trait;
 use hypernetes_image::{Credentials, Image, ImageError, ImageStore, PullOptions};
 use hypernetes_kernel::{KernelCatalog, KernelError};
-use hypernetes_types::{ImageReference, KernelName};
+use hypernetes_types::{Digest, ImageReference, KernelName};
 use hypernetes_vmm::{GuestKernel, Machine};
 
-use crate::{api::PullProgress, error::RuntimeError, records::storage};
+use crate::{
+    api::{FilesystemUsage, PullProgress},
+    error::RuntimeError,
+    records::storage,
+};
 
 /// Images on this node.
 #[async_trait]
@@ -24,6 +28,12 @@ pub trait Images: Send + Sync + Debug {
     async fn get(&self, name: &str) -> Result<Image, ImageError>;
     /// Opens the disks of an image's layers for reading, in the order of [`Image::layers`].
     async fn open_layers(&self, image: &Image) -> Result<Vec<File>, ImageError>;
+    /// All images.
+    async fn list(&self) -> Result<Vec<Image>, ImageError>;
+    /// Forgets an image with all of its names, unless it is in use.
+    async fn remove(&self, id: &Digest, in_use: &HashSet<Digest>) -> Result<(), ImageError>;
+    /// What they take on their disk.
+    async fn usage(&self) -> Result<FilesystemUsage, ImageError>;
 }
 
 #[async_trait]
@@ -48,6 +58,24 @@ impl Images for ImageStore {
 
     async fn open_layers(&self, image: &Image) -> Result<Vec<File>, ImageError> {
         Self::open_layers(self, image).await
+    }
+
+    async fn list(&self) -> Result<Vec<Image>, ImageError> {
+        Self::list(self).await
+    }
+
+    async fn remove(&self, id: &Digest, in_use: &HashSet<Digest>) -> Result<(), ImageError> {
+        Self::remove(self, &id.to_string(), in_use).await.map(drop)
+    }
+
+    async fn usage(&self) -> Result<FilesystemUsage, ImageError> {
+        let usage = Self::usage(self).await?;
+        Ok(FilesystemUsage {
+            path: self.root().to_owned(),
+            used_bytes: usage.layer_bytes.saturating_add(usage.blob_bytes),
+            // A layer is one file, an image three: record, manifest, configuration.
+            files: usage.layers.saturating_add(usage.images.saturating_mul(3)),
+        })
     }
 }
 

@@ -65,9 +65,11 @@ fn env(image: &ImageConfig, config: &ContainerConfig, hostname: &str) -> Vec<Str
 
 fn username(image: &ImageConfig, security: &SecurityConfig) -> String {
     // A number too goes as text, so that the guest finds its groups in the image as for a name.
-    security
-        .run_as_user
-        .map_or_else(|| image.user.clone(), |uid| uid.to_string())
+    match security.run_as_user {
+        Some(uid) => uid.to_string(),
+        None if !security.run_as_username.is_empty() => security.run_as_username.clone(),
+        None => image.user.clone(),
+    }
 }
 
 fn user(security: &SecurityConfig) -> v1::User {
@@ -130,6 +132,7 @@ pub(crate) fn container_process(
             ..user(security)
         }),
         tty: config.tty,
+        oom_score_adj: config.resources.oom_score_adj,
         ..privileges(security)
     })
 }
@@ -159,6 +162,7 @@ pub(crate) fn exec_process(
             ..user(security)
         }),
         tty: config.tty,
+        oom_score_adj: container.config.resources.oom_score_adj,
         ..privileges(security)
     })
 }
@@ -199,6 +203,7 @@ pub(crate) fn resources(config: &ResourceConfig) -> v1::Resources {
         cpu_period: CPU_PERIOD.unsigned_abs(),
         cpu_shares: shares.unsigned_abs(),
         pids_limit: config.pids_limit.max(0),
+        unified: config.unified.clone().into_iter().collect(),
     }
 }
 

@@ -10,7 +10,7 @@ use hypernetes_vmm::VmRecord;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
-    api::{ContainerConfig, Failure, SandboxConfig},
+    api::{ContainerConfig, ContainerUser, Failure, SandboxConfig},
     container,
     error::RuntimeError,
     sandbox,
@@ -105,6 +105,9 @@ pub(crate) struct ContainerRecord {
     pub(crate) config: ContainerConfig,
     pub(crate) image_id: String,
     pub(crate) image_ref: String,
+    /// Of the first process, once the guest has told.
+    #[serde(default)]
+    pub(crate) user: Option<ContainerUser>,
     pub(crate) stop_signal: u32,
     /// Lowest first.
     pub(crate) layers: Vec<LayerSlot>,
@@ -130,6 +133,7 @@ impl ContainerRecord {
             config,
             image_id: String::new(),
             image_ref: String::new(),
+            user: None,
             stop_signal: 15,
             layers: Vec::new(),
             created_unix_nanos: 0,

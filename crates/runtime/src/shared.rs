@@ -171,6 +171,7 @@ impl Snapshot {
             state,
             image_id: record.image_id.clone(),
             image_ref: record.image_ref.clone(),
+            user: record.user.clone(),
             created_unix_nanos: record.created_unix_nanos,
             started_unix_nanos: match record.phase {
                 container::Phase::Starting => 0,

@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::File,
     path::Path,
     sync::{
@@ -33,9 +33,10 @@ use tokio::{
 };
 
 use crate::{
-    ContainerConfig, ContainerState, ContainerStatus, Deadlines, Defaults, DnsConfig, Images,
-    Kernels, NodeRuntime, PodRuntime, PullProgress, ResourceConfig, RuntimeConfig, RuntimeError,
-    SandboxConfig, SandboxMetadata, SecurityConfig, TemplateConfig, UidRange,
+    ContainerConfig, ContainerState, ContainerStatus, Deadlines, Defaults, DnsConfig,
+    FilesystemUsage, Images, Kernels, NodeRuntime, PodRuntime, PullProgress, ResourceConfig,
+    RuntimeConfig, RuntimeError, SandboxConfig, SandboxMetadata, SecurityConfig, TemplateConfig,
+    UidRange,
 };
 
 thread_local! {
@@ -116,6 +117,7 @@ pub(crate) fn sandbox_config(name: &str) -> SandboxConfig {
         cgroup_parent: None,
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
+        memo: String::new(),
     }
 }
 
@@ -134,10 +136,12 @@ pub(crate) fn container_config(name: &str) -> ContainerConfig {
         stdin_once: false,
         security: SecurityConfig::default(),
         resources: ResourceConfig::default(),
+        stop_signal: None,
         log_path: format!("{name}/0.log").into(),
         termination_path: "/dev/termination-log".into(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
+        memo: String::new(),
     }
 }
 
@@ -482,6 +486,29 @@ impl Images for FakeImages {
             .iter()
             .map(|_| File::open("/dev/null").unwrap())
             .collect())
+    }
+
+    async fn list(&self) -> Result<Vec<Image>, ImageError> {
+        Ok(self.images.lock().unwrap().values().cloned().collect())
+    }
+
+    async fn remove(&self, id: &Digest, in_use: &HashSet<Digest>) -> Result<(), ImageError> {
+        if in_use.contains(id) {
+            return Err(ImageError::InUse(id.to_string()));
+        }
+        self.images
+            .lock()
+            .unwrap()
+            .retain(|_, image| image.id != *id);
+        Ok(())
+    }
+
+    async fn usage(&self) -> Result<FilesystemUsage, ImageError> {
+        Ok(FilesystemUsage {
+            path: "/nonexistent".into(),
+            used_bytes: 0,
+            files: 0,
+        })
     }
 }
 

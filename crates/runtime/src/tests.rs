@@ -5,4 +5,5 @@ mod hostile;
 mod lifecycle;
 mod streams;
 mod templates;
+mod upkeep;
 mod volumes;

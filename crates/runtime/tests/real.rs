@@ -241,6 +241,7 @@ impl Bed {
             cgroup_parent: None,
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
+            memo: String::new(),
         }
     }
 
@@ -307,10 +308,12 @@ fn container(name: &str, script: &str) -> ContainerConfig {
             ..SecurityConfig::default()
         },
         resources: ResourceConfig::default(),
+        stop_signal: None,
         log_path: format!("{name}/0.log").into(),
         termination_path: "/dev/termination-log".into(),
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
+        memo: String::new(),
     }
 }
 

@@ -31,6 +31,7 @@ pub enum Method {
     WriteVolume,
     CreateContainer,
     StartContainer,
+    UpdateContainer,
     Signal,
     RemoveContainer,
     ListContainers,

@@ -151,6 +151,21 @@ impl Agent for FakeAgent {
         }))
     }
 
+    async fn update_container(
+        &self,
+        request: Request<v1::UpdateContainerRequest>,
+    ) -> Answer<v1::UpdateContainerResponse> {
+        self.enter(Method::UpdateContainer).await?;
+        let v1::UpdateContainerRequest { id, resources } = request.into_inner();
+        let mut state = self.lock();
+        let container = state
+            .containers
+            .get_mut(&id)
+            .ok_or_else(|| Self::missing(&id))?;
+        container.request.resources = resources;
+        Ok(Response::new(Default::default()))
+    }
+
     async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {
         self.enter(Method::Signal).await?;
         let v1::SignalRequest { id, signal, .. } = request.into_inner();
@@ -444,6 +459,7 @@ impl Agent for FakeAgent {
             memory_total: 128 << 20,
             memory_available: 96 << 20,
             containers,
+            interfaces: Vec::new(),
         }))
     }
 

@@ -329,11 +329,13 @@ pub(crate) fn sandbox(slot: u32) -> v1::ConfigureSandboxRequest {
                 path: "/etc/hosts".into(),
                 content: b"127.0.0.1 localhost me\n".to_vec(),
                 mode: 0,
+                uid: 0,
             },
             v1::File {
                 path: "/etc/hostname".into(),
                 content: b"pod-1\n".to_vec(),
                 mode: 0,
+                uid: 0,
             },
         ],
         ..Default::default()

@@ -114,6 +114,11 @@ impl ImageStore {
         Ok(store)
     }
 
+    /// Where it is on the disk.
+    pub fn root(&self) -> &Path {
+        &self.inner.root
+    }
+
     /// Finds an image by reference, id, or the first 12 or more digits of an id.
     pub async fn get(&self, name: &str) -> Result<Image, ImageError> {
         let name = name.to_owned();

@@ -77,6 +77,7 @@ impl World {
             cgroup_parent: None,
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
+            memo: String::new(),
         };
         self.sandboxes.push(SandboxStatus {
             id,
@@ -123,6 +124,8 @@ impl World {
             stdin_once: false,
             security: SecurityConfig::default(),
             resources: ResourceConfig::default(),
+            stop_signal: None,
+            memo: String::new(),
             log_path: format!("{name}/{attempt}.log").into(),
             termination_path: String::new(),
             labels: BTreeMap::new(),
@@ -138,6 +141,7 @@ impl World {
             config,
             state,
             image_id: "sha256:1".into(),
+            user: None,
             image_ref: "docker.io/library/busybox@sha256:2".into(),
             created_unix_nanos: nanos(-60),
             started_unix_nanos: nanos(-50),

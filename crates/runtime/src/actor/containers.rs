@@ -14,7 +14,7 @@ use hypernetes_vmm::{Disk, Vm};
 
 use super::{Actor, Member, not_found};
 use crate::{
-    api::ContainerConfig,
+    api::{ContainerConfig, ContainerUpdate, ContainerUser},
     container::{Event, Phase},
     error::RuntimeError,
     guest::clean,
@@ -23,7 +23,7 @@ use crate::{
         beneath,
         file::LogFile,
         format::now_nanos,
-        pump::{Pump, PumpSpec},
+        pump::{Pump, PumpSpec, Reopener},
     },
     process::{container_process, resources, signal_number},
     records::{ContainerRecord, LayerSlot, StoredProcess},
@@ -33,6 +33,10 @@ use crate::{
 
 /// Slots of the SCSI bus that layers can have.
 const LAYER_SLOTS: std::ops::RangeInclusive<u32> = SCRATCH_SLOT + 1..=254;
+/// The first version of the protocol in which limits can name files of the cgroup.
+const PROTOCOL_WITH_UNIFIED: u32 = 2;
+/// Groups that are taken from a guest.
+const MAX_GROUPS: usize = 1024;
 /// Containers of one sandbox.
 const MAX_CONTAINERS: usize = 256;
 
@@ -128,9 +132,10 @@ impl Actor {
             return Err(invalid("log_path", rule));
         }
         let process = container_process(&image.config, &config, &self.record.config.hostname)?;
-        let stop_signal = match image.config.stop_signal.as_str() {
-            "" => 15,
-            text => signal_number(text).unwrap_or(15),
+        let stop_signal = match (config.stop_signal, image.config.stop_signal.as_str()) {
+            (Some(signal), _) => signal,
+            (None, "") => 15,
+            (None, text) => signal_number(text).unwrap_or(15),
         };
         let (layers, files) = self.plan_layers(layers)?;
         let user = process.user.clone().unwrap_or_default();
@@ -225,6 +230,12 @@ impl Actor {
         }
         let log = self.open_log(id, LogFile::create).await?;
         let client = self.client(action).await?;
+        let unified = request.resources.as_ref();
+        let unified = unified.is_some_and(|resources| !resources.unified.is_empty());
+        if unified && client.hello().version < PROTOCOL_WITH_UNIFIED {
+            let rule = "is not known to the guest of an earlier release: make the pod anew";
+            return Err(invalid("unified", rule));
+        }
         let deadline = self.shared.config.deadlines.call;
         let sandbox = self.record.id.clone();
         let created = self
@@ -236,7 +247,12 @@ impl Actor {
         let Some(member) = self.members.get_mut(id) else {
             return Err(not_found("container", id));
         };
-        let uid = created.user.map(|user| user.uid);
+        let uid = created.user.as_ref().map(|user| user.uid);
+        member.record.user = created.user.map(|user| ContainerUser {
+            uid: user.uid,
+            gid: user.gid,
+            groups: user.additional_gids.into_iter().take(MAX_GROUPS).collect(),
+        });
         if member.record.config.security.run_as_non_root && uid.is_none_or(|uid| uid == 0) {
             return Err(invalid("run_as_non_root", "the image's user is root"));
         }
@@ -441,6 +457,63 @@ impl Actor {
         .await
     }
 
+    /// Changes limits. The record comes after the guest: what is shown is in force, and whoever
+    /// gets an error asks again.
+    pub(super) async fn update_container(
+        &mut self,
+        id: &ContainerId,
+        update: ContainerUpdate,
+    ) -> Result<(), RuntimeError> {
+        let action = "update a container";
+        let member = self
+            .members
+            .get(id)
+            .ok_or_else(|| not_found("container", id))?;
+        let phase = member.record.phase;
+        if !phase.is_live() {
+            return Err(self.refused_container("update", id, phase));
+        }
+        let mut intent = member.record.clone();
+        intent.config.resources = update.resources;
+        intent.config.memo = update.memo;
+        let vm = self.ready_vm(action)?;
+        let client = self.client(action).await?;
+        let request = v1::UpdateContainerRequest {
+            id: id.to_string(),
+            resources: Some(resources(&intent.config.resources)),
+        };
+        let deadline = self.shared.config.deadlines.call;
+        let sandbox = self.record.id.clone();
+        self.with_vm(action, &vm, async {
+            let updated = client.update_container(request, deadline).await;
+            updated
+                .map(drop)
+                .map_err(|error| crate::guest::error(&sandbox, action, &error))
+        })
+        .await?;
+        self.shared.records.put_container(&intent).await?;
+        if let Some(member) = self.members.get_mut(id) {
+            member.record = intent;
+        }
+        self.publish_container(id);
+        Ok(())
+    }
+
+    /// The pump of a container, to be told that its log was taken away.
+    pub(super) fn reopener(&self, id: &ContainerId) -> Result<Reopener, RuntimeError> {
+        let member = self
+            .members
+            .get(id)
+            .ok_or_else(|| not_found("container", id))?;
+        let phase = member.record.phase;
+        member
+            .pump
+            .as_ref()
+            .filter(|_| phase.is_live())
+            .map(|pump| pump.reopener.clone())
+            .ok_or_else(|| self.refused_container("reopen the log of", id, phase))
+    }
+
     pub(super) async fn remove_container(&mut self, id: &ContainerId) -> Result<(), RuntimeError> {
         let Some(member) = self.members.get_mut(id) else {
             return Ok(());
@@ -508,10 +581,11 @@ fn create_request(
     process: v1::Process,
 ) -> Result<v1::CreateContainerRequest, RuntimeError> {
     let config = &record.config;
-    let paths = |paths: &[&str]| -> Vec<String> {
-        match config.security.privileged {
-            true => Vec::new(),
-            false => paths.iter().map(|&path| path.to_owned()).collect(),
+    let paths = |told: &Option<Vec<String>>, usual: &[&str]| -> Vec<String> {
+        match told {
+            Some(paths) => paths.clone(),
+            None if config.security.privileged => Vec::new(),
+            None => usual.iter().map(|&path| path.to_owned()).collect(),
         }
     };
     let mut mounts = Vec::with_capacity(config.mounts.len());
@@ -542,8 +616,8 @@ fn create_request(
         readonly_rootfs: config.security.readonly_rootfs,
         resources: Some(resources(&config.resources)),
         privileged: config.security.privileged,
-        masked_paths: paths(defaults::MASKED_PATHS),
-        readonly_paths: paths(defaults::READONLY_PATHS),
+        masked_paths: paths(&config.security.masked_paths, defaults::MASKED_PATHS),
+        readonly_paths: paths(&config.security.readonly_paths, defaults::READONLY_PATHS),
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         output_buffer: 0,

@@ -21,14 +21,26 @@ use crate::{
 const MAX_VOLUME: usize = hypernetes_agent_api::MAX_MESSAGE_SIZE - 256 * 1024;
 /// Slots of the SCSI bus that volumes can have: from the top, as layers come from the bottom.
 const DISK_SLOTS: std::ops::RangeInclusive<u32> = 223..=254;
-/// The first version of the protocol in which a volume can have a disk.
+/// The first version of the protocol in which a volume can have a disk, and its files an owner.
 const PROTOCOL_WITH_DISKS: u32 = 2;
+
+/// Whether files of a volume belong to somebody else than root.
+fn has_owners(kind: &VolumeKind) -> bool {
+    match kind {
+        VolumeKind::Files { files } => files.values().any(|file| file.uid != 0),
+        VolumeKind::EmptyDir { .. } => false,
+    }
+}
 
 impl Actor {
     pub(super) async fn write_volume(&mut self, volume: VolumeConfig) -> Result<(), RuntimeError> {
         let action = "write a volume";
         let vm = self.ready_vm(action)?;
         let client = self.client(action).await?;
+        if client.hello().version < PROTOCOL_WITH_DISKS && has_owners(&volume.kind) {
+            let rule = "have no owner in the guest of an earlier release: make the pod anew";
+            return Err(invalid("files", rule));
+        }
         let slot = match own_disk(&volume.kind, self.record.config.scratch_mib) {
             None => 0,
             Some(_) if client.hello().version < PROTOCOL_WITH_DISKS => {
@@ -175,6 +187,7 @@ fn request(volume: VolumeConfig, disk_slot: u32) -> Result<v1::WriteVolumeReques
                 path,
                 content: file.content.to_vec(),
                 mode: file.mode,
+                uid: file.uid,
             };
             v1::volume::Kind::Files(v1::FilesVolume {
                 files: files.into_iter().map(file).collect(),

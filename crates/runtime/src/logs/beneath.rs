@@ -78,6 +78,18 @@ pub(crate) fn open_file(root: &Path, path: &Path) -> io::Result<File> {
     }
 }
 
+/// Inode number of `root/path`, or `None` if nothing is there.
+pub(crate) fn inode(root: &Path, path: &Path) -> io::Result<Option<u64>> {
+    if !is_plain(path) {
+        return Err(not_plain());
+    }
+    match beneath(&directory(root)?, path, OFlags::PATH, Mode::empty()) {
+        Ok(file) => Ok(Some(rustix::fs::fstat(file)?.st_ino)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Removes `root/path` and the directories on the way that are empty then, `root` not among them.
 pub(crate) fn remove_file(root: &Path, path: &Path) -> io::Result<()> {
     if !is_plain(path) {

@@ -19,11 +19,14 @@ use super::{
 
 /// A checkpoint is written whenever the file has grown by so much.
 const CHECKPOINT_EVERY: u64 = 1 << 20;
+/// In a checkpoint: whatever file is there next begins at these offsets.
+const NEXT: u64 = 0;
 /// No line of ours is longer; newline included.
 const LONGEST: u64 = (HEADER + MAX_LINE + 1) as u64;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 struct Checkpoint {
+    /// [`NEXT`], or the file that the rest is about.
     inode: u64,
     position: u64,
     offsets: [u64; 2],
@@ -47,7 +50,7 @@ impl LogFile {
         let metadata = file.metadata()?;
         let start = read_checkpoint(&checkpoint_path)
             .filter(|saved| {
-                saved.inode == metadata.ino()
+                (saved.inode == metadata.ino() || saved.inode == NEXT)
                     && saved.position <= metadata.len()
                     && ends_with_newline(&file, saved.position)
             })
@@ -81,6 +84,27 @@ impl LogFile {
             log.checkpointed = log.position;
         }
         Ok(log)
+    }
+
+    /// Goes on in a new file if the one that is written is not at its path any more. On error the
+    /// old one is still written. Blocks.
+    pub(crate) fn reopen(&mut self, root: &Path, path: &Path) -> io::Result<()> {
+        let written = self.file.metadata()?.ino();
+        if beneath::inode(root, path)? == Some(written) {
+            return Ok(());
+        }
+        // First, so that a runtime that opens the log after a crash knows what stands in the files
+        // before it.
+        self.write_checkpoint(NEXT, 0)?;
+        let file = beneath::open_file(root, path)?;
+        let metadata = file.metadata()?;
+        (self.file, self.position) = (file, metadata.len());
+        self.checkpointed = self.position;
+        if let Err(error) = self.write_checkpoint(metadata.ino(), self.position) {
+            // The one written first says the same, but for what somebody else may have put there.
+            tracing::debug!(%error, "cannot write a log checkpoint");
+        }
+        Ok(())
     }
 
     fn scan(&mut self) -> io::Result<()> {
@@ -149,10 +173,13 @@ impl LogFile {
     }
 
     fn save(&self) -> io::Result<()> {
-        let inode = self.file.metadata()?.ino();
+        self.write_checkpoint(self.file.metadata()?.ino(), self.position)
+    }
+
+    fn write_checkpoint(&self, inode: u64, position: u64) -> io::Result<()> {
         let saved = Checkpoint {
             inode,
-            position: self.position,
+            position,
             offsets: self.offsets,
         };
         let fresh = self.checkpoint_path.with_extension("new");

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use hypernetes_agent_api::{AgentClient, MAX_CHUNK_SIZE, v1};
 use hypernetes_types::ContainerId;
 use tokio::{
-    sync::watch,
+    sync::{mpsc, oneshot, watch},
     time::{sleep, timeout},
 };
 use tokio_stream::wrappers::WatchStream;
@@ -42,10 +42,28 @@ pub(crate) struct PumpSpec {
     pub(crate) deadline: Duration,
 }
 
+/// Tells a pump that its log was taken away.
+#[derive(Debug, Clone)]
+pub(crate) struct Reopener(mpsc::Sender<Reopened>);
+
+type Reopened = oneshot::Sender<std::io::Result<()>>;
+
+impl Reopener {
+    /// Makes the pump go on in a new file. Without a deadline of its own: the pump may be waiting
+    /// for its disk.
+    pub(crate) async fn reopen(&self) -> std::io::Result<()> {
+        let ended = || std::io::Error::other("the container has ended");
+        let (reply, answer) = oneshot::channel();
+        self.0.send(reply).await.map_err(|_ended| ended())?;
+        answer.await.map_err(|_ended| ended())?
+    }
+}
+
 /// A running pump; dropping it ends it.
 #[derive(Debug)]
 pub(crate) struct Pump {
     pub(crate) fanout: Arc<Fanout>,
+    pub(crate) reopener: Reopener,
     drained: watch::Receiver<bool>,
     _task: AbortOnDropHandle<()>,
 }
@@ -54,6 +72,7 @@ impl Pump {
     pub(crate) fn spawn(mut spec: PumpSpec) -> Self {
         let fanout = Arc::new(Fanout::default());
         let (done, drained) = watch::channel(false);
+        let (reopener, reopens) = mpsc::channel(1);
         let span = tracing::info_span!("log", container = %spec.container);
         let log = spec.log.take();
         let worker = Worker {
@@ -63,6 +82,7 @@ impl Pump {
             seen: log.as_ref().map_or([0; 2], LogFile::offsets),
             log,
             ended: [false; 2],
+            reopens,
         };
         let clients = Arc::clone(&fanout);
         let task = async move {
@@ -73,6 +93,7 @@ impl Pump {
         let task = AbortOnDropHandle::new(tokio::spawn(task.instrument(span)));
         Self {
             fanout,
+            reopener: Reopener(reopener),
             drained,
             _task: task,
         }
@@ -107,14 +128,25 @@ struct Worker {
     /// Per stream, up to where clients have been served. Ahead of the log by the unfinished line.
     seen: [u64; 2],
     ended: [bool; 2],
+    reopens: mpsc::Receiver<Reopened>,
 }
 
 impl Worker {
     async fn run(mut self) {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
         loop {
-            let connected = self.spec.link.wait_for(|link| link.client.is_some()).await;
-            let Some(client) = connected.ok().and_then(|link| link.client.clone()) else {
+            let connected = async {
+                let connected = self.spec.link.wait_for(|link| link.client.is_some()).await;
+                connected.ok().and_then(|link| link.client.clone())
+            };
+            let client = tokio::select! {
+                client = connected => client,
+                Some(reply) = self.reopens.recv() => {
+                    self.reopen(reply).await;
+                    continue;
+                }
+            };
+            let Some(client) = client else {
                 return;
             };
             let before = self.offsets();
@@ -131,6 +163,7 @@ impl Worker {
                     // A new connection is worth a try at once; the same one is not.
                     tokio::select! {
                         () = backoff.wait() => {}
+                        Some(reply) = self.reopens.recv() => self.reopen(reply).await,
                         changed = self.spec.link.changed() => if changed.is_err() { return },
                     }
                 }
@@ -158,7 +191,14 @@ impl Worker {
             Ok(Ok(response)) => response.into_inner(),
         };
         loop {
-            let chunk = match chunks.message().await {
+            let message = tokio::select! {
+                message = chunks.message() => message,
+                Some(reply) = self.reopens.recv() => {
+                    self.reopen(reply).await;
+                    continue;
+                }
+            };
+            let chunk = match message {
                 Ok(Some(chunk)) => chunk,
                 Ok(None) => return Outcome::Broken("the guest ended the output".into()),
                 Err(status) => return Outcome::Broken(crate::guest::clean(status.message())),
@@ -219,6 +259,30 @@ impl Worker {
         Ok(())
     }
 
+    /// Goes on in a new file. The streams' offsets go on too.
+    async fn reopen(&mut self, reply: Reopened) {
+        let result = match self.log.take() {
+            None => self.open().await,
+            Some(mut log) => {
+                let (root, path) = (self.spec.log_root.clone(), self.spec.log_path.clone());
+                let reopen = move || {
+                    let result = log.reopen(&root, &path);
+                    (log, result)
+                };
+                // The closure cannot panic, and it is not cancelled while the runtime lives.
+                match tokio::task::spawn_blocking(reopen).await {
+                    Ok((log, result)) => {
+                        self.log = Some(log);
+                        result
+                    }
+                    Err(error) => Err(std::io::Error::other(error)),
+                }
+            }
+        };
+        // Whoever asked may have gone.
+        drop(reply.send(result));
+    }
+
     async fn write(&mut self, stream: Stream, data: &Bytes, eof: bool) {
         let mut lines = Vec::new();
         for piece in data.chunks(PIECE) {
@@ -261,7 +325,11 @@ impl Worker {
                         tracing::warn!(%error, "cannot write a container log, the container waits");
                         told = true;
                     }
-                    sleep(backoff.next()).await;
+                    // A log that is too large for its disk may be taken away just now.
+                    tokio::select! {
+                        () = sleep(backoff.next()) => {}
+                        Some(reply) = self.reopens.recv() => self.reopen(reply).await,
+                    }
                 }
             }
         }

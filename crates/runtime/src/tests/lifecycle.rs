@@ -418,6 +418,7 @@ async fn bad_requests_are_refused_before_anything_is_done() {
             VolumeFile {
                 content: vec![0; 5 << 20].into(),
                 mode: 0o644,
+                uid: 0,
             },
         )]
         .into(),
@@ -443,6 +444,7 @@ async fn volumes_reach_the_guest() {
         VolumeFile {
             content: "v".into(),
             mode: 0o400,
+            uid: 0,
         },
     )]
     .into();

@@ -1,0 +1,244 @@
+//! A container: from the request to the runtime, and back to what is shown of it.
+
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path, PathBuf},
+};
+
+use hypernetes_runtime::{ContainerConfig, ContainerStatus, SandboxStatus};
+use serde_json::json;
+
+use crate::{
+    filter, memo,
+    mounts::{self, Owner},
+    resources, security, signal,
+    status::CriError,
+    v1,
+};
+
+/// The parts of a request that must be there.
+pub(crate) struct Asked<'a> {
+    pub(crate) config: &'a v1::ContainerConfig,
+    pub(crate) metadata: &'a v1::ContainerMetadata,
+    pub(crate) image: &'a v1::ImageSpec,
+}
+
+impl<'a> Asked<'a> {
+    pub(crate) fn of(request: &'a v1::CreateContainerRequest) -> Result<Self, CriError> {
+        let required = |field: &str| CriError::invalid(field, "must be given");
+        let config = request.config.as_ref().ok_or_else(|| required("config"))?;
+        let metadata = config
+            .metadata
+            .as_ref()
+            .filter(|metadata| !metadata.name.is_empty())
+            .ok_or_else(|| required("config.metadata.name"))?;
+        if metadata.name.contains(['/', '\0']) || metadata.name.len() > 253 {
+            return Err(CriError::invalid(
+                "config.metadata.name",
+                "must be 1 to 253 characters without '/'",
+            ));
+        }
+        let image = config
+            .image
+            .as_ref()
+            .filter(|image| !image.image.is_empty())
+            .ok_or_else(|| required("config.image.image"))?;
+        Ok(Self {
+            config,
+            metadata,
+            image,
+        })
+    }
+}
+
+/// What the runtime shall create, with its mounts.
+pub(crate) fn plan(
+    asked: &Asked<'_>,
+    sandbox: &SandboxStatus,
+    mounts: &mounts::Plan,
+) -> Result<ContainerConfig, CriError> {
+    let config = asked.config;
+    if !config.devices.is_empty() {
+        let rule = "no device of the host is in a microVM";
+        return Err(CriError::invalid("config.devices", rule));
+    }
+    if !config.cdi_devices.is_empty() {
+        let rule = "no device of the host is in a microVM";
+        return Err(CriError::invalid("config.CDI_devices", rule));
+    }
+    if config.windows.is_some() {
+        return Err(CriError::invalid("config.windows", "this node runs Linux"));
+    }
+    let linux = config.linux.clone().unwrap_or_default();
+    let context = linux.security_context.unwrap_or_default();
+    check_namespaces(context.namespace_options.as_ref(), sandbox)?;
+    Ok(ContainerConfig {
+        name: asked.metadata.name.clone(),
+        attempt: asked.metadata.attempt,
+        image: asked.image.image.clone(),
+        command: config.command.clone(),
+        args: config.args.clone(),
+        env: environment(&config.envs)?,
+        working_dir: config.working_dir.clone(),
+        mounts: mounts.mounts.clone(),
+        tty: config.tty,
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        security: security::of_container("config.linux.security_context", &context)?,
+        resources: resources::of_container(
+            "config.linux.resources",
+            &linux.resources.unwrap_or_default(),
+        )?,
+        stop_signal: signal::number(config.stop_signal)?,
+        termination_path: mounts.termination_path.clone(),
+        log_path: log_path(&config.log_path, asked.metadata)?,
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+        memo: memo::of_container(config),
+    })
+}
+
+/// Who the mounts belong to.
+pub(crate) fn owner<'a>(asked: &Asked<'a>, sandbox: &'a SandboxStatus) -> Owner<'a> {
+    Owner {
+        pod_uid: &sandbox.config.metadata.uid,
+        container: &asked.metadata.name,
+    }
+}
+
+/// All containers of a sandbox see each other's processes, or none does.
+fn check_namespaces(
+    options: Option<&v1::NamespaceOption>,
+    sandbox: &SandboxStatus,
+) -> Result<(), CriError> {
+    let base = "config.linux.security_context";
+    security::check_namespaces(base, options)?;
+    let shared = sandbox.config.share_process_namespace;
+    match options.map(v1::NamespaceOption::pid) {
+        Some(v1::NamespaceMode::Pod) if !shared => Err(CriError::invalid(
+            format!("{base}.namespace_options.pid"),
+            "POD needs a sandbox with POD",
+        )),
+        Some(v1::NamespaceMode::Container) if shared => Err(CriError::invalid(
+            format!("{base}.namespace_options.pid"),
+            "CONTAINER needs a sandbox with CONTAINER",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn environment(envs: &[v1::KeyValue]) -> Result<Vec<(String, String)>, CriError> {
+    let variable = |(index, env): (usize, &v1::KeyValue)| {
+        let value = String::from_utf8(env.value.clone()).map_err(|_not_utf8| {
+            CriError::invalid(format!("config.envs[{index}].value"), "must be UTF-8")
+        })?;
+        Ok((env.key.clone(), value))
+    };
+    envs.iter().enumerate().map(variable).collect()
+}
+
+/// As asked; a container that is to have no log has one of a name of its own, out of sight.
+fn log_path(asked: &str, metadata: &v1::ContainerMetadata) -> Result<PathBuf, CriError> {
+    if asked.is_empty() {
+        return Ok(format!(".{}_{}.log", metadata.name, metadata.attempt).into());
+    }
+    let path = Path::new(asked);
+    if !path
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)))
+    {
+        let rule = "must be relative and made of plain names";
+        return Err(CriError::invalid("config.log_path", rule));
+    }
+    Ok(path.to_owned())
+}
+
+fn metadata(status: &ContainerStatus) -> v1::ContainerMetadata {
+    v1::ContainerMetadata {
+        name: status.config.name.clone(),
+        attempt: status.config.attempt,
+    }
+}
+
+/// The image as it was asked for.
+fn image(asked: &v1::ContainerConfig, status: &ContainerStatus) -> v1::ImageSpec {
+    let mut image = asked.image.clone().unwrap_or_default();
+    let named = [&image.user_specified_image, &image.image, &status.image_ref];
+    let named = named.into_iter().find(|name| !name.is_empty()).cloned();
+    image.image = named.unwrap_or_default();
+    image
+}
+
+/// A container in a list.
+pub(crate) fn item(status: &ContainerStatus) -> v1::Container {
+    v1::Container {
+        id: status.id.to_string(),
+        pod_sandbox_id: status.sandbox.to_string(),
+        metadata: Some(metadata(status)),
+        image: Some(image(&memo::container(&status.config.memo), status)),
+        image_ref: status.image_ref.clone(),
+        state: filter::container_state(status.state).into(),
+        created_at: status.created_unix_nanos,
+        labels: status.config.labels.clone(),
+        annotations: status.config.annotations.clone(),
+        image_id: status.image_id.clone(),
+    }
+}
+
+/// All that is shown of a container.
+pub(crate) fn full(status: &ContainerStatus) -> v1::ContainerStatus {
+    let asked = memo::container(&status.config.memo);
+    let user = status.user.as_ref().map(|user| v1::ContainerUser {
+        linux: Some(v1::LinuxContainerUser {
+            uid: user.uid.into(),
+            gid: user.gid.into(),
+            supplemental_groups: user.groups.iter().map(|group| (*group).into()).collect(),
+        }),
+    });
+    let log_path = match asked.log_path.is_empty() {
+        true => String::new(),
+        false => status.log_path.to_string_lossy().into_owned(),
+    };
+    v1::ContainerStatus {
+        id: status.id.to_string(),
+        metadata: Some(metadata(status)),
+        state: filter::container_state(status.state).into(),
+        created_at: status.created_unix_nanos,
+        started_at: status.started_unix_nanos,
+        finished_at: status.finished_unix_nanos,
+        exit_code: status.exit_code,
+        image: Some(image(&asked, status)),
+        image_ref: status.image_ref.clone(),
+        reason: status.reason.clone(),
+        message: status.message.clone(),
+        labels: status.config.labels.clone(),
+        annotations: status.config.annotations.clone(),
+        resources: Some(v1::ContainerResources {
+            linux: Some(
+                asked
+                    .linux
+                    .and_then(|linux| linux.resources)
+                    .unwrap_or_default(),
+            ),
+            windows: None,
+        }),
+        mounts: asked.mounts,
+        log_path,
+        image_id: status.image_id.clone(),
+        user,
+        stop_signal: asked.stop_signal,
+    }
+}
+
+/// For whoever debugs.
+pub(crate) fn info(status: &ContainerStatus) -> BTreeMap<String, String> {
+    let info = json!({
+        "sandboxID": status.sandbox.to_string(),
+        "state": format!("{:?}", status.state),
+        "imageID": status.image_id,
+        "command": status.config.command,
+        "args": status.config.args,
+        "privileged": status.config.security.privileged,
+    });
+    BTreeMap::from([("info".to_owned(), info.to_string())])
+}

@@ -1,0 +1,256 @@
+//! A pod sandbox: from the request to the runtime, and back to what is shown of it.
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use hypernetes_network::NetworkSpec;
+use hypernetes_runtime::{DnsConfig, SandboxConfig, SandboxMetadata, SandboxState, SandboxStatus};
+use hypernetes_types::{KernelName, kinds::KERNEL_ANNOTATION};
+use serde_json::json;
+
+use crate::{
+    HANDLER,
+    config::CriConfig,
+    filter::{self, metadata},
+    lookup::shown,
+    memo, resources, security,
+    status::CriError,
+    v1,
+};
+
+/// Longest host name that Linux takes, less one that Kubernetes leaves.
+const MAX_HOSTNAME: usize = 63;
+
+/// What the runtime shall boot.
+pub(crate) fn plan(
+    request: &v1::RunPodSandboxRequest,
+    node: &CriConfig,
+    network: &NetworkSpec,
+) -> Result<SandboxConfig, CriError> {
+    check_handler(&request.runtime_handler)?;
+    let required = |field: &str| CriError::invalid(field, "must be given");
+    let config = request.config.as_ref().ok_or_else(|| required("config"))?;
+    let name = config
+        .metadata
+        .as_ref()
+        .ok_or_else(|| required("config.metadata"))?;
+    for (field, value) in [
+        ("name", &name.name),
+        ("namespace", &name.namespace),
+        ("uid", &name.uid),
+    ] {
+        let plain = !value.is_empty() && !value.contains(['/', '\0']) && !value.starts_with('.');
+        if !plain || value.len() > 253 {
+            return Err(CriError::invalid(
+                format!("config.metadata.{field}"),
+                "must be 1 to 253 characters without '/'",
+            ));
+        }
+    }
+    if config.windows.is_some() {
+        return Err(CriError::invalid("config.windows", "this node runs Linux"));
+    }
+    if let Some(port) = config.port_mappings.iter().find(|port| port.host_port != 0) {
+        return Err(CriError::invalid(
+            "config.port_mappings",
+            format!(
+                "host port {} cannot be had: host ports are not served by this node",
+                port.host_port
+            ),
+        ));
+    }
+    let linux = config.linux.clone().unwrap_or_default();
+    let context = linux.security_context.clone().unwrap_or_default();
+    security::check_sandbox("config.linux.security_context", &context)?;
+    let namespaces = context.namespace_options.unwrap_or_default();
+    let size = resources::vm_size(&linux, &node.vm);
+    Ok(SandboxConfig {
+        metadata: SandboxMetadata {
+            name: name.name.clone(),
+            namespace: name.namespace.clone(),
+            uid: name.uid.clone(),
+            attempt: name.attempt,
+        },
+        hostname: hostname(&config.hostname, &name.name),
+        network: Some(network.id.clone()),
+        requested_address: None,
+        kernel: kernel(&config.annotations)?,
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
+        scratch_mib: node.vm.scratch_mib,
+        dns: config
+            .dns_config
+            .clone()
+            .map_or_else(DnsConfig::default, |dns| DnsConfig {
+                servers: dns.servers,
+                searches: dns.searches,
+                options: dns.options,
+            }),
+        // The kubelet mounts its own /etc/hosts.
+        hosts: Vec::new(),
+        sysctls: sysctls(&linux.sysctls),
+        share_process_namespace: namespaces.pid() == v1::NamespaceMode::Pod,
+        log_directory: log_directory(config, name, node)?,
+        cgroup_parent: Some(cgroup_parent(&linux.cgroup_parent, name, node)?),
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+        memo: memo::of_sandbox(request),
+    })
+}
+
+/// Refuses handlers that this node has not.
+fn check_handler(handler: &str) -> Result<(), CriError> {
+    match handler {
+        "" | HANDLER => Ok(()),
+        other => Err(CriError::invalid(
+            "runtime_handler",
+            format!("{:?} is not known; this node has {HANDLER:?}", shown(other)),
+        )),
+    }
+}
+
+fn kernel(annotations: &BTreeMap<String, String>) -> Result<Option<KernelName>, CriError> {
+    let named = annotations.get(KERNEL_ANNOTATION);
+    named
+        .map(|name| {
+            name.parse().map_err(|error: hypernetes_types::IdError| {
+                let field = format!("config.annotations[{KERNEL_ANNOTATION}]");
+                CriError::invalid(field, error.to_string())
+            })
+        })
+        .transpose()
+}
+
+/// As asked, or the pod's name as far as it can be one.
+fn hostname(asked: &str, pod: &str) -> String {
+    if !asked.is_empty() {
+        return asked.to_owned();
+    }
+    let plain = |c: char| match c {
+        c if c.is_ascii_alphanumeric() || c == '-' => c,
+        _ => '-',
+    };
+    let name: String = pod.chars().map(plain).take(MAX_HOSTNAME).collect();
+    match name.trim_matches('-') {
+        "" => "pod".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+/// Kubernetes allows slashes for dots.
+fn sysctls(asked: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let dotted = |(name, value): (&String, &String)| (name.replace('/', "."), value.clone());
+    asked.iter().map(dotted).collect()
+}
+
+fn log_directory(
+    config: &v1::PodSandboxConfig,
+    name: &v1::PodSandboxMetadata,
+    node: &CriConfig,
+) -> Result<PathBuf, CriError> {
+    if config.log_directory.is_empty() {
+        let own = format!(
+            "{}_{}_{}_{}",
+            name.namespace, name.name, name.uid, name.attempt
+        );
+        return Ok(node.log_dir.join(own));
+    }
+    let path = PathBuf::from(&config.log_directory);
+    let climbs = path
+        .components()
+        .any(|part| part == std::path::Component::ParentDir);
+    if !path.is_absolute() || climbs {
+        return Err(CriError::invalid(
+            "config.log_directory",
+            "must be an absolute path without ..",
+        ));
+    }
+    Ok(path)
+}
+
+/// As asked: a path of the cgroupfs driver. Or one of the node's own.
+fn cgroup_parent(
+    asked: &str,
+    name: &v1::PodSandboxMetadata,
+    node: &CriConfig,
+) -> Result<String, CriError> {
+    if asked.is_empty() {
+        return Ok(format!("{}/pod{}", node.cgroup_root, name.uid));
+    }
+    let plain = |part: std::path::Component<'_>| {
+        matches!(
+            part,
+            std::path::Component::RootDir | std::path::Component::Normal(_)
+        )
+    };
+    let path = std::path::Path::new(asked);
+    if asked.contains('\0') || !path.components().all(plain) || path.components().count() < 2 {
+        return Err(CriError::invalid(
+            "config.linux.cgroup_parent",
+            "must be a path below the root of the hierarchies (cgroup driver cgroupfs)",
+        ));
+    }
+    Ok(asked.to_owned())
+}
+
+/// A sandbox in a list.
+pub(crate) fn item(status: &SandboxStatus) -> v1::PodSandbox {
+    v1::PodSandbox {
+        id: status.id.to_string(),
+        metadata: Some(metadata(&status.config)),
+        state: filter::sandbox_state(status.state).into(),
+        created_at: status.created_unix_nanos,
+        labels: status.config.labels.clone(),
+        annotations: status.config.annotations.clone(),
+        runtime_handler: memo::sandbox(&status.config.memo).runtime_handler,
+    }
+}
+
+/// All that is shown of a sandbox.
+pub(crate) fn full(status: &SandboxStatus) -> v1::PodSandboxStatus {
+    let request = memo::sandbox(&status.config.memo);
+    let options = request
+        .config
+        .and_then(|config| config.linux)
+        .and_then(|linux| linux.security_context)
+        .and_then(|context| context.namespace_options)
+        .unwrap_or_default();
+    let address = status
+        .address
+        .filter(|_| status.state == SandboxState::Ready)
+        .map(|address| address.to_string());
+    v1::PodSandboxStatus {
+        id: status.id.to_string(),
+        metadata: Some(metadata(&status.config)),
+        state: filter::sandbox_state(status.state).into(),
+        created_at: status.created_unix_nanos,
+        network: Some(v1::PodSandboxNetworkStatus {
+            ip: address.unwrap_or_default(),
+            additional_ips: Vec::new(),
+        }),
+        linux: Some(v1::LinuxPodSandboxStatus {
+            namespaces: Some(v1::Namespace {
+                options: Some(options),
+            }),
+        }),
+        labels: status.config.labels.clone(),
+        annotations: status.config.annotations.clone(),
+        runtime_handler: request.runtime_handler,
+    }
+}
+
+/// For whoever debugs.
+pub(crate) fn info(status: &SandboxStatus) -> BTreeMap<String, String> {
+    let info = json!({
+        "handler": HANDLER,
+        "kernelRelease": status.kernel_release,
+        "vcpus": status.config.vcpus,
+        "memoryMiB": status.config.memory_mib,
+        "scratchMiB": status.config.scratch_mib,
+        "cgroupParent": status.config.cgroup_parent,
+        "failure": status.failure.as_ref().map(|failure| json!({
+            "reason": failure.reason,
+            "message": failure.message,
+        })),
+    });
+    BTreeMap::from([("info".to_owned(), info.to_string())])
+}

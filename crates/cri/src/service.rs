@@ -1,0 +1,330 @@
+//! What calls do that takes more than one step: finding what a call is about, asking the runtime,
+//! and taking back what was half done.
+
+use std::{collections::BTreeMap, ops::Deref, sync::Arc};
+
+use hypernetes_runtime::{
+    ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, SandboxState, SandboxStatus,
+};
+use hypernetes_streaming::ProcessRequest;
+use hypernetes_telemetry::VERSION;
+use hypernetes_types::{ContainerId, SandboxId};
+use serde_json::json;
+use tokio_util::task::TaskTracker;
+
+use crate::{
+    HANDLER,
+    config::CriConfig,
+    container::{self, Asked},
+    lookup, memo, mounts,
+    network::NodeNetwork,
+    resources, sandbox, stats,
+    status::CriError,
+    streams::{Stream, Streams},
+    termination, v1,
+};
+
+/// Both services of the API; clones are the same.
+#[derive(Debug, Clone)]
+pub(crate) struct Service(Arc<Inner>);
+
+/// What calls work with.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) config: CriConfig,
+    pub(crate) runtime: Arc<dyn PodRuntime>,
+    pub(crate) network: Arc<NodeNetwork>,
+    pub(crate) streams: Arc<Streams>,
+    /// Work that outlives the call that began it.
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Deref for Service {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+pub(crate) fn now_nanos() -> i64 {
+    i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX)
+}
+
+impl Service {
+    pub(crate) fn new(inner: Inner) -> Self {
+        Self(Arc::new(inner))
+    }
+
+    pub(crate) fn runtime(&self) -> &dyn PodRuntime {
+        self.runtime.as_ref()
+    }
+
+    pub(crate) async fn sandbox(&self, id: &str) -> Result<SandboxStatus, CriError> {
+        lookup::sandbox(self.runtime(), id).await
+    }
+
+    pub(crate) async fn container(&self, id: &str) -> Result<ContainerStatus, CriError> {
+        lookup::container(self.runtime(), id).await
+    }
+
+    pub(crate) async fn running(&self, id: &str) -> Result<ContainerStatus, CriError> {
+        let status = self.container(id).await?;
+        match status.state {
+            ContainerState::Running => Ok(status),
+            state => Err(CriError::State {
+                what: format!("container {}", status.id),
+                state: format!("{state:?}, not running").to_lowercase(),
+            }),
+        }
+    }
+
+    pub(crate) async fn run_sandbox(
+        &self,
+        request: v1::RunPodSandboxRequest,
+    ) -> Result<SandboxId, CriError> {
+        let config = sandbox::plan(&request, &self.config, self.network.spec())?;
+        let wanted = config.memo.clone();
+        let (network, runtime) = (Arc::clone(&self.network), Arc::clone(&self.runtime));
+        // To its end, even if the caller goes: the network must not be taken away under it.
+        let run = self.tasks.spawn(async move {
+            let joining = network.join().await?;
+            let result = runtime.run_sandbox(config).await;
+            drop(joining);
+            if result.is_err() {
+                network.leave().await;
+            }
+            Ok::<_, CriError>(result?)
+        });
+        let id = run
+            .await
+            .map_err(|_panic| CriError::Lost("the start of the sandbox was lost"))??;
+        let status = self.runtime.sandbox(&id).await;
+        let same = status.is_none_or(|status| status.config.memo == wanted);
+        if same {
+            Ok(id)
+        } else {
+            Err(CriError::Exists {
+                kind: "sandbox",
+                id: id.to_string(),
+            })
+        }
+    }
+
+    pub(crate) async fn stop_sandbox(&self, id: &str) -> Result<(), CriError> {
+        let status = self.sandbox(id).await?;
+        self.runtime.stop_sandbox(&status.id).await?;
+        self.network.leave().await;
+        Ok(())
+    }
+
+    pub(crate) async fn remove_sandbox(&self, id: &str) -> Result<(), CriError> {
+        let status = self.sandbox(id).await?;
+        self.runtime.remove_sandbox(&status.id).await?;
+        self.network.leave().await;
+        Ok(())
+    }
+
+    pub(crate) async fn create(
+        &self,
+        request: v1::CreateContainerRequest,
+    ) -> Result<ContainerId, CriError> {
+        let sandbox = self.sandbox(&request.pod_sandbox_id).await?;
+        let asked = Asked::of(&request)?;
+        // Everything that can be refused is, before a file of the host is read.
+        container::plan(&asked, &sandbox, &mounts::Plan::default())?;
+        let mounts = self.plan_mounts(&asked, &sandbox).await?;
+        let config = container::plan(&asked, &sandbox, &mounts)?;
+        let wanted = config.memo.clone();
+        for volume in mounts.volumes {
+            self.runtime.write_volume(&sandbox.id, volume).await?;
+        }
+        let id = self.runtime.create_container(&sandbox.id, config).await?;
+        let status = self.runtime.container(&id).await;
+        let same = status.is_none_or(|status| status.config.memo == wanted);
+        if same {
+            Ok(id)
+        } else {
+            Err(CriError::Exists {
+                kind: "container",
+                id: id.to_string(),
+            })
+        }
+    }
+
+    async fn plan_mounts(
+        &self,
+        asked: &Asked<'_>,
+        sandbox: &SandboxStatus,
+    ) -> Result<mounts::Plan, CriError> {
+        let (service, wanted) = (self.clone(), asked.config.mounts.clone());
+        let owner = container::owner(asked, sandbox);
+        let (pod_uid, name) = (owner.pod_uid.to_owned(), owner.container.to_owned());
+        let read = move || {
+            let owner = mounts::Owner {
+                pod_uid: &pod_uid,
+                container: &name,
+            };
+            mounts::plan(&wanted, owner, &service.config)
+        };
+        tokio::task::spawn_blocking(read)
+            .await
+            .map_err(|_panic| CriError::Lost("reading the mounts' files was lost"))?
+    }
+
+    pub(crate) async fn update_resources(
+        &self,
+        request: v1::UpdateContainerResourcesRequest,
+    ) -> Result<(), CriError> {
+        let status = self.container(&request.container_id).await?;
+        let update = request
+            .linux
+            .ok_or_else(|| CriError::invalid("linux", "must be given"))?;
+        let mut asked = memo::container(&status.config.memo);
+        let linux = asked.linux.get_or_insert_default();
+        let old = linux.resources.take().unwrap_or_default();
+        let resources = resources::merged(&old, &update);
+        let config = resources::of_container("linux", &resources)?;
+        let room = self.room_of(&status.sandbox).await;
+        if let Some(room) = room.filter(|room| config.memory_limit > *room) {
+            return Err(CriError::invalid(
+                "linux.memory_limit_in_bytes",
+                format!(
+                    "{} is more than the {room} bytes of the pod's VM, which does not grow",
+                    config.memory_limit
+                ),
+            ));
+        }
+        linux.resources = Some(resources);
+        let update = ContainerUpdate {
+            resources: config,
+            memo: memo::of_container(&asked),
+        };
+        Ok(self.runtime.update_container(&status.id, update).await?)
+    }
+
+    /// Bytes that a VM has for its containers.
+    async fn room_of(&self, sandbox: &SandboxId) -> Option<i64> {
+        let status = self.runtime.sandbox(sandbox).await?;
+        let mib = status
+            .config
+            .memory_mib
+            .saturating_sub(self.config.vm.overhead_mib);
+        Some(i64::from(mib) << 20)
+    }
+
+    pub(crate) async fn exec_url(&self, request: v1::ExecRequest) -> Result<String, CriError> {
+        if request.cmd.is_empty() {
+            return Err(CriError::invalid("cmd", "must name a program"));
+        }
+        check_streams(request.tty, request.stdin, request.stdout, request.stderr)?;
+        let status = self.running(&request.container_id).await?;
+        let process = ProcessRequest {
+            command: request.cmd,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            tty: request.tty,
+        };
+        self.streams.url(Stream::Exec(status.id, process))
+    }
+
+    pub(crate) async fn attach_url(&self, request: v1::AttachRequest) -> Result<String, CriError> {
+        check_streams(request.tty, request.stdin, request.stdout, request.stderr)?;
+        let status = self.running(&request.container_id).await?;
+        if request.tty != status.config.tty {
+            let rule = format!("the container was started with tty {}", status.config.tty);
+            return Err(CriError::invalid("tty", rule));
+        }
+        let process = ProcessRequest {
+            command: Vec::new(),
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            tty: request.tty,
+        };
+        self.streams.url(Stream::Attach(status.id, process))
+    }
+
+    pub(crate) async fn forward_url(
+        &self,
+        request: v1::PortForwardRequest,
+    ) -> Result<String, CriError> {
+        let port = |port: &i32| {
+            let port = u16::try_from(*port).ok().filter(|port| *port > 0);
+            port.ok_or_else(|| CriError::invalid("port", "must be 1 to 65535"))
+        };
+        let ports = request.port.iter().map(port).collect::<Result<_, _>>()?;
+        let status = self.sandbox(&request.pod_sandbox_id).await?;
+        if status.state != SandboxState::Ready {
+            return Err(CriError::State {
+                what: format!("sandbox {}", status.id),
+                state: "not ready".to_owned(),
+            });
+        }
+        self.streams.url(Stream::PortForward(status.id, ports))
+    }
+
+    pub(crate) async fn stats_of(&self, id: &str) -> Result<v1::ContainerStats, CriError> {
+        let status = self.running(id).await?;
+        let all = self.runtime.stats(&status.sandbox).await?;
+        let found = all.containers.iter().find(|stats| stats.id == status.id);
+        let found = found.ok_or_else(|| CriError::State {
+            what: format!("container {}", status.id),
+            state: "unknown to its guest".to_owned(),
+        })?;
+        Ok(stats::of_container(&status, found, all.unix_nanos))
+    }
+
+    /// Puts a termination message where the kubelet looks for it. If that fails, the status has it.
+    pub(crate) async fn tell_end(&self, status: &mut ContainerStatus) {
+        let Some(sandbox) = self.runtime.sandbox(&status.sandbox).await else {
+            return;
+        };
+        let kubelet = &self.config.kubelet_dir;
+        let uid = &sandbox.config.metadata.uid;
+        let Some(path) = termination::file_of(status, uid, kubelet) else {
+            return;
+        };
+        let (file, message) = (path.clone(), status.message.clone());
+        let write = tokio::task::spawn_blocking(move || termination::write(&file, &message));
+        match write.await {
+            Ok(Ok(())) => status.message.clear(),
+            Ok(Err(error)) => {
+                tracing::debug!(path = %path.display(), %error, "cannot write a termination message");
+            }
+            Err(panic) => tracing::warn!(%panic, "writing a termination message failed"),
+        }
+    }
+
+    pub(crate) fn info(&self) -> BTreeMap<String, String> {
+        let config = json!({
+            "stateDir": self.config.state_dir,
+            "kubeletDir": self.config.kubelet_dir,
+            "copiedHostPaths": self.config.copied_paths,
+            "streamAddress": self.config.stream_address.to_string(),
+            "handlers": [HANDLER],
+            "network": {
+                "driver": "builtin",
+                "cidr": self.network.spec().cidr.to_string(),
+                "clusterPodCIDR": self.network.pod_cidr(),
+            },
+        });
+        BTreeMap::from([
+            ("config".to_owned(), config.to_string()),
+            ("version".to_owned(), json!(VERSION).to_string()),
+        ])
+    }
+}
+
+fn check_streams(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<(), CriError> {
+    if tty && stderr {
+        let rule = "cannot be had with tty: a terminal has one output";
+        return Err(CriError::invalid("stderr", rule));
+    }
+    if !(stdin || stdout || stderr) {
+        let rule = "one of stdin, stdout and stderr must be asked for";
+        return Err(CriError::invalid("stdout", rule));
+    }
+    Ok(())
+}

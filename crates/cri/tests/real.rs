@@ -1,0 +1,674 @@
+//! One pod from pull to removal through the real daemon, in a real microVM.
+#![allow(
+    clippy::tests_outside_test_module,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stderr,
+    reason = "all of this program is a test"
+)]
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{SinkExt, StreamExt};
+use hyper_util::rt::TokioIo;
+use hypernetes_cri::v1::{
+    self, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
+};
+use hypernetes_testkit::{HostPicture, Registry, can_run_pods, eventually, release_dir};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_tungstenite::{
+    client_async,
+    tungstenite::{Message, client::IntoClientRequest, http::HeaderValue},
+};
+use tonic::{
+    Code,
+    transport::{Channel, Endpoint},
+};
+
+/// An emulated guest on a loaded host is slow, not dead.
+const PATIENCE: Duration = Duration::from_secs(120);
+const UID: &str = "0a1b2c3d-test";
+
+/// `hypernetes node` with directories of its own. Dropping it ends it and its VMs.
+struct Node {
+    temp: tempfile::TempDir,
+    run_dir: tempfile::TempDir,
+    child: Option<Child>,
+}
+
+impl Node {
+    fn start() -> Self {
+        let temp = tempfile::tempdir().unwrap();
+        // Socket paths are limited to 107 bytes.
+        let run_dir = tempfile::Builder::new()
+            .prefix("hn-")
+            .tempdir_in("/run")
+            .unwrap();
+        let config = format!(
+            "socket: {0}/cri.sock\nrunDir: {0}\nkubeletDir: {1}/kubelet\n\
+             network:\n  cidr: 10.89.0.0/24\nvm:\n  memoryMiB: 192\n  scratchMiB: 512\n",
+            run_dir.path().display(),
+            temp.path().display(),
+        );
+        fs::write(temp.path().join("node.yaml"), config).unwrap();
+        let mut node = Self {
+            temp,
+            run_dir,
+            child: None,
+        };
+        node.spawn();
+        node
+    }
+
+    fn spawn(&mut self) {
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.temp.path().join("node.log"))
+            .unwrap();
+        let child = Command::new(release_dir().join("hypernetes"))
+            .arg("--state-dir")
+            .arg(self.state())
+            .args(["--log", "info", "node", "--config"])
+            .arg(self.temp.path().join("node.yaml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.child = Some(child);
+        let socket = self.socket();
+        eventually("the socket is served", PATIENCE, || {
+            let ended = self.child.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none(), "the node ended:\n{}", self.log_tail());
+            std::os::unix::net::UnixStream::connect(&socket)
+                .map(drop)
+                .map_err(|error| error.to_string())
+        });
+    }
+
+    /// SIGKILL, as a crash.
+    fn kill(&mut self) {
+        let mut child = self.child.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    fn stop(&mut self) {
+        let mut child = self.child.take().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        assert!(child.wait().unwrap().success(), "{}", self.log_tail());
+    }
+
+    fn state(&self) -> PathBuf {
+        self.temp.path().join("state")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.run_dir.path().join("cri.sock")
+    }
+
+    fn log_tail(&self) -> String {
+        let log = fs::read_to_string(self.temp.path().join("node.log")).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    }
+
+    fn picture(&self) -> HostPicture {
+        let instance = fs::read_to_string(self.state().join("instance")).unwrap();
+        HostPicture::take(instance.trim(), self.run_dir.path())
+    }
+
+    /// Processes of VMs, by their records.
+    fn vmms(&self) -> Vec<rustix::process::Pid> {
+        let entries = fs::read_dir(self.run_dir.path().join("vm"));
+        let records = entries
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| fs::read_to_string(entry.path().join("launch.json")).ok());
+        let pid = |record: String| {
+            let record: serde_json::Value = serde_json::from_str(&record).ok()?;
+            rustix::process::Pid::from_raw(i32::try_from(record["pid"].as_i64()?).ok()?)
+        };
+        records.filter_map(pid).collect()
+    }
+
+    async fn channel(&self) -> Channel {
+        let socket = self.socket();
+        let connector = tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        Endpoint::from_static("http://localhost")
+            .connect_with_connector(connector)
+            .await
+            .unwrap()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the node's last lines:\n{}", self.log_tail());
+        }
+        if let Some(mut child) = self.child.take() {
+            child.kill().ok();
+            child.wait().ok();
+        }
+        for pid in self.vmms() {
+            let exe = fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero()));
+            if exe.is_ok_and(|exe| exe.to_string_lossy().contains("qemu")) {
+                // It may have ended meanwhile.
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
+            }
+        }
+    }
+}
+
+/// The bind mount that a kubelet makes for a `subPath`, for as long as the value lives.
+struct SubPath(PathBuf);
+
+impl SubPath {
+    fn bind(pod: &Path) -> Self {
+        let real = pod.join("volumes/kubernetes.io~empty-dir/work/sub");
+        let place = pod.join("volume-subpaths/work/brief/3");
+        fs::create_dir_all(&real).unwrap();
+        fs::create_dir_all(&place).unwrap();
+        hypernetes_testkit::run(Command::new("mount").arg("--bind").arg(real).arg(&place));
+        Self(place)
+    }
+}
+
+impl Drop for SubPath {
+    fn drop(&mut self) {
+        let ended = Command::new("umount").arg(&self.0).status();
+        if !ended.is_ok_and(|status| status.success()) {
+            eprintln!("{} is still mounted", self.0.display());
+        }
+    }
+}
+
+/// What a kubelet prepares for a pod: a ConfigMap in its layout, an emptyDir, /etc/hosts.
+fn prepare(kubelet: &Path) {
+    let pod = kubelet.join("pods").join(UID);
+    let map = pod.join("volumes/kubernetes.io~configmap/settings");
+    fs::create_dir_all(map.join("..2026_01_01")).unwrap();
+    fs::create_dir_all(pod.join("volumes/kubernetes.io~empty-dir/work")).unwrap();
+    fs::write(map.join("..2026_01_01/greeting"), "hello from the host").unwrap();
+    symlink("..2026_01_01", map.join("..data")).unwrap();
+    symlink("..data/greeting", map.join("greeting")).unwrap();
+    fs::create_dir_all(pod.join("containers/brief")).unwrap();
+    fs::write(pod.join("containers/brief/0a1b"), "").unwrap();
+    fs::write(
+        pod.join("etc-hosts"),
+        "127.0.0.1 localhost\n192.0.2.7 seven\n",
+    )
+    .unwrap();
+}
+
+fn sandbox(logs: &Path) -> v1::PodSandboxConfig {
+    v1::PodSandboxConfig {
+        metadata: Some(v1::PodSandboxMetadata {
+            name: "pod".into(),
+            uid: UID.into(),
+            namespace: "default".into(),
+            attempt: 0,
+        }),
+        hostname: "pod".into(),
+        log_directory: logs.to_str().unwrap().into(),
+        linux: Some(v1::LinuxPodSandboxConfig {
+            security_context: Some(v1::LinuxSandboxSecurityContext {
+                namespace_options: Some(v1::NamespaceOption {
+                    pid: v1::NamespaceMode::Container.into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn container(kubelet: &Path, image: &str) -> v1::ContainerConfig {
+    let mount = |host: &str, path: &str, readonly| v1::Mount {
+        container_path: path.into(),
+        host_path: kubelet
+            .join("pods")
+            .join(UID)
+            .join(host)
+            .to_str()
+            .unwrap()
+            .into(),
+        readonly,
+        ..Default::default()
+    };
+    let script = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.1; done";
+    v1::ContainerConfig {
+        metadata: Some(v1::ContainerMetadata {
+            name: "main".into(),
+            attempt: 0,
+        }),
+        image: Some(v1::ImageSpec {
+            image: image.into(),
+            ..Default::default()
+        }),
+        command: vec!["sh".into(), "-c".into(), script.into()],
+        log_path: "main/0.log".into(),
+        mounts: vec![
+            mount(
+                "volumes/kubernetes.io~configmap/settings",
+                "/settings",
+                true,
+            ),
+            mount("volumes/kubernetes.io~empty-dir/work", "/work", false),
+            mount("etc-hosts", "/etc/hosts", false),
+        ],
+        linux: Some(v1::LinuxContainerConfig {
+            resources: Some(v1::LinuxContainerResources {
+                memory_limit_in_bytes: 64 << 20,
+                ..Default::default()
+            }),
+            security_context: Some(v1::LinuxContainerSecurityContext {
+                run_as_user: Some(v1::Int64Value { value: 0 }),
+                ..Default::default()
+            }),
+        }),
+        ..Default::default()
+    }
+}
+
+struct Client {
+    runtime: RuntimeServiceClient<Channel>,
+    images: ImageServiceClient<Channel>,
+}
+
+impl Client {
+    async fn of(node: &Node) -> Self {
+        let channel = node.channel().await;
+        Self {
+            runtime: RuntimeServiceClient::new(channel.clone()),
+            images: ImageServiceClient::new(channel),
+        }
+    }
+
+    /// Waits for a container's end, as a kubelet does: by asking.
+    async fn ended(&mut self, id: &str) -> v1::ContainerStatus {
+        let ask = async {
+            loop {
+                let request = v1::ContainerStatusRequest {
+                    container_id: id.into(),
+                    verbose: false,
+                };
+                let answer = self.runtime.container_status(request).await.unwrap();
+                let status = answer.into_inner().status.unwrap();
+                if status.state() == v1::ContainerState::ContainerExited {
+                    return status;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, ask).await.unwrap()
+    }
+
+    async fn exec(&mut self, id: &str, script: &str) -> (String, i32) {
+        let request = v1::ExecSyncRequest {
+            container_id: id.into(),
+            cmd: vec!["sh".into(), "-c".into(), script.into()],
+            timeout: 60,
+        };
+        let answer = self.runtime.exec_sync(request).await.unwrap().into_inner();
+        let text = [answer.stdout, answer.stderr].concat();
+        (String::from_utf8(text).unwrap(), answer.exit_code)
+    }
+}
+
+/// The words of a log, which must all be whole lines in the API's format.
+fn words(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines()
+        .map(|line| {
+            let parts: Vec<&str> = line.splitn(4, ' ').collect();
+            assert!(parts[0].ends_with('Z') || parts[0].contains('+'), "{line}");
+            assert_eq!((parts[1], parts[2]), ("stdout", "F"), "{line}");
+            parts[3].to_owned()
+        })
+        .collect()
+}
+
+/// Sends `input` through `cat` over a one-time URL.
+async fn through_cat(client: &mut Client, id: &str, input: &[u8]) -> (Vec<u8>, String) {
+    let request = v1::ExecRequest {
+        container_id: id.into(),
+        cmd: vec!["cat".into()],
+        tty: false,
+        stdin: true,
+        stdout: true,
+        stderr: true,
+    };
+    let url = client.runtime.exec(request).await.unwrap().into_inner().url;
+    let rest = url.strip_prefix("http://").unwrap();
+    let (host, path) = rest.split_once('/').unwrap();
+    let mut request = format!("ws://{host}/{path}").into_client_request().unwrap();
+    request.headers_mut().insert(
+        "sec-websocket-protocol",
+        HeaderValue::from_static("v5.channel.k8s.io"),
+    );
+    let stream = TcpStream::connect(host).await.unwrap();
+    let (mut socket, _) = client_async(request, stream).await.unwrap();
+    let message = [b"\0", input].concat();
+    socket.send(Message::Binary(message.into())).await.unwrap();
+    let end = Bytes::from_static(&[255, 0]);
+    socket.send(Message::Binary(end)).await.unwrap();
+    let (mut output, mut status) = (Vec::new(), String::new());
+    while let Some(Ok(message)) = socket.next().await {
+        let Message::Binary(data) = message else {
+            break;
+        };
+        match data.split_first() {
+            Some((1, rest)) => output.extend_from_slice(rest),
+            Some((3, rest)) => status.push_str(&String::from_utf8_lossy(rest)),
+            _ => {}
+        }
+    }
+    (output, status)
+}
+
+/// Pods come and go at the same time, and do not take the network from each other.
+async fn several_at_once(client: &Client, logs: &Path) {
+    let pod = async |number: u32| {
+        let mut runtime = client.runtime.clone();
+        let mut config = sandbox(&logs.join(number.to_string()));
+        let metadata = config.metadata.as_mut().unwrap();
+        metadata.uid = format!("several-{number}");
+        let request = v1::RunPodSandboxRequest {
+            config: Some(config),
+            runtime_handler: String::new(),
+        };
+        let id = runtime.run_pod_sandbox(request).await.unwrap();
+        let pod_sandbox_id = id.into_inner().pod_sandbox_id;
+        let request = v1::StopPodSandboxRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+        };
+        runtime.stop_pod_sandbox(request).await.unwrap();
+        let request = v1::RemovePodSandboxRequest { pod_sandbox_id };
+        runtime.remove_pod_sandbox(request).await.unwrap();
+    };
+    tokio::join!(pod(1), pod(2), pod(3), pod(4));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_lives_through_the_runtime_interface() {
+    if !can_run_pods() {
+        return;
+    }
+    let registry = Registry::start();
+    let mut node = Node::start();
+    let kubelet = node.temp.path().join("kubelet");
+    let logs = node.temp.path().join("logs");
+    prepare(&kubelet);
+    let mut client = Client::of(&node).await;
+
+    let version = client.runtime.version(v1::VersionRequest::default()).await;
+    assert_eq!(version.unwrap().into_inner().runtime_name, "hypernetes");
+    let image = registry.image("busybox:1");
+    let request = v1::PullImageRequest {
+        image: Some(v1::ImageSpec {
+            image: image.clone(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let image_id = client
+        .images
+        .pull_image(request)
+        .await
+        .unwrap()
+        .into_inner()
+        .image_ref;
+
+    let request = v1::RunPodSandboxRequest {
+        config: Some(sandbox(&logs)),
+        runtime_handler: "hyper".into(),
+    };
+    let pod = client.runtime.run_pod_sandbox(request).await.unwrap();
+    let pod = pod.into_inner().pod_sandbox_id;
+    let request = v1::PodSandboxStatusRequest {
+        pod_sandbox_id: pod.clone(),
+        verbose: true,
+    };
+    let status = client
+        .runtime
+        .pod_sandbox_status(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let address = status.status.unwrap().network.unwrap().ip;
+    assert!(address.starts_with("10.89.0."), "{address}");
+
+    let request = v1::CreateContainerRequest {
+        pod_sandbox_id: pod.clone(),
+        config: Some(container(&kubelet, &image_id)),
+        sandbox_config: Some(sandbox(&logs)),
+    };
+    let id = client.runtime.create_container(request).await.unwrap();
+    let id = id.into_inner().container_id;
+    let request = v1::StartContainerRequest {
+        container_id: id.clone(),
+    };
+    client.runtime.start_container(request).await.unwrap();
+
+    // The log, in the format that the kubelet reads.
+    let log = logs.join("main/0.log");
+    let written = |least: usize| {
+        eventually("the log is written", PATIENCE, || {
+            let count = words(&log).len();
+            (count >= least)
+                .then_some(())
+                .ok_or_else(|| format!("{count} lines"))
+        });
+    };
+    written(3);
+    assert_eq!(words(&log)[..3], ["line 0", "line 1", "line 2"]);
+
+    // Files of the host's, and what is not the host's.
+    let (text, code) = client.exec(&id, "cat /settings/greeting; exit 3").await;
+    assert_eq!((text.as_str(), code), ("hello from the host", 3));
+    let (text, _) = client
+        .exec(
+            &id,
+            "echo kept > /work/f; cat /work/f; grep seven /etc/hosts",
+        )
+        .await;
+    assert_eq!(text, "kept\n192.0.2.7 seven\n");
+    let (text, _) = client.exec(&id, "echo x > /settings/y").await;
+    assert!(text.contains("Read-only"), "{text}");
+    let host = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    assert_ne!(client.exec(&id, "uname -r").await.0.trim(), host);
+
+    // Last words are where the kubelet reads them.
+    let mut brief = container(&kubelet, &image_id);
+    brief.metadata.as_mut().unwrap().name = "brief".into();
+    brief.log_path = "brief/0.log".into();
+    brief.command[2] =
+        "echo below > /sub/file; echo last words > /dev/termination-log; exit 4".into();
+    let pod_dir = kubelet.join("pods").join(UID);
+    let sub_path = SubPath::bind(&pod_dir);
+    brief.mounts.push(v1::Mount {
+        container_path: "/sub".into(),
+        host_path: sub_path.0.to_str().unwrap().into(),
+        ..Default::default()
+    });
+    let words_file = pod_dir.join("containers/brief/0a1b");
+    brief.mounts.push(v1::Mount {
+        container_path: "/dev/termination-log".into(),
+        host_path: words_file.to_str().unwrap().into(),
+        ..Default::default()
+    });
+    let request = v1::CreateContainerRequest {
+        pod_sandbox_id: pod.clone(),
+        config: Some(brief),
+        sandbox_config: Some(sandbox(&logs)),
+    };
+    let brief = client.runtime.create_container(request).await.unwrap();
+    let brief = brief.into_inner().container_id;
+    let request = v1::StartContainerRequest {
+        container_id: brief.clone(),
+    };
+    client.runtime.start_container(request).await.unwrap();
+    let ended = client.ended(&brief).await;
+    assert_eq!((ended.exit_code, ended.reason.as_str()), (4, "Error"));
+    assert_eq!(fs::read_to_string(&words_file).unwrap(), "last words\n");
+    drop(sub_path);
+    assert_eq!(client.exec(&id, "cat /work/sub/file").await.0, "below\n");
+
+    // A late command is killed, and says so with its own code.
+    let request = v1::ExecSyncRequest {
+        container_id: id.clone(),
+        cmd: vec!["sleep".into(), "4321".into()],
+        timeout: 1,
+    };
+    let late = client.runtime.exec_sync(request).await.unwrap_err();
+    assert_eq!(late.code(), Code::DeadlineExceeded, "{late:?}");
+    let mut left = 1;
+    for _ in 0..100 {
+        let (text, _) = client.exec(&id, "ps | grep -c '[s]leep 4321'").await;
+        left = text.trim().parse().unwrap();
+        if left == 0 {
+            break;
+        }
+    }
+    assert_eq!(left, 0, "the late command still runs");
+
+    let input: Vec<u8> = (0..200_000u32).flat_map(|n| n.to_le_bytes()).collect();
+    let (output, status) = through_cat(&mut client, &id, &input).await;
+    assert!(output == input, "{} of {} bytes", output.len(), input.len());
+    assert!(status.contains("Success"), "{status}");
+
+    // Limits change while it runs; what is used is told.
+    let request = v1::UpdateContainerResourcesRequest {
+        container_id: id.clone(),
+        linux: Some(v1::LinuxContainerResources {
+            memory_limit_in_bytes: 96 << 20,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    client
+        .runtime
+        .update_container_resources(request)
+        .await
+        .unwrap();
+    let request = v1::ContainerStatsRequest {
+        container_id: id.clone(),
+    };
+    let stats = client
+        .runtime
+        .container_stats(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let stats = stats.stats.unwrap();
+    let memory = stats.memory.unwrap();
+    let (used, free) = (
+        memory.working_set_bytes.unwrap().value,
+        memory.available_bytes.unwrap().value,
+    );
+    assert_eq!(used + free, 96 << 20);
+    assert!(used > 0 && stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value > 0);
+    let request = v1::PodSandboxStatsRequest {
+        pod_sandbox_id: pod.clone(),
+    };
+    let stats = client
+        .runtime
+        .pod_sandbox_stats(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let network = stats.stats.unwrap().linux.unwrap().network.unwrap();
+    assert_eq!(network.default_interface.unwrap().name, "eth0");
+
+    // The log is taken away and goes on; so it does over a crash of the node.
+    fs::rename(&log, logs.join("main/0.log.1")).unwrap();
+    let request = v1::ReopenContainerLogRequest {
+        container_id: id.clone(),
+    };
+    client.runtime.reopen_container_log(request).await.unwrap();
+    written(3);
+    node.kill();
+    node.spawn();
+    let mut client = Client::of(&node).await;
+    let before = words(&log).len();
+    written(before + 3);
+    let all = [words(&logs.join("main/0.log.1")), words(&log)].concat();
+    for (index, line) in all.iter().enumerate() {
+        assert_eq!(line, &format!("line {index}"), "a gap, or a line twice");
+    }
+
+    let request = v1::StopContainerRequest {
+        container_id: id.clone(),
+        timeout: 0,
+    };
+    client.runtime.stop_container(request).await.unwrap();
+    let request = v1::ContainerStatusRequest {
+        container_id: id.clone(),
+        verbose: false,
+    };
+    let status = client
+        .runtime
+        .container_status(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let status = status.status.unwrap();
+    assert_eq!(status.state(), v1::ContainerState::ContainerExited);
+    assert_eq!((status.exit_code, status.image_id), (137, image_id.clone()));
+    let limits = status.resources.unwrap().linux.unwrap();
+    assert_eq!(limits.memory_limit_in_bytes, 96 << 20);
+
+    Box::pin(several_at_once(&client, &logs)).await;
+
+    let request = v1::RemoveContainerRequest { container_id: id };
+    client.runtime.remove_container(request).await.unwrap();
+    let request = v1::StopPodSandboxRequest {
+        pod_sandbox_id: pod.clone(),
+    };
+    client.runtime.stop_pod_sandbox(request).await.unwrap();
+    assert!(node.picture().is_clean(), "{:?}", node.picture());
+    let request = v1::RemovePodSandboxRequest {
+        pod_sandbox_id: pod,
+    };
+    client.runtime.remove_pod_sandbox(request).await.unwrap();
+    let request = v1::RemoveImageRequest {
+        image: Some(v1::ImageSpec {
+            image,
+            ..Default::default()
+        }),
+    };
+    client.images.remove_image(request).await.unwrap();
+    let list = v1::ListImagesRequest::default();
+    let images = client
+        .images
+        .list_images(list)
+        .await
+        .unwrap()
+        .into_inner()
+        .images;
+    assert!(images.is_empty(), "{images:?}");
+    drop(client);
+    node.stop();
+    assert!(node.picture().is_clean(), "{:?}", node.picture());
+    let left = fs::read_dir(node.state().join("runtime/sandboxes"));
+    assert_eq!(left.map_or(0, Iterator::count), 0);
+}

@@ -1,0 +1,122 @@
+//! What every daemon is made of below its interface: store, images, kernels, networks, VMs, and the
+//! runtime that joins them.
+
+use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc};
+
+use anyhow::{Context, Result};
+use hypernetes_image::{ImageStore, RegistryConfig, StoreConfig as ImageStoreConfig};
+use hypernetes_kernel::KernelCatalog;
+use hypernetes_network::{BuiltinConfig, BuiltinDriver, NetworkDriver};
+use hypernetes_runtime::{
+    Deadlines, Defaults, NodeRuntime, PodRuntime, RuntimeConfig, TemplateConfig, UidRange,
+};
+use hypernetes_store::{Store, StoreConfig};
+use hypernetes_vmm::{
+    Vmm,
+    qemu::{QemuConfig, QemuDriver},
+};
+use tracing::info;
+
+use crate::{kernel, paths, paths::Paths};
+
+/// Where run-time files of VMs are unless told otherwise.
+pub(crate) const RUN_DIR: &str = "/run/hypernetes";
+
+/// What an operator may choose.
+#[derive(Debug, Clone)]
+pub(crate) struct PartsOptions {
+    pub(crate) insecure_registries: Vec<String>,
+    pub(crate) upstream_dns: Vec<SocketAddr>,
+    pub(crate) hyperstart: Option<PathBuf>,
+    pub(crate) kernel_dir: Option<PathBuf>,
+    pub(crate) run_dir: Option<PathBuf>,
+    pub(crate) uid_base: u32,
+    /// Most VM templates.
+    pub(crate) templates: usize,
+    /// Virtual CPUs and memory in MiB of most pods' VMs: a template of them is made at once.
+    pub(crate) usual_vm: (u32, u32),
+}
+
+/// The parts below the interface.
+pub(crate) struct Parts {
+    pub(crate) store: Store,
+    pub(crate) networks: Arc<dyn NetworkDriver>,
+    pub(crate) runtime: Arc<dyn PodRuntime>,
+    /// Prefix of what this daemon makes on the host.
+    pub(crate) instance: String,
+}
+
+impl Parts {
+    /// Builds them from the bottom up and finds the pods of an earlier daemon.
+    pub(crate) async fn open(paths: &Paths, options: &PartsOptions) -> Result<Self> {
+        let store = Store::open(&paths.database(), StoreConfig::default())?;
+        let registry = RegistryConfig {
+            insecure_registries: options.insecure_registries.clone(),
+            ..RegistryConfig::default()
+        };
+        let images = ImageStore::open(
+            paths.images(),
+            ImageStoreConfig {
+                registry,
+                ..ImageStoreConfig::default()
+            },
+        )
+        .context("cannot open the image store")?;
+        let kernels =
+            KernelCatalog::open(paths.state()).context("cannot open the kernel catalog")?;
+        let default = kernel::ensure_default(
+            &kernels,
+            paths::kernel_dir(options.kernel_dir.clone()).as_deref(),
+        )?;
+        info!(kernel = %default.name, release = default.release, "default kernel");
+        let hyperstart = paths::hyperstart(options.hyperstart.clone())
+            .context("the guest's program is not beside this binary; give its path")?;
+
+        let mut network = BuiltinConfig::new(paths.network());
+        if !options.upstream_dns.is_empty() {
+            network.upstream_dns.clone_from(&options.upstream_dns);
+        }
+        let instance = network.instance.clone();
+        fs::write(paths.instance(), &instance).context("cannot write the instance name")?;
+        let networks: Arc<dyn NetworkDriver> = Arc::new(BuiltinDriver::open(network)?);
+
+        let vmm = QemuDriver::detect(QemuConfig::new(paths.state().to_owned())).await?;
+        let probe = vmm.probe();
+        info!(qemu = probe.version, accelerator = %probe.accelerator, why = probe.why, "virtual machines");
+        let vmm: Arc<dyn Vmm> = Arc::new(vmm);
+        let run_dir = match &options.run_dir {
+            Some(dir) => std::path::absolute(dir)?,
+            None => PathBuf::from(RUN_DIR),
+        };
+        let runtime = NodeRuntime::open(RuntimeConfig {
+            state_dir: paths.runtime(),
+            run_dir: run_dir.join("vm"),
+            store: store.clone(),
+            images: Arc::new(images),
+            network: networks.clone(),
+            vmm,
+            kernels: Arc::new(Arc::new(kernels)),
+            hyperstart,
+            uid_range: UidRange {
+                first: options.uid_base,
+                ..UidRange::default()
+            },
+            defaults: Defaults::default(),
+            deadlines: Deadlines::default(),
+            templates: TemplateConfig {
+                most: options.templates,
+            },
+        })
+        .await
+        .context("cannot open the runtime")?;
+        let (vcpus, memory_mib) = options.usual_vm;
+        runtime.make_template(vcpus, memory_mib).await?;
+        info!(report = ?runtime.recovery_report(), "pods found again");
+        Ok(Self {
+            store,
+            networks,
+            runtime: Arc::new(runtime),
+            instance,
+        })
+    }
+}

@@ -1,0 +1,110 @@
+//! What is done to containers while they run: rotation of logs, new limits, statistics.
+
+use hypernetes_agent_api::fake::Method;
+
+use crate::{
+    testing::{STDOUT, World, eventually, exited, running},
+    *,
+};
+
+fn lines(path: &std::path::Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines()
+        .map(|line| line.splitn(4, ' ').nth(3).unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn a_log_that_was_taken_away_goes_on_in_a_new_file_also_after_a_restart() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let agent = world.agent(&sandbox);
+    let log = runtime.container(&container).await.unwrap().log_path;
+    let rotated = log.with_extension("1");
+    agent.output(container.as_str(), STDOUT, b"one\ntwo\nunfin");
+    eventually("two lines", async || lines(&log).len() == 2).await;
+    std::fs::rename(&log, &rotated).unwrap();
+    runtime.reopen_log(&container).await.unwrap();
+    assert_eq!(std::fs::metadata(&log).unwrap().len(), 0);
+    agent.output(container.as_str(), STDOUT, b"ished\nfour\n");
+    eventually("two more", async || lines(&log).len() == 2).await;
+    assert_eq!(lines(&log), ["unfinished", "four"]);
+    assert_eq!(lines(&rotated), ["one", "two"]);
+    // Nothing to do, nothing done.
+    runtime.reopen_log(&container).await.unwrap();
+    assert_eq!(lines(&log).len(), 2);
+
+    drop(runtime);
+    let runtime = world.open().await;
+    agent.output(container.as_str(), STDOUT, b"five\n");
+    eventually("the fifth line", async || lines(&log).len() == 3).await;
+    assert_eq!(lines(&log), ["unfinished", "four", "five"]);
+    agent.exit(container.as_str(), 0);
+    exited(&runtime, &container).await;
+    assert!(runtime.reopen_log(&container).await.is_err());
+}
+
+#[tokio::test]
+async fn limits_change_in_the_guest_and_in_the_record() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let update = ContainerUpdate {
+        resources: ResourceConfig {
+            memory_limit: 64 << 20,
+            cpu_limit_milli: 500,
+            ..ResourceConfig::default()
+        },
+        memo: "new".into(),
+    };
+    runtime
+        .update_container(&container, update.clone())
+        .await
+        .unwrap();
+    let mut requests = world.agent(&sandbox).containers();
+    let request = requests.remove(container.as_str()).unwrap();
+    let limits = request.resources.unwrap();
+    assert_eq!((limits.memory_limit, limits.cpu_quota), (64 << 20, 50_000));
+    drop(runtime);
+    let runtime = world.open().await;
+    let config = runtime.container(&container).await.unwrap().config;
+    assert_eq!(
+        (config.resources, config.memo),
+        (update.resources.clone(), "new".into())
+    );
+    world.agent(&sandbox).exit(container.as_str(), 0);
+    exited(&runtime, &container).await;
+    let late = runtime.update_container(&container, update).await;
+    assert!(matches!(late, Err(RuntimeError::State { .. })));
+}
+
+#[tokio::test]
+async fn statistics_come_from_the_guest() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let stats = runtime.stats(&sandbox).await.unwrap();
+    assert_eq!(stats.containers.len(), 1);
+    assert_eq!(stats.containers[0].id, container);
+    assert!(stats.unix_nanos > 0 && stats.memory_total > stats.memory_available);
+    assert!(world.agent(&sandbox).calls().contains(&Method::Stats));
+    runtime.stop_sandbox(&sandbox).await.unwrap();
+    assert!(runtime.stats(&sandbox).await.is_err());
+}
+
+#[tokio::test]
+async fn an_image_in_use_stays() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (_, container) = running(&world, &runtime, "a").await;
+    let image = runtime.container(&container).await.unwrap().config.image;
+    let refused = runtime.remove_image(&image).await;
+    assert!(matches!(
+        refused,
+        Err(RuntimeError::Image(hypernetes_image::ImageError::InUse(_)))
+    ));
+    runtime.remove_container(&container).await.unwrap();
+    runtime.remove_image(&image).await.unwrap();
+    assert!(runtime.image(&image).await.is_none());
+}
