@@ -35,10 +35,10 @@ test: build ## Every test: units, crates, real VMs, real kubectl
 
 .PHONY: lint
 lint: ## Format, clippy, licences
+	scripts/install-deps --lint
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
-	@if command -v cargo-deny > /dev/null; then cargo deny --offline check bans licenses sources; \
-	else echo "SKIP: cargo-deny is not installed: licences and bans not checked"; fi
+	cargo deny --offline --locked check --hide-inclusion-graph bans licenses sources
 
 .PHONY: bench
 bench: build ## Start-up, memory, API rates, as ratios to floors measured in the same run
