@@ -76,6 +76,7 @@ fn user(security: &SecurityConfig) -> v1::User {
     v1::User {
         additional_gids: security.supplemental_groups.clone(),
         run_as_group: security.run_as_group,
+        only_additional_gids: security.only_supplemental_groups,
         ..Default::default()
     }
 }
