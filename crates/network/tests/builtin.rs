@@ -419,7 +419,8 @@ fn the_node_reaches_pods_and_they_do_not_reach_it() {
             assert_eq!(&buffer[..length], b"well");
             assert_eq!(source.to_string(), "10.77.0.2:9");
 
-            // What the node did not ask for is not heard: not from another port, nor by another one.
+            // What the node did not ask for is not heard: from another port of the pod's, at another
+            // of the node's.
             let other = UdpSocket::bind("0.0.0.0:0").unwrap();
             let other_port = other.local_addr().unwrap().port();
             pod.send_ip(node.into(), UDP, &udp(8, port, b"stray")).await;
