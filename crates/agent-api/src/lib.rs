@@ -29,7 +29,7 @@ pub mod v1 {
 }
 
 /// The newest protocol version that this build speaks.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// The oldest protocol version that this build speaks.
 pub const MIN_PROTOCOL_VERSION: u32 = 1;
 /// Largest encoded message in either direction.

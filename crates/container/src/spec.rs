@@ -128,6 +128,8 @@ pub struct UserSpec {
     pub username: Option<String>,
     /// Overrides the primary group that `username` led to.
     pub run_as_group: Option<u32>,
+    /// No groups but `additional_gids`, whatever the image's group file says.
+    pub only_additional_gids: bool,
 }
 
 /// Changes to the default capabilities.

@@ -130,7 +130,7 @@ pub fn resolve(spec: &UserSpec, passwd: &str, group: &str) -> Result<Identity, U
     }
 
     let mut all: BTreeSet<u32> = spec.additional_gids.iter().copied().collect();
-    if let Some(entry) = &known {
+    if let Some(entry) = known.as_ref().filter(|_| !spec.only_additional_gids) {
         let member = |members: &str| members.split(',').any(|member| member.trim() == entry.name);
         all.extend(
             groups(group)
@@ -210,6 +210,18 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(resolve(&spec, "", ""), Err(UserError::BadId(u32::MAX)));
+    }
+
+    #[test]
+    fn the_image_s_groups_can_be_left_out() {
+        let spec = UserSpec {
+            username: Some("web".into()),
+            additional_gids: vec![5],
+            only_additional_gids: true,
+            ..Default::default()
+        };
+        let identity = resolve(&spec, PASSWD, GROUP).unwrap();
+        assert_eq!((identity.gid, identity.groups), (33, vec![5]));
     }
 
     #[test]

@@ -51,7 +51,10 @@ impl RuntimeService for Service {
         };
         let handler = |name: &str| v1::RuntimeHandler {
             name: name.to_owned(),
-            features: Some(v1::RuntimeHandlerFeatures::default()),
+            features: Some(v1::RuntimeHandlerFeatures {
+                recursive_read_only_mounts: true,
+                user_namespaces: false,
+            }),
         };
         Ok(Response::new(v1::StatusResponse {
             status: Some(v1::RuntimeStatus {
@@ -62,7 +65,10 @@ impl RuntimeService for Service {
                 false => BTreeMap::new(),
             },
             runtime_handlers: vec![handler(""), handler(HANDLER)],
-            features: Some(v1::RuntimeFeatures::default()),
+            features: Some(v1::RuntimeFeatures {
+                supplemental_groups_policy: true,
+                ..Default::default()
+            }),
         }))
     }
 

@@ -5,7 +5,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use hypernetes_runtime::{ContainerConfig, ContainerStatus, SandboxStatus};
+use hypernetes_runtime::{ContainerConfig, ContainerStatus, ContainerUser, SandboxStatus};
 use serde_json::json;
 
 use crate::{
@@ -185,6 +185,18 @@ pub(crate) fn item(status: &ContainerStatus) -> v1::Container {
     }
 }
 
+/// All groups of a user. The primary one is among them, as other runtimes have it.
+fn groups(user: &ContainerUser) -> Vec<i64> {
+    let primary = Some(&user.gid).filter(|gid| !user.groups.contains(gid));
+    let mut groups: Vec<i64> = primary
+        .into_iter()
+        .chain(&user.groups)
+        .map(|group| (*group).into())
+        .collect();
+    groups.sort_unstable();
+    groups
+}
+
 /// All that is shown of a container.
 pub(crate) fn full(status: &ContainerStatus) -> v1::ContainerStatus {
     let asked = memo::container(&status.config.memo);
@@ -192,7 +204,7 @@ pub(crate) fn full(status: &ContainerStatus) -> v1::ContainerStatus {
         linux: Some(v1::LinuxContainerUser {
             uid: user.uid.into(),
             gid: user.gid.into(),
-            supplemental_groups: user.groups.iter().map(|group| (*group).into()).collect(),
+            supplemental_groups: groups(user),
         }),
     });
     let log_path = match asked.log_path.is_empty() {

@@ -98,7 +98,13 @@ pub(crate) fn plan(
 fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriError> {
     let refused = |name: &str, rule: &str| Err(CriError::invalid(field(name), rule));
     if mount.image.is_some() {
-        return refused("image", "image volumes are not served by this node");
+        if !mount.readonly {
+            return refused("readonly", "an image can only be mounted read-only");
+        }
+        return Err(CriError::Unsupported {
+            field: field("image"),
+            rule: "image volumes are not served by this node".to_owned(),
+        });
     }
     if mount.propagation() != v1::MountPropagation::PropagationPrivate {
         let rule = "no mount of the host is seen in a microVM: only PROPAGATION_PRIVATE";
@@ -107,9 +113,9 @@ fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriErr
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return refused("uidMappings", "user namespaces are not served by this node");
     }
-    if mount.recursive_read_only {
-        let rule = "recursive read-only mounts are not served by this node";
-        return refused("recursive_read_only", rule);
+    // A volume of the guest has no mounts below it: read-only is so to the bottom.
+    if mount.recursive_read_only && !mount.readonly {
+        return refused("recursive_read_only", "needs readonly beside it");
     }
     if !mount.container_path.starts_with('/') {
         return refused("container_path", "must be absolute");
@@ -388,10 +394,27 @@ mod tests {
             ),
             (
                 v1::Mount {
+                    image: Some(v1::ImageSpec::default()),
+                    readonly: false,
+                    ..base.clone()
+                },
+                "readonly",
+            ),
+            (
+                v1::Mount {
                     recursive_read_only: true,
+                    readonly: false,
                     ..base.clone()
                 },
                 "recursive_read_only",
+            ),
+            (
+                v1::Mount {
+                    recursive_read_only: true,
+                    propagation: v1::MountPropagation::PropagationHostToContainer.into(),
+                    ..base.clone()
+                },
+                "propagation",
             ),
             (
                 v1::Mount {
@@ -409,12 +432,23 @@ mod tests {
             ),
         ] {
             match bed.plan(&[mount]).unwrap_err() {
-                CriError::Invalid { field, .. } => {
+                CriError::Invalid { field, .. } | CriError::Unsupported { field, .. } => {
                     assert_eq!(field, format!("config.mounts[0].{name}"));
                 }
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_read_only_mount_is_so_recursively() {
+        let bed = Bed::new();
+        fs::write(bed.pod("etc-hosts"), "").unwrap();
+        let wanted = v1::Mount {
+            recursive_read_only: true,
+            ..mount(&bed.pod("etc-hosts"), "/etc/hosts", true)
+        };
+        assert!(bed.plan(&[wanted]).unwrap().mounts[0].readonly);
     }
 
     #[test]

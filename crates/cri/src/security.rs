@@ -107,21 +107,9 @@ fn seccomp(
     }
 }
 
-fn check_groups(
-    base: &str,
-    user: bool,
-    group: Option<&v1::Int64Value>,
-    policy: v1::SupplementalGroupsPolicy,
-) -> Result<(), CriError> {
+fn check_groups(base: &str, user: bool, group: Option<&v1::Int64Value>) -> Result<(), CriError> {
     if group.is_some() && !user {
         return Err(invalid(base, "run_as_group", "needs a user beside it"));
-    }
-    if policy == v1::SupplementalGroupsPolicy::Strict {
-        return Err(invalid(
-            base,
-            "supplemental_groups_policy",
-            "Strict is not served by this node: only Merge",
-        ));
     }
     Ok(())
 }
@@ -146,7 +134,6 @@ pub(crate) fn check_sandbox(
         base,
         context.run_as_user.is_some(),
         context.run_as_group.as_ref(),
-        context.supplemental_groups_policy(),
     )
 }
 
@@ -169,12 +156,7 @@ pub(crate) fn of_container(
     let seccomp_default =
         !context.privileged && seccomp(base, context.seccomp.as_ref(), seccomp_path)?;
     let named = context.run_as_user.is_some() || !context.run_as_username.is_empty();
-    check_groups(
-        base,
-        named,
-        context.run_as_group.as_ref(),
-        context.supplemental_groups_policy(),
-    )?;
+    check_groups(base, named, context.run_as_group.as_ref())?;
     let capabilities = context.capabilities.clone().unwrap_or_default();
     if !capabilities.add_ambient_capabilities.is_empty() {
         return Err(invalid(
@@ -197,6 +179,8 @@ pub(crate) fn of_container(
             .iter()
             .map(|group| id(base, "supplemental_groups", *group))
             .collect::<Result<_, _>>()?,
+        only_supplemental_groups: context.supplemental_groups_policy()
+            == v1::SupplementalGroupsPolicy::Strict,
         add_capabilities: capabilities.add_capabilities,
         drop_capabilities: capabilities.drop_capabilities,
         privileged: context.privileged,
@@ -293,13 +277,6 @@ mod tests {
                 },
                 "s.run_as_user",
             ),
-            (
-                v1::LinuxContainerSecurityContext {
-                    supplemental_groups_policy: v1::SupplementalGroupsPolicy::Strict.into(),
-                    ..base()
-                },
-                "s.supplemental_groups_policy",
-            ),
         ] {
             assert_eq!(field(of_container("s", &context)), name);
         }
@@ -311,12 +288,13 @@ mod tests {
             masked_paths: vec!["/proc/kcore".into()],
             seccomp: Some(v1::SecurityProfile::default()),
             run_as_username: "web".into(),
+            supplemental_groups_policy: v1::SupplementalGroupsPolicy::Strict.into(),
             ..Default::default()
         };
         let config = of_container("s", &context).unwrap();
         assert_eq!(config.masked_paths, Some(vec!["/proc/kcore".to_owned()]));
         assert_eq!(config.readonly_paths, Some(Vec::new()));
         assert_eq!(config.run_as_username, "web");
-        assert!(config.seccomp_default);
+        assert!(config.seccomp_default && config.only_supplemental_groups);
     }
 }

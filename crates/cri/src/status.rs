@@ -13,6 +13,9 @@ pub(crate) enum CriError {
     /// The request is wrong, or asks for what this node does not do.
     #[error("{field}: {rule}")]
     Invalid { field: String, rule: String },
+    /// The request asks for a feature that this node does not have at all.
+    #[error("{field}: {rule}")]
+    Unsupported { field: String, rule: String },
     #[error("{kind} {id:?} does not exist")]
     NotFound { kind: &'static str, id: String },
     #[error("{kind} {id} exists already and was asked for otherwise")]
@@ -51,6 +54,7 @@ impl From<CriError> for Status {
     fn from(error: CriError) -> Self {
         let code = match &error {
             CriError::Invalid { .. } => Code::InvalidArgument,
+            CriError::Unsupported { .. } => Code::Unimplemented,
             CriError::NotFound { .. } => Code::NotFound,
             CriError::Exists { .. } => Code::AlreadyExists,
             CriError::State { .. } => Code::FailedPrecondition,

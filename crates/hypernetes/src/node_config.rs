@@ -1,6 +1,7 @@
 //! The configuration file of `hypernetes node`.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -74,6 +75,7 @@ struct Vm {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Registries {
     insecure: Vec<String>,
+    mirrors: BTreeMap<String, Vec<String>>,
 }
 
 impl Default for NodeConfig {
@@ -164,6 +166,7 @@ impl NodeConfig {
     pub(crate) fn parts(&self) -> PartsOptions {
         PartsOptions {
             insecure_registries: self.registries.insecure.clone(),
+            mirrors: self.registries.mirrors.clone(),
             upstream_dns: self.network.upstream_dns.clone(),
             hyperstart: some(&self.hyperstart),
             kernel_dir: some(&self.kernel_dir),
@@ -210,6 +213,8 @@ impl NodeConfig {
             cidr: IpNet::V4(network.cidr.trunc()),
             gateway: gateway.context("network.cidr has no addresses")?.into(),
             egress: network.egress,
+            // The kubelet's probes come from there.
+            node_access: true,
             mtu: network.mtu,
             domain: network.domain.clone(),
         })
@@ -240,6 +245,17 @@ mod tests {
         ] {
             assert!(NodeConfig::parse(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn mirrors_are_named_per_registry_in_their_order() {
+        let text =
+            "registries:\n  mirrors:\n    docker.io: [https://a.example, http://127.0.0.1:5000]\n";
+        let parts = NodeConfig::parse(text).unwrap().parts();
+        assert_eq!(
+            parts.mirrors["docker.io"],
+            ["https://a.example", "http://127.0.0.1:5000"]
+        );
     }
 
     #[test]

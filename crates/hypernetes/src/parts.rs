@@ -1,7 +1,7 @@
 //! What every daemon is made of below its interface: store, images, kernels, networks, VMs, and the
 //! runtime that joins them.
 
-use std::{fs, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, fs, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result};
 use hypernetes_image::{ImageStore, RegistryConfig, StoreConfig as ImageStoreConfig};
@@ -26,6 +26,8 @@ pub(crate) const RUN_DIR: &str = "/run/hypernetes";
 #[derive(Debug, Clone)]
 pub(crate) struct PartsOptions {
     pub(crate) insecure_registries: Vec<String>,
+    /// Per registry: places to ask before it.
+    pub(crate) mirrors: BTreeMap<String, Vec<String>>,
     pub(crate) upstream_dns: Vec<SocketAddr>,
     pub(crate) hyperstart: Option<PathBuf>,
     pub(crate) kernel_dir: Option<PathBuf>,
@@ -52,6 +54,7 @@ impl Parts {
         let store = Store::open(&paths.database(), StoreConfig::default())?;
         let registry = RegistryConfig {
             insecure_registries: options.insecure_registries.clone(),
+            mirrors: options.mirrors.clone(),
             ..RegistryConfig::default()
         };
         let images = ImageStore::open(

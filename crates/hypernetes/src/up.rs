@@ -4,6 +4,7 @@
 //! on when it ends; the next start finds them.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::Path,
     sync::Arc,
@@ -62,6 +63,7 @@ impl Node {
             .context("cannot open the certificate authority")?;
         let parts = PartsOptions {
             insecure_registries: options.insecure_registries.clone(),
+            mirrors: BTreeMap::new(),
             upstream_dns: options.upstream_dns.clone(),
             hyperstart: options.hyperstart.clone(),
             kernel_dir: options.kernel_dir.clone(),

@@ -175,8 +175,7 @@ async fn launch(
             uid,
             gid,
             additional_gids,
-            username: String::new(),
-            run_as_group: None,
+            ..Default::default()
         },
         Reply::Refused {
             invalid: true,

@@ -207,6 +207,7 @@ pub(crate) fn process(spec: &v1::Process, privileged: bool) -> Result<ProcessSpe
             additional_gids: user.additional_gids,
             username: Some(user.username).filter(|name| !name.is_empty()),
             run_as_group: user.run_as_group,
+            only_additional_gids: user.only_additional_gids,
         },
         tty: spec
             .tty

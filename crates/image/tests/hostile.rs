@@ -534,6 +534,32 @@ async fn mirrors_come_first_and_get_no_password() {
 }
 
 #[tokio::test]
+async fn mirrors_are_asked_in_order_and_one_that_lies_is_passed_over() {
+    let (lying, second, fake) = (
+        Fake::start().await,
+        Fake::start().await,
+        Fake::start().await,
+    );
+    let digest = second.image("a", &plain_tar());
+    lying.answer(
+        &format!("/v2/app/manifests/{digest}"),
+        Answer::Bytes(MANIFEST, b"{}".to_vec()),
+    );
+    let mirrors = [&lying, &second].map(|mirror| format!("http://{}", mirror.address));
+    let registry = RegistryConfig {
+        mirrors: [(fake.address.clone(), mirrors.to_vec())].into(),
+        ..RegistryConfig::default()
+    };
+    let bench = Bench::with(StoreConfig {
+        registry,
+        ..StoreConfig::default()
+    });
+    bench.pull(&fake.name(digest.as_str())).await.unwrap();
+    assert!(!lying.seen("/").is_empty(), "the first is asked first");
+    assert!(fake.seen("/").is_empty(), "the registry is asked last");
+}
+
+#[tokio::test]
 async fn plain_http_elsewhere_is_refused() {
     // An address of this machine that is not loopback; nothing is sent to find it out.
     let probe = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();

@@ -18,6 +18,7 @@ pub fn spec(id: &str) -> NetworkSpec {
         cidr: "10.77.0.0/29".parse().unwrap(),
         gateway: "10.77.0.1".parse().unwrap(),
         egress: true,
+        node_access: false,
         mtu: 1500,
         domain: "cluster.local".to_owned(),
     }

@@ -42,6 +42,9 @@ pub struct NetworkSpec {
     pub gateway: IpAddr,
     /// Pods may open connections to the outside, translated to the node's address.
     pub egress: bool,
+    /// The node itself may open connections to pods; they cannot to it.
+    #[serde(default)]
+    pub node_access: bool,
     /// MTU of pods.
     pub mtu: u32,
     /// Search domain suffix for pod names, usually `cluster.local`.

@@ -251,6 +251,23 @@ impl Links {
             .map_err(refused(format!("route by default to {gateway}")))
     }
 
+    /// Sends what is for `net` to `gateway`, a neighbour on a link that is up.
+    pub(crate) async fn ensure_route(
+        &self,
+        net: ipnet::Ipv4Net,
+        gateway: Ipv4Addr,
+    ) -> io::Result<()> {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(net.network(), net.prefix_len())
+            .gateway(gateway)
+            .build();
+        match self.0.route().add(route).execute().await {
+            // Not replaced: a route of somebody else's would be taken away from them.
+            Err(error) if already_there(&error) => Ok(()),
+            other => other.map_err(refused(format!("route {net} to {gateway}"))),
+        }
+    }
+
     /// Answers packets to addresses of the network that no pod has, so that they do not leave by
     /// the default route.
     pub(crate) async fn ensure_unreachable(&self, net: ipnet::Ipv4Net) -> io::Result<()> {

@@ -118,6 +118,8 @@ pub struct NetworkPlan {
     pub mtu: u32,
     /// Pods may open connections to the outside.
     pub egress: bool,
+    /// The node itself may open connections to pods.
+    pub node_access: bool,
     /// The whole pool of transit links.
     pub pool: Ipv4Net,
     /// This network's transit link: a /31, the host has its first address.
@@ -180,6 +182,7 @@ impl NetworkPlan {
             gateway,
             mtu: spec.mtu,
             egress: spec.egress,
+            node_access: spec.node_access,
             pool,
             transit,
         })

@@ -393,6 +393,58 @@ fn egress_is_translated_and_reaches_neither_host_nor_metadata() {
     });
 }
 
+#[test]
+fn the_node_reaches_pods_and_they_do_not_reach_it() {
+    on_own_host(|| async {
+        let dir = tempfile::tempdir().unwrap();
+        let driver = open(dir.path());
+        let before = host_state(dir.path());
+        for egress in [true, false] {
+            let network = NetworkSpec {
+                egress,
+                node_access: true,
+                ..spec("red")
+            };
+            driver.ensure_network(&network).await.unwrap();
+            let mut pod = boot(&driver, &network, "10.77.0.2").await;
+            let host = UdpSocket::bind("0.0.0.0:0").unwrap();
+            host.set_read_timeout(Some(PATIENCE)).unwrap();
+            host.send_to(b"probe", "10.77.0.2:9").unwrap();
+            let asked = pod.receive(|frame| has(&[frame.to_vec()], b"probe")).await;
+            let node: [u8; 4] = asked[26..30].try_into().unwrap();
+            let port = u16::from_be_bytes([asked[34], asked[35]]);
+            pod.send_ip(node.into(), UDP, &udp(9, port, b"well")).await;
+            let mut buffer = [0; 64];
+            let (length, source) = host.recv_from(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], b"well");
+            assert_eq!(source.to_string(), "10.77.0.2:9");
+
+            // What the node did not ask for is not heard: from another port of the pod's, at another
+            // of the node's.
+            let other = UdpSocket::bind("0.0.0.0:0").unwrap();
+            let other_port = other.local_addr().unwrap().port();
+            pod.send_ip(node.into(), UDP, &udp(8, port, b"stray")).await;
+            pod.send_ip(node.into(), UDP, &udp(9, other_port, b"stray"))
+                .await;
+            let name = namespace(&network.id);
+            eventually(|| match counter(&name, ROUTER, "refused_destination") {
+                2 => Ok(()),
+                other => Err(format!("{other} refused")),
+            })
+            .await;
+            for socket in [&host, &other] {
+                socket.set_nonblocking(true).unwrap();
+                assert!(socket.recv_from(&mut buffer).is_err(), "the node heard it");
+            }
+            let sandbox = pod.lease.sandbox.clone();
+            drop(pod);
+            driver.detach(&sandbox).await.unwrap();
+            driver.delete_network(&network.id).await.unwrap();
+        }
+        is_as(&before, dir.path()).await;
+    });
+}
+
 fn query(name: &str) -> Vec<u8> {
     let mut message = Message::query();
     message.metadata.recursion_desired = true;

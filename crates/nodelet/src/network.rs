@@ -111,6 +111,7 @@ fn node_network(config: &NodeletConfig) -> NetworkSpec {
         cidr: config.default_cidr,
         gateway: first_host(config.default_cidr),
         egress: config.default_egress,
+        node_access: false,
         mtu: config.mtu,
         domain: config.cluster_domain.clone(),
     }
@@ -158,6 +159,7 @@ fn spec_of(
         egress: spec["external"]["snat"]
             .as_bool()
             .unwrap_or(spec["external"].is_object()),
+        node_access: false,
         mtu: spec["mtu"]
             .as_u64()
             .and_then(|mtu| u32::try_from(mtu).ok())

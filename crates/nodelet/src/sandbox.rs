@@ -159,6 +159,7 @@ mod tests {
             cidr: "10.244.0.0/16".parse().unwrap(),
             gateway: "10.244.0.1".parse().unwrap(),
             egress: true,
+            node_access: false,
             mtu: 1500,
             domain: "cluster.local".into(),
         };

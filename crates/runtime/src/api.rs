@@ -197,6 +197,9 @@ pub struct SecurityConfig {
     pub run_as_non_root: bool,
     /// More groups.
     pub supplemental_groups: Vec<u32>,
+    /// Whether the image's groups of the user are left out.
+    #[serde(default)]
+    pub only_supplemental_groups: bool,
     /// Capabilities on top of the default set.
     pub add_capabilities: Vec<String>,
     /// Capabilities taken from the default set; `ALL`.

@@ -76,6 +76,7 @@ fn user(security: &SecurityConfig) -> v1::User {
     v1::User {
         additional_gids: security.supplemental_groups.clone(),
         run_as_group: security.run_as_group,
+        only_additional_gids: security.only_supplemental_groups,
         ..Default::default()
     }
 }
@@ -325,6 +326,10 @@ mod tests {
             (user.username.as_str(), user.run_as_group),
             ("1000", Some(7))
         );
+        assert!(!user.only_additional_gids);
+        config.security.only_supplemental_groups = true;
+        let process = container_process(&image(), &config, "h").unwrap();
+        assert!(process.user.unwrap().only_additional_gids);
     }
 
     #[test]

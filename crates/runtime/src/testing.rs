@@ -211,6 +211,7 @@ impl World {
             cidr: "10.1.0.0/24".parse().unwrap(),
             gateway: [10, 1, 0, 1].into(),
             egress: true,
+            node_access: false,
             mtu: 1450,
             domain: "cluster.local".into(),
         };

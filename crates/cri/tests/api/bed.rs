@@ -36,6 +36,7 @@ pub(crate) fn network() -> NetworkSpec {
         cidr: "10.88.0.0/16".parse().unwrap(),
         gateway: "10.88.0.1".parse().unwrap(),
         egress: true,
+        node_access: true,
         mtu: 1500,
         domain: "cluster.local".into(),
     }

@@ -91,7 +91,7 @@ async fn a_container_comes_back_as_it_was_asked_for() {
     assert_eq!(status.resources.unwrap().linux.unwrap(), resources);
     assert_eq!(status.stop_signal, i32::from(v1::Signal::Sigquit));
     let user = status.user.unwrap().linux.unwrap();
-    assert_eq!((user.uid, user.supplemental_groups), (1000, vec![7]));
+    assert_eq!((user.uid, user.supplemental_groups), (1000, vec![0, 7]));
 
     bed.start(&id).await.unwrap();
     bed.start(&id).await.unwrap();
@@ -246,7 +246,7 @@ async fn what_cannot_be_had_is_refused_with_its_field() {
             ..Default::default()
         });
     });
-    case("config.mounts[0].image", &|c| {
+    case("config.mounts[0].readonly", &|c| {
         c.mounts.push(v1::Mount {
             container_path: "/image".into(),
             image: Some(v1::ImageSpec::default()),
@@ -282,6 +282,19 @@ async fn what_cannot_be_had_is_refused_with_its_field() {
         bed.create("none", Bed::container("x")).await,
         Code::NotFound,
         "none",
+    );
+    // A feature that is not there at all has the code that says so.
+    let mut config = Bed::container("x");
+    config.mounts.push(v1::Mount {
+        container_path: "/image".into(),
+        readonly: true,
+        image: Some(v1::ImageSpec::default()),
+        ..Default::default()
+    });
+    refused(
+        bed.create(&sandbox, config).await,
+        Code::Unimplemented,
+        "config.mounts[0].image",
     );
     let mut config = Bed::container("x");
     config.image.as_mut().unwrap().image = "gone".into();

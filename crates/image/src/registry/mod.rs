@@ -25,8 +25,10 @@ pub(crate) use transport::Transport;
 pub struct RegistryConfig {
     /// Registry hosts (with port, if not the default) that may be spoken to without TLS.
     pub insecure_registries: Vec<String>,
-    /// Per registry host: places that are asked first, `http://host:port` or `https://…`. They are
-    /// asked without credentials.
+    /// Per registry host: places that are asked first, in this order, `https://host[:port]`,
+    /// `http://…` or a bare host, which means https. They are asked without credentials; what they
+    /// answer is checked as the registry's answers are. A place without TLS must be on loopback or
+    /// be listed in `insecure_registries`.
     pub mirrors: BTreeMap<String, Vec<String>>,
     /// Certificate authorities besides the system's, PEM.
     pub extra_ca: Vec<Vec<u8>>,

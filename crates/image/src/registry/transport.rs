@@ -61,11 +61,51 @@ impl Transport {
         };
         let http = builder().build().map_err(|e| bad(chain(&e)))?;
         let direct = builder().no_proxy().build().map_err(|e| bad(chain(&e)))?;
-        Ok(Self {
+        let transport = Self {
             http,
             direct,
             config,
-        })
+        };
+        transport.check_mirrors().map_err(bad)?;
+        Ok(transport)
+    }
+
+    /// A mirror that can never be asked is told at start, not passed over at each pull.
+    fn check_mirrors(&self) -> Result<(), String> {
+        for (registry, mirrors) in &self.config.mirrors {
+            for mirror in mirrors {
+                let wrong = |rule: &str| {
+                    let (registry, mirror) = (shown(registry.as_bytes()), shown(mirror.as_bytes()));
+                    format!("the mirror {mirror} of {registry} {rule}")
+                };
+                let url = match mirror.contains("://") {
+                    true => Url::parse(mirror),
+                    false => Url::parse(&format!("https://{mirror}")),
+                };
+                let url = url.map_err(|_wrong| wrong("is no address"))?;
+                if url.query().is_some() || url.fragment().is_some() {
+                    return Err(wrong("must end with its host or a path"));
+                }
+                // It would end up in logs, and no mirror gets an account.
+                if !url.username().is_empty() || url.password().is_some() {
+                    return Err(format!(
+                        "a mirror of {} names a user: mirrors are asked without credentials",
+                        shown(registry.as_bytes())
+                    ));
+                }
+                match url.scheme() {
+                    "https" => {}
+                    "http" if self.allows_plain(&authority(&url)) => {}
+                    "http" => {
+                        return Err(wrong(
+                            "is not on loopback: plain http needs it to be listed as insecure",
+                        ));
+                    }
+                    _ => return Err(wrong("must be https or http")),
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn config(&self) -> &RegistryConfig {
@@ -331,6 +371,38 @@ mod tests {
         ] {
             assert!(!transport.allows_plain(no), "{no}");
         }
+    }
+
+    #[test]
+    fn mirrors_are_checked_at_start() {
+        let with = |mirror: &str| {
+            Transport::new(RegistryConfig {
+                insecure_registries: vec!["lab.example:5000".to_owned()],
+                mirrors: [("registry.example".to_owned(), vec![mirror.to_owned()])].into(),
+                ..RegistryConfig::default()
+            })
+        };
+        for good in [
+            "https://mirror.example",
+            "https://mirror.example:8443/prefix/",
+            "mirror.example",
+            "http://127.0.0.1:5000",
+            "http://lab.example:5000",
+        ] {
+            with(good).unwrap();
+        }
+        for bad in [
+            "http://mirror.example",
+            "http://lab.example",
+            "ftp://mirror.example",
+            "https://",
+            "https://mirror.example/?a=b",
+            "",
+        ] {
+            with(bad).unwrap_err();
+        }
+        let error = with("https://user:hunter2@mirror.example").unwrap_err();
+        assert!(!error.to_string().contains("hunter2"), "{error}");
     }
 
     #[test]

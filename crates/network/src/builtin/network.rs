@@ -289,7 +289,14 @@ impl Inner {
                 .await?;
             links.set_up(UPLINK).await?;
             links.ensure_default_route(plan.transit_host()).await
-        })
+        })?;
+        if plan.node_access {
+            // It goes with the link.
+            with_links(&self.host, async |links| {
+                links.ensure_route(plan.cidr, plan.transit_inside()).await
+            })?;
+        }
+        Ok(())
     }
 
     /// Removes what the kernel has of the network.

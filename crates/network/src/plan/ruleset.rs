@@ -36,6 +36,7 @@ table inet {table} {{
 	counter unsolicited_refused {{}}
 	chain inbound {{
 		type filter hook input priority filter - 10; policy accept;
+		iifname {own} ct state established,related ct direction reply accept
 		iifname {own} counter name host_refused drop
 	}}
 	chain through {{
@@ -77,6 +78,15 @@ pub fn network_ruleset(plan: &NetworkPlan, pods: &[PodPlan]) -> String {
             format!("\t\tiifname \"{UPLINK}\" {drop}\n\t\toifname \"{UPLINK}\" {drop}\n"),
             String::new(),
         )
+    };
+    // The node's address is among the refused ones, and answers go there without egress too.
+    let node = if plan.node_access {
+        let node = plan.transit_host();
+        format!(
+            "\t\tiifname \"{UPLINK}\" oifname \"{TAP_PREFIX}*\" ip saddr {node} ct state new,established,related accept\n\t\tiifname \"{TAP_PREFIX}*\" oifname \"{UPLINK}\" ip daddr {node} ct state established,related ct direction reply accept\n"
+        )
+    } else {
+        String::new()
     };
     let mut script = format!(
         "\
@@ -136,7 +146,7 @@ table inet pods {{
 	chain through {{
 		type filter hook forward priority filter; policy drop;
 		meta nfproto ipv6 counter name refused_forward drop
-		ip daddr @refused counter name refused_destination drop
+{node}		ip daddr @refused counter name refused_destination drop
 {closed}		ct state invalid counter name refused_forward drop
 		oifname \"{UPLINK}\" tcp flags syn tcp option maxseg size set rt mtu
 		ct state established,related accept

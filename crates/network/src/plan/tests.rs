@@ -6,6 +6,7 @@ fn spec() -> NetworkSpec {
         cidr: "10.42.0.0/24".parse().unwrap(),
         gateway: "10.42.0.1".parse().unwrap(),
         egress: true,
+        node_access: false,
         mtu: 1450,
         domain: "cluster.local".to_owned(),
     }
@@ -103,6 +104,7 @@ table inet hypernetes_ab12 {
 	counter unsolicited_refused {}
 	chain inbound {
 		type filter hook input priority filter - 10; policy accept;
+		iifname "hnab12*" ct state established,related ct direction reply accept
 		iifname "hnab12*" counter name host_refused drop
 	}
 	chain through {
@@ -218,6 +220,20 @@ fn without_egress_nothing_new_goes_out() {
         closed.rfind("established,related"),
     );
     assert!(drop.is_some() && drop < established, "{closed}");
+}
+
+#[test]
+fn the_node_s_way_to_pods_is_open_only_where_it_is_asked_for() {
+    let mut spec = spec();
+    assert!(!network_ruleset(&plan(&spec).unwrap(), &[]).contains("100.64.0.6"));
+    spec.node_access = true;
+    let open = network_ruleset(&plan(&spec).unwrap(), &[]);
+    let (node, refused) = (
+        open.find("ip daddr 100.64.0.6 ct state established,related ct direction reply accept"),
+        open.find("ip daddr @refused"),
+    );
+    assert!(node.is_some() && node < refused, "{open}");
+    assert!(open.contains("ip saddr 100.64.0.6 ct state new,"), "{open}");
 }
 
 #[test]

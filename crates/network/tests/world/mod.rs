@@ -130,7 +130,9 @@ pub fn make_outside() {
         ip -n outside addr add 10.99.0.2/24 dev eth0
         ip -n outside addr add 169.254.169.254/32 dev eth0
         ip -n outside link set lo up; ip -n outside link set eth0 up
-        ip route add 169.254.169.254/32 via 10.99.0.2");
+        ip route add 169.254.169.254/32 via 10.99.0.2
+        # The carrier comes in its own time, and is part of what the host looks like.
+        until ip -o link show eth0 | grep -q 'state UP'; do sleep 0.01; done");
 }
 
 /// Runs `work` in a named namespace.

@@ -35,6 +35,8 @@ use crate::{
 const LAYER_SLOTS: std::ops::RangeInclusive<u32> = SCRATCH_SLOT + 1..=254;
 /// The first version of the protocol in which limits can name files of the cgroup.
 const PROTOCOL_WITH_UNIFIED: u32 = 2;
+/// The first version of the protocol in which the image's groups can be left out.
+const PROTOCOL_WITH_STRICT_GROUPS: u32 = 3;
 /// Groups that are taken from a guest.
 const MAX_GROUPS: usize = 1024;
 /// Containers of one sandbox.
@@ -235,6 +237,15 @@ impl Actor {
         if unified && client.hello().version < PROTOCOL_WITH_UNIFIED {
             let rule = "is not known to the guest of an earlier release: make the pod anew";
             return Err(invalid("unified", rule));
+        }
+        let user = request
+            .process
+            .as_ref()
+            .and_then(|process| process.user.as_ref());
+        let strict = user.is_some_and(|user| user.only_additional_gids);
+        if strict && client.hello().version < PROTOCOL_WITH_STRICT_GROUPS {
+            let rule = "are not known to the guest of an earlier release: make the pod anew";
+            return Err(invalid("only_supplemental_groups", rule));
         }
         let deadline = self.shared.config.deadlines.call;
         let sandbox = self.record.id.clone();
