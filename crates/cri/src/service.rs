@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     HANDLER,
+    carried::Carried,
     config::CriConfig,
     container::{self, Asked},
     lookup, memo, mounts,
@@ -35,6 +36,8 @@ pub(crate) struct Inner {
     pub(crate) runtime: Arc<dyn PodRuntime>,
     pub(crate) network: Arc<NodeNetwork>,
     pub(crate) streams: Arc<Streams>,
+    /// What guests have of the host's files.
+    pub(crate) carried: Arc<Carried>,
     /// Work that outlives the call that began it.
     pub(crate) tasks: TaskTracker,
 }
@@ -133,12 +136,15 @@ impl Service {
         let asked = Asked::of(&request)?;
         // Everything that can be refused is, before a file of the host is read.
         container::plan(&asked, &sandbox, &mounts::Plan::default())?;
+        let ledger = self.carried.of(&sandbox.id);
+        let mut ledger = ledger.lock().await;
         let mounts = self.plan_mounts(&asked, &sandbox).await?;
         let config = container::plan(&asked, &sandbox, &mounts)?;
         let wanted = config.memo.clone();
         for volume in mounts.volumes {
-            self.runtime.write_volume(&sandbox.id, volume).await?;
+            ledger.write(self.runtime(), &sandbox.id, volume).await?;
         }
+        drop(ledger);
         let id = self.runtime.create_container(&sandbox.id, config).await?;
         let status = self.runtime.container(&id).await;
         let same = status.is_none_or(|status| status.config.memo == wanted);
