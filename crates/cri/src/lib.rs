@@ -28,6 +28,7 @@ mod lookup;
 mod memo;
 mod mounts;
 mod network;
+mod pages;
 mod resources;
 mod sandbox;
 mod security;

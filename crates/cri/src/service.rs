@@ -209,6 +209,35 @@ impl Service {
         Ok(self.runtime.update_container(&status.id, update).await?)
     }
 
+    /// Nothing is to be done for new limits of a whole pod: the containers' own hold inside the VM,
+    /// and the kubelet sets those of the cgroup around it. But the VM must have what they promise.
+    pub(crate) async fn check_pod_resources(
+        &self,
+        request: &v1::UpdatePodSandboxResourcesRequest,
+    ) -> Result<(), CriError> {
+        let status = self.sandbox(&request.pod_sandbox_id).await?;
+        let resources = request.resources.clone().unwrap_or_default();
+        let asked = resources::of_container("resources", &resources)?;
+        let room = self.room_of(&status.id).await;
+        if let Some(room) = room.filter(|room| asked.memory_limit > *room) {
+            return Err(CriError::invalid(
+                "resources.memory_limit_in_bytes",
+                format!(
+                    "{} is more than the {room} bytes of the pod's VM, which does not grow",
+                    asked.memory_limit
+                ),
+            ));
+        }
+        let vcpus = i64::from(status.config.vcpus);
+        if asked.cpu_limit_milli > vcpus * 1000 {
+            return Err(CriError::invalid(
+                "resources.cpu_quota",
+                format!("is more than the {vcpus} CPUs of the pod's VM, which does not grow"),
+            ));
+        }
+        Ok(())
+    }
+
     /// Bytes that a VM has for its containers.
     async fn room_of(&self, sandbox: &SandboxId) -> Option<i64> {
         let status = self.runtime.sandbox(sandbox).await?;
