@@ -4,7 +4,7 @@
 //! does so: an older version never replaces a newer one.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -22,10 +22,10 @@ impl Carried {
         Arc::clone(ledgers.entry(sandbox.clone()).or_default())
     }
 
-    /// Forgets a sandbox that is gone.
-    pub(crate) fn forget(&self, sandbox: &SandboxId) {
+    /// Forgets all sandboxes but these.
+    pub(crate) fn retain(&self, sandboxes: &HashSet<SandboxId>) {
         let mut ledgers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        ledgers.remove(sandbox);
+        ledgers.retain(|sandbox, _| sandboxes.contains(sandbox));
     }
 }
 

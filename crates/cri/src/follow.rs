@@ -11,7 +11,7 @@
 //! all the time is carried once in [`REST`]; one that cannot be carried is tried ever more rarely.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -80,9 +80,6 @@ impl Follower {
             tokio::select! {
                 // The first one is at once.
                 _ = round.tick() => {
-                    for sandbox in followed.sandboxes() {
-                        self.find(&mut followed, &sandbox).await;
-                    }
                     self.find_all(&mut followed).await;
                     followed.touch_all(Instant::now());
                 }
@@ -112,31 +109,31 @@ impl Follower {
     }
 
     async fn find_all(&self, followed: &mut Followed) {
-        for status in self.runtime.list_sandboxes().await {
-            self.find(followed, &status.id).await;
+        let all = self.runtime.list_sandboxes().await;
+        let ids: HashSet<SandboxId> = all.into_iter().map(|status| status.id).collect();
+        self.carried.retain(&ids);
+        for sandbox in ids.into_iter().chain(followed.sandboxes()) {
+            self.find(followed, &sandbox).await;
         }
     }
 
     /// Finds which volumes of a sandbox are to be followed.
     async fn find(&self, followed: &mut Followed, sandbox: &SandboxId) {
         let mut wanted = BTreeMap::new();
-        match self.runtime.sandbox(sandbox).await {
-            None => self.carried.forget(sandbox),
-            Some(status) => {
-                for container in self.runtime.list_containers(Some(sandbox)).await {
-                    // A guest that does not answer just now may still run it.
-                    let runs = [ContainerState::Running, ContainerState::Unknown];
-                    if !runs.contains(&container.state) {
-                        continue;
-                    }
-                    let uid = &status.config.metadata.uid;
-                    let asked = memo::container(&container.config.memo);
-                    let volumes = asked
-                        .mounts
-                        .iter()
-                        .filter_map(|mount| mounts::versioned(mount, uid, &self.kubelet_dir));
-                    wanted.extend(volumes);
+        if let Some(status) = self.runtime.sandbox(sandbox).await {
+            for container in self.runtime.list_containers(Some(sandbox)).await {
+                // A guest that does not answer just now may still run it.
+                let runs = [ContainerState::Running, ContainerState::Unknown];
+                if !runs.contains(&container.state) {
+                    continue;
                 }
+                let uid = &status.config.metadata.uid;
+                let asked = memo::container(&container.config.memo);
+                let volumes = asked
+                    .mounts
+                    .iter()
+                    .filter_map(|mount| mounts::versioned(mount, uid, &self.kubelet_dir));
+                wanted.extend(volumes);
             }
         }
         followed.set(sandbox, wanted, Instant::now());
