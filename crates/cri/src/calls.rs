@@ -2,10 +2,12 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, codegen::BoxStream};
 
 use crate::{
-    HANDLER, RUNTIME_NAME, container, exec_sync, filter, sandbox,
+    HANDLER, RUNTIME_NAME, container, exec_sync, filter,
+    pages::pages,
+    sandbox,
     service::Service,
     stats,
     status::CriError,
@@ -342,5 +344,65 @@ impl RuntimeService for Service {
         Ok(Response::new(v1::ListPodSandboxStatsResponse {
             stats: found,
         }))
+    }
+
+    async fn stream_pod_sandboxes(
+        &self,
+        request: Request<v1::StreamPodSandboxesRequest>,
+    ) -> Answer<BoxStream<v1::StreamPodSandboxesResponse>> {
+        let filter = request.into_inner().filter;
+        let request = Request::new(v1::ListPodSandboxRequest { filter });
+        let items = self.list_pod_sandbox(request).await?.into_inner().items;
+        pages(items, |pod_sandboxes| v1::StreamPodSandboxesResponse {
+            pod_sandboxes,
+        })
+    }
+
+    async fn stream_containers(
+        &self,
+        request: Request<v1::StreamContainersRequest>,
+    ) -> Answer<BoxStream<v1::StreamContainersResponse>> {
+        let filter = request.into_inner().filter;
+        let request = Request::new(v1::ListContainersRequest { filter });
+        let items = self.list_containers(request).await?.into_inner().containers;
+        pages(items, |containers| v1::StreamContainersResponse {
+            containers,
+        })
+    }
+
+    async fn stream_container_stats(
+        &self,
+        request: Request<v1::StreamContainerStatsRequest>,
+    ) -> Answer<BoxStream<v1::StreamContainerStatsResponse>> {
+        let filter = request.into_inner().filter;
+        let request = Request::new(v1::ListContainerStatsRequest { filter });
+        let items = self.list_container_stats(request).await?.into_inner().stats;
+        pages(items, |container_stats| v1::StreamContainerStatsResponse {
+            container_stats,
+        })
+    }
+
+    async fn stream_pod_sandbox_stats(
+        &self,
+        request: Request<v1::StreamPodSandboxStatsRequest>,
+    ) -> Answer<BoxStream<v1::StreamPodSandboxStatsResponse>> {
+        let filter = request.into_inner().filter;
+        let request = Request::new(v1::ListPodSandboxStatsRequest { filter });
+        let items = self
+            .list_pod_sandbox_stats(request)
+            .await?
+            .into_inner()
+            .stats;
+        pages(items, |pod_sandbox_stats| {
+            v1::StreamPodSandboxStatsResponse { pod_sandbox_stats }
+        })
+    }
+
+    async fn update_pod_sandbox_resources(
+        &self,
+        request: Request<v1::UpdatePodSandboxResourcesRequest>,
+    ) -> Answer<v1::UpdatePodSandboxResourcesResponse> {
+        self.check_pod_resources(&request.into_inner()).await?;
+        Ok(Response::new(v1::UpdatePodSandboxResourcesResponse {}))
     }
 }

@@ -107,6 +107,24 @@ pub(crate) fn read(path: &Path) -> Result<Content, ReadError> {
     }
 }
 
+/// Reads the version of a directory that the kubelet keeps in versions. `None` if there is none, or
+/// no such directory any more. Blocks.
+pub(crate) fn read_version(path: &Path) -> Result<Option<Content>, ReadError> {
+    for part in [path, &path.join(DATA)] {
+        match std::fs::symlink_metadata(part) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => {
+                return Err(ReadError::Io {
+                    path: part.to_owned(),
+                    source,
+                });
+            }
+            Ok(_) => {}
+        }
+    }
+    read(path).map(Some)
+}
+
 /// The directory whose content counts: one version of it, if the kubelet keeps versions.
 fn root(place: &OwnedFd, path: &Path) -> Result<OwnedFd, ReadError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

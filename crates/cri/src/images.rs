@@ -7,10 +7,11 @@ use hypernetes_image::{Credentials, Image, ImageError};
 use hypernetes_runtime::{FilesystemUsage, RuntimeError};
 use hypernetes_types::ImageReference;
 use serde_json::json;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, codegen::BoxStream};
 
 use crate::{
     lookup::shown,
+    pages::pages,
     service::{Service, now_nanos},
     status::CriError,
     v1::{self, image_service_server::ImageService},
@@ -187,6 +188,16 @@ impl ImageService for Service {
             image_filesystems: vec![filesystem(&usage.images)],
             container_filesystems: vec![filesystem(&usage.containers)],
         }))
+    }
+
+    async fn stream_images(
+        &self,
+        request: Request<v1::StreamImagesRequest>,
+    ) -> Result<Response<BoxStream<v1::StreamImagesResponse>>, Status> {
+        let filter = request.into_inner().filter;
+        let request = Request::new(v1::ListImagesRequest { filter });
+        let images = self.list_images(request).await?.into_inner().images;
+        pages(images, |images| v1::StreamImagesResponse { images })
     }
 }
 

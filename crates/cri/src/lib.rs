@@ -11,21 +11,24 @@
 //! and a container carry the request that made them as their memo: what the runtime has no use for
 //! comes back to the kubelet unchanged, also after a restart of the node.
 //!
-//! Files that the kubelet hands over as host paths are read here and travel to the guest; no guest
-//! sees the host's file system.
+//! Files that the kubelet hands over as host paths are read here and travel to the guest, again when
+//! the kubelet updates them; no guest sees the host's file system.
 #![forbid(unsafe_code)]
 
 mod calls;
+mod carried;
 mod config;
 mod container;
 mod exec_sync;
 mod files;
 mod filter;
+mod follow;
 mod images;
 mod lookup;
 mod memo;
 mod mounts;
 mod network;
+mod pages;
 mod resources;
 mod sandbox;
 mod security;
@@ -38,6 +41,7 @@ mod status;
 mod streams;
 mod subpath;
 mod termination;
+mod watch;
 
 pub use config::{CriConfig, VmSizes};
 pub use network::NodeNetwork;

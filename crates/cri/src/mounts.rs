@@ -11,7 +11,7 @@
 //!
 //! Everything else is refused.
 
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use hypernetes_runtime::{MountConfig, VolumeConfig, VolumeKind};
 
@@ -43,6 +43,8 @@ enum Source<'a> {
     EmptyDir(&'a str),
     /// Content, and the name of the guest's volume for it.
     Files(String),
+    /// The same, in versions that the kubelet replaces while containers run.
+    Versioned(String),
     SubPath(&'a str),
     /// Where the kubelet looks for the termination message.
     TerminationLog,
@@ -64,6 +66,20 @@ pub(crate) fn is_termination_log(mount: &v1::Mount, pod_uid: &str, kubelet: &Pat
     !mount.readonly
         && path.components().all(plain)
         && classify(path, pod_uid, kubelet) == Source::TerminationLog
+}
+
+/// The guest's volume for a mount whose files the kubelet updates, and where they are. Not a mount
+/// with a sub path: that keeps its content, as it does everywhere.
+pub(crate) fn versioned(
+    mount: &v1::Mount,
+    pod_uid: &str,
+    kubelet: &Path,
+) -> Option<(String, PathBuf)> {
+    let path = Path::new(&mount.host_path);
+    match classify(path, pod_uid, kubelet) {
+        Source::Versioned(name) => Some((name, path.to_owned())),
+        _ => None,
+    }
 }
 
 /// Plans all mounts of a container, reading the host's files. Blocks.
@@ -147,7 +163,7 @@ fn source(
             let volume = empty_dir(name, path).map_err(unreadable)?;
             Ok((volume, String::new()))
         }
-        Source::Files(name) => carried(name, path).map_err(unreadable),
+        Source::Files(name) | Source::Versioned(name) => carried(name, path).map_err(unreadable),
         Source::SubPath(volume) if path.is_dir() => {
             let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
             let bound = subpath::bound(&table, path);
@@ -210,7 +226,7 @@ fn classify<'a>(path: &'a Path, pod_uid: &str, kubelet: &Path) -> Source<'a> {
             "kubernetes.io~configmap"
             | "kubernetes.io~secret"
             | "kubernetes.io~projected"
-            | "kubernetes.io~downward-api" => Source::Files(plain_name(
+            | "kubernetes.io~downward-api" => Source::Versioned(plain_name(
                 plugin.trim_start_matches("kubernetes.io~"),
                 name,
             )),

@@ -17,6 +17,7 @@ use tonic::transport::Server;
 use crate::{
     MAX_MESSAGE_SIZE,
     config::CriConfig,
+    follow::Follower,
     network::NodeNetwork,
     service::{Inner, Service},
     streams::Streams,
@@ -91,6 +92,7 @@ impl CriServer {
             runtime,
             network: Arc::new(network),
             streams: Arc::clone(&streams),
+            carried: Arc::default(),
             tasks: tasks.clone(),
         });
         Ok(Self {
@@ -150,6 +152,11 @@ impl CriServer {
         let runtime = RuntimeServiceServer::new(self.service.clone())
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
             .max_encoding_message_size(MAX_MESSAGE_SIZE);
+        let follower = Follower {
+            runtime: Arc::clone(&self.service.runtime),
+            kubelet_dir: self.service.config.kubelet_dir.clone(),
+            carried: Arc::clone(&self.service.carried),
+        };
         let images = ImageServiceServer::new(self.service)
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
             .max_encoding_message_size(MAX_MESSAGE_SIZE);
@@ -162,13 +169,14 @@ impl CriServer {
             );
         // A transport that fails takes the streams with it.
         let _ended = stop.clone().drop_guard();
-        let (served, ()) = tokio::join!(
+        let (served, (), ()) = tokio::join!(
             async {
                 let served = calls.await;
                 stop.cancel();
                 served
             },
             self.streams.serve(self.listener, stop.clone()),
+            follower.run(stop.clone()),
         );
         self.tasks.close();
         self.tasks.wait().await;

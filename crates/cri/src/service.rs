@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     HANDLER,
+    carried::Carried,
     config::CriConfig,
     container::{self, Asked},
     lookup, memo, mounts,
@@ -35,6 +36,8 @@ pub(crate) struct Inner {
     pub(crate) runtime: Arc<dyn PodRuntime>,
     pub(crate) network: Arc<NodeNetwork>,
     pub(crate) streams: Arc<Streams>,
+    /// What guests have of the host's files.
+    pub(crate) carried: Arc<Carried>,
     /// Work that outlives the call that began it.
     pub(crate) tasks: TaskTracker,
 }
@@ -133,12 +136,15 @@ impl Service {
         let asked = Asked::of(&request)?;
         // Everything that can be refused is, before a file of the host is read.
         container::plan(&asked, &sandbox, &mounts::Plan::default())?;
+        let ledger = self.carried.of(&sandbox.id);
+        let mut ledger = ledger.lock().await;
         let mounts = self.plan_mounts(&asked, &sandbox).await?;
         let config = container::plan(&asked, &sandbox, &mounts)?;
         let wanted = config.memo.clone();
         for volume in mounts.volumes {
-            self.runtime.write_volume(&sandbox.id, volume).await?;
+            ledger.write(self.runtime(), &sandbox.id, volume).await?;
         }
+        drop(ledger);
         let id = self.runtime.create_container(&sandbox.id, config).await?;
         let status = self.runtime.container(&id).await;
         let same = status.is_none_or(|status| status.config.memo == wanted);
@@ -201,6 +207,35 @@ impl Service {
             memo: memo::of_container(&asked),
         };
         Ok(self.runtime.update_container(&status.id, update).await?)
+    }
+
+    /// Nothing is to be done for new limits of a whole pod: the containers' own hold inside the VM,
+    /// and the kubelet sets those of the cgroup around it. But the VM must have what they promise.
+    pub(crate) async fn check_pod_resources(
+        &self,
+        request: &v1::UpdatePodSandboxResourcesRequest,
+    ) -> Result<(), CriError> {
+        let status = self.sandbox(&request.pod_sandbox_id).await?;
+        let resources = request.resources.clone().unwrap_or_default();
+        let asked = resources::of_container("resources", &resources)?;
+        let room = self.room_of(&status.id).await;
+        if let Some(room) = room.filter(|room| asked.memory_limit > *room) {
+            return Err(CriError::invalid(
+                "resources.memory_limit_in_bytes",
+                format!(
+                    "{} is more than the {room} bytes of the pod's VM, which does not grow",
+                    asked.memory_limit
+                ),
+            ));
+        }
+        let vcpus = i64::from(status.config.vcpus);
+        if asked.cpu_limit_milli > vcpus * 1000 {
+            return Err(CriError::invalid(
+                "resources.cpu_quota",
+                format!("is more than the {vcpus} CPUs of the pod's VM, which does not grow"),
+            ));
+        }
+        Ok(())
     }
 
     /// Bytes that a VM has for its containers.

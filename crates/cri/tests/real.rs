@@ -197,6 +197,20 @@ impl Drop for SubPath {
     }
 }
 
+/// Updates the ConfigMap, as the kubelet's atomic writer does.
+fn update(kubelet: &Path, version: &str, greeting: &str) {
+    let map = kubelet
+        .join("pods")
+        .join(UID)
+        .join("volumes/kubernetes.io~configmap/settings");
+    let old = fs::read_link(map.join("..data")).unwrap();
+    fs::create_dir(map.join(version)).unwrap();
+    fs::write(map.join(version).join("greeting"), greeting).unwrap();
+    symlink(version, map.join("..data_tmp")).unwrap();
+    fs::rename(map.join("..data_tmp"), map.join("..data")).unwrap();
+    fs::remove_dir_all(map.join(old)).unwrap();
+}
+
 /// What a kubelet prepares for a pod: a ConfigMap in its layout, an emptyDir, /etc/hosts.
 fn prepare(kubelet: &Path) {
     let pod = kubelet.join("pods").join(UID);
@@ -317,6 +331,18 @@ impl Client {
             }
         };
         tokio::time::timeout(PATIENCE, ask).await.unwrap()
+    }
+
+    /// Waits until a running container reads this in its file.
+    async fn reads(&mut self, id: &str, greeting: &str) {
+        let script = "until [ \"$(cat /settings/greeting)\" = \"$0\" ]; do sleep 0.1; done";
+        let request = v1::ExecSyncRequest {
+            container_id: id.into(),
+            cmd: vec!["sh".into(), "-c".into(), script.into(), greeting.into()],
+            timeout: 100,
+        };
+        let answer = self.runtime.exec_sync(request).await.unwrap().into_inner();
+        assert_eq!(answer.exit_code, 0);
     }
 
     async fn exec(&mut self, id: &str, script: &str) -> (String, i32) {
@@ -491,6 +517,8 @@ async fn a_pod_lives_through_the_runtime_interface() {
     assert_eq!(text, "kept\n192.0.2.7 seven\n");
     let (text, _) = client.exec(&id, "echo x > /settings/y").await;
     assert!(text.contains("Read-only"), "{text}");
+    update(&kubelet, "..2026_01_02", "hello again");
+    client.reads(&id, "hello again").await;
     let host = rustix::system::uname()
         .release()
         .to_string_lossy()
@@ -607,11 +635,17 @@ async fn a_pod_lives_through_the_runtime_interface() {
     client.runtime.reopen_container_log(request).await.unwrap();
     written(3);
     node.kill();
+    // The kubelet begins a rotation that the node does not see, and updates a file.
+    fs::rename(&log, logs.join("main/0.log.2")).unwrap();
+    update(&kubelet, "..2026_01_03", "hello while you were away");
     node.spawn();
     let mut client = Client::of(&node).await;
-    let before = words(&log).len();
-    written(before + 3);
-    let all = [words(&logs.join("main/0.log.1")), words(&log)].concat();
+    client.reads(&id, "hello while you were away").await;
+    written(3);
+    update(&kubelet, "..2026_01_04", "hello for the last time");
+    client.reads(&id, "hello for the last time").await;
+    let all = ["main/0.log.1", "main/0.log.2", "main/0.log"].map(|name| words(&logs.join(name)));
+    let all = all.concat();
     for (index, line) in all.iter().enumerate() {
         assert_eq!(line, &format!("line {index}"), "a gap, or a line twice");
     }

@@ -672,7 +672,11 @@ impl PodRuntime for FakeRuntime {
             while let (true, Some(data)) = (with_stdin, input.recv().await) {
                 all.extend_from_slice(&data);
             }
-            let (stdout, stderr, code) = hook(&id, &config, &all);
+            // A hook may wait for its test.
+            let run = tokio::task::spawn_blocking(move || hook(&id, &config, &all));
+            let Ok((stdout, stderr, code)) = run.await else {
+                return;
+            };
             for piece in [Output::Stdout(stdout.into()), Output::Stderr(stderr.into())] {
                 let (Output::Stdout(data) | Output::Stderr(data)) = &piece;
                 if !data.is_empty() && output.send(piece).await.is_err() {

@@ -260,7 +260,9 @@ impl Agent for FakeAgent {
                 else {
                     return;
                 };
-                for (index, FakeStream { data, eof, .. }) in streams.iter_mut().enumerate() {
+                for (index, FakeStream { data, eof, acked }) in streams.iter_mut().enumerate() {
+                    // What was acknowledged is gone.
+                    at[index] = at[index].max(*acked);
                     let start = usize::try_from(at[index])
                         .unwrap_or(usize::MAX)
                         .min(data.len());

@@ -1,6 +1,9 @@
 //! A server on a runtime in memory, and its clients.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use hyper_util::rt::TokioIo;
 use hypernetes_cri::{
@@ -54,28 +57,32 @@ pub(crate) async fn connect(socket: PathBuf) -> Channel {
         .unwrap()
 }
 
+async fn serve(
+    directory: &Path,
+    runtime: &FakeRuntime,
+    networks: &Arc<FakeDriver>,
+    stop: CancellationToken,
+) -> JoinHandle<()> {
+    let mut config = CriConfig::new(directory.join("state"));
+    config.kubelet_dir = directory.join("kubelet");
+    let driver: Arc<dyn NetworkDriver> = networks.clone();
+    let network = NodeNetwork::new(driver, network());
+    let server = CriServer::new(config, Arc::new(runtime.clone()), network)
+        .await
+        .unwrap();
+    let listener = CriServer::bind(&directory.join("run/cri.sock")).unwrap();
+    tokio::spawn(async move { server.serve(listener, stop).await.unwrap() })
+}
+
 impl Bed {
     pub(crate) async fn new() -> Self {
         let temp = tempfile::tempdir().unwrap();
         let runtime = FakeRuntime::new();
         runtime.add_image("web", hypernetes_image::ImageConfig::default());
         let networks = Arc::new(FakeDriver::new());
-        let mut config = CriConfig::new(temp.path().join("state"));
-        config.kubelet_dir = temp.path().join("kubelet");
-        let driver: Arc<dyn NetworkDriver> = networks.clone();
-        let server = CriServer::new(
-            config,
-            Arc::new(runtime.clone()),
-            NodeNetwork::new(driver, network()),
-        )
-        .await
-        .unwrap();
-        let socket = temp.path().join("run/cri.sock");
-        let listener = CriServer::bind(&socket).unwrap();
         let stop = CancellationToken::new();
-        let token = stop.clone();
-        let server = tokio::spawn(async move { server.serve(listener, token).await.unwrap() });
-        let channel = connect(socket).await;
+        let server = serve(temp.path(), &runtime, &networks, stop.clone()).await;
+        let channel = connect(temp.path().join("run/cri.sock")).await;
         Self {
             temp,
             runtime,
@@ -86,6 +93,21 @@ impl Bed {
             stop,
             server: Some(server),
         }
+    }
+
+    /// Ends the server, has something done, and serves again on the same runtime.
+    pub(crate) async fn restart_after(&mut self, meanwhile: impl FnOnce()) {
+        self.stop.cancel();
+        self.server.take().unwrap().await.unwrap();
+        meanwhile();
+        self.stop = CancellationToken::new();
+        self._guard = self.stop.clone().drop_guard();
+        let stop = self.stop.clone();
+        let server = serve(self.temp.path(), &self.runtime, &self.networks, stop).await;
+        self.server = Some(server);
+        let channel = connect(self.temp.path().join("run/cri.sock")).await;
+        self.client = RuntimeServiceClient::new(channel.clone());
+        self.images = ImageServiceClient::new(channel);
     }
 
     /// The request for a pod of this name, with its own log directory.

@@ -388,8 +388,7 @@ async fn a_command_is_waited_for_and_killed_when_it_is_late() {
     );
 }
 
-// The exec below holds a thread.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[tokio::test]
 async fn a_late_command_has_the_code_that_probes_understand() {
     let mut bed = Bed::new().await;
     let (_, id) = bed.running("a").await;

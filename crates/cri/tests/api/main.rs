@@ -11,3 +11,4 @@ mod containers;
 mod images;
 mod sandboxes;
 mod streams;
+mod updates;

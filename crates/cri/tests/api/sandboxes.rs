@@ -300,6 +300,78 @@ async fn a_vm_is_as_large_as_its_containers_may_be() {
 }
 
 #[tokio::test]
+async fn a_pod_s_limits_may_be_what_its_vm_has() {
+    let mut bed = Bed::new().await;
+    let id = bed.run(bed.pod("a")).await.unwrap();
+    let mut update = async |pod: &str, memory_limit_in_bytes, cpu_quota| {
+        let request = v1::UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: pod.into(),
+            resources: Some(v1::LinuxContainerResources {
+                memory_limit_in_bytes,
+                cpu_quota,
+                ..Default::default()
+            }),
+            overhead: None,
+        };
+        bed.client.update_pod_sandbox_resources(request).await
+    };
+    update(&id, 0, 0).await.unwrap();
+    update(&id, 256 << 20, 100_000).await.unwrap();
+    let field = "resources.memory_limit_in_bytes: ";
+    let late = update(&id, 257 << 20, 0).await;
+    refused(late, Code::InvalidArgument, field);
+    let late = update(&id, 0, 100_100).await;
+    refused(late, Code::InvalidArgument, "resources.cpu_quota: ");
+    refused(update("0123456789ab", 0, 0).await, Code::NotFound, "0123");
+}
+
+#[tokio::test]
+async fn streams_have_what_lists_have() {
+    let mut bed = Bed::new().await;
+    let (sandbox, container) = bed.running("a").await;
+    bed.running("b").await;
+    let request = v1::StreamPodSandboxesRequest {
+        filter: Some(v1::PodSandboxFilter {
+            id: sandbox.clone(),
+            ..Default::default()
+        }),
+    };
+    let stream = bed.client.stream_pod_sandboxes(request).await.unwrap();
+    let page = stream.into_inner().message().await.unwrap().unwrap();
+    assert_eq!(page.pod_sandboxes.len(), 1);
+    assert_eq!(page.pod_sandboxes[0].id, sandbox);
+
+    let request = v1::StreamContainersRequest::default();
+    let stream = bed.client.stream_containers(request).await.unwrap();
+    let mut stream = stream.into_inner();
+    let page = stream.message().await.unwrap().unwrap();
+    assert_eq!(page.containers.len(), 2);
+    assert_eq!(stream.message().await.unwrap(), None, "it ends");
+
+    let request = v1::StreamContainerStatsRequest {
+        filter: Some(v1::ContainerStatsFilter {
+            id: container.clone(),
+            ..Default::default()
+        }),
+    };
+    let stream = bed.client.stream_container_stats(request).await.unwrap();
+    let page = stream.into_inner().message().await.unwrap().unwrap();
+    let stats = page.container_stats.into_iter();
+    let ids: Vec<_> = stats.map(|stats| stats.attributes.unwrap().id).collect();
+    assert_eq!(ids, [container]);
+
+    let request = v1::StreamPodSandboxStatsRequest::default();
+    let stream = bed.client.stream_pod_sandbox_stats(request).await.unwrap();
+    let page = stream.into_inner().message().await.unwrap().unwrap();
+    assert_eq!(page.pod_sandbox_stats.len(), 2);
+
+    let request = v1::StreamImagesRequest::default();
+    let stream = bed.images.stream_images(request).await.unwrap();
+    let page = stream.into_inner().message().await.unwrap().unwrap();
+    assert_eq!(page.images.len(), 1);
+}
+
+#[tokio::test]
 async fn the_socket_is_the_operator_s() {
     use std::os::unix::fs::PermissionsExt;
     let mut bed = Bed::new().await;

@@ -1,13 +1,17 @@
 //! Files below a directory, opened so that no link in the way leads elsewhere.
 
 use std::{
+    ffi::OsStr,
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Component, Path},
 };
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2, unlinkat};
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, ResolveFlags, mkdirat, openat2, unlinkat};
 
 const STAY: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
@@ -88,6 +92,30 @@ pub(crate) fn inode(root: &Path, path: &Path) -> io::Result<Option<u64>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Opens, for reading and writing, the file with this inode number that a rotation has moved from `root/path`: its name is
+/// the log's and a suffix, in the same directory.
+pub(crate) fn find_rotated(root: &Path, path: &Path, inode: u64) -> io::Result<Option<File>> {
+    let Some(name) = path.file_name().filter(|_| is_plain(path)) else {
+        return Err(not_plain());
+    };
+    let root = directory(root)?;
+    let above = path.parent().filter(|above| *above != Path::new(""));
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let directory = beneath(&root, above.unwrap_or(Path::new(".")), flags, Mode::empty())?;
+    for entry in Dir::read_from(&directory)? {
+        let entry = entry?;
+        let other = OsStr::from_bytes(entry.file_name().to_bytes());
+        let suffix = other.as_bytes().strip_prefix(name.as_bytes());
+        if entry.ino() != inode || suffix.is_none_or(|suffix| !suffix.starts_with(b".")) {
+            continue;
+        }
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = File::from(beneath(&directory, other.as_ref(), flags, Mode::empty())?);
+        return Ok(Some(file).filter(|file| file.metadata().is_ok_and(|data| data.is_file())));
+    }
+    Ok(None)
 }
 
 /// Removes `root/path` and the directories on the way that are empty then, `root` not among them.

@@ -180,6 +180,7 @@ impl Worker {
             return Outcome::Broken(format!("cannot open the log: {error}"));
         }
         let mut expected = self.offsets();
+        let mut first_chunk = [true; 2];
         let ack = |id: String, [stdout, stderr]: [u64; 2]| v1::OutputAck { id, stdout, stderr };
         let (acks, ack_stream) = watch::channel(ack(self.spec.container.to_string(), expected));
         let mut client = client.client();
@@ -209,6 +210,12 @@ impl Worker {
                 _ => return Outcome::Broken("the guest names an unknown stream".into()),
             };
             let index = stream.index();
+            let first = std::mem::take(&mut first_chunk[index]);
+            if first && chunk.offset > expected[index] {
+                // The guest frees what was acknowledged only, but not every node may know it still.
+                self.skip(stream, expected[index], chunk.offset).await;
+                expected[index] = chunk.offset;
+            }
             if chunk.offset != expected[index] || (self.ended[index] && !chunk.data.is_empty()) {
                 return Outcome::Broken("the guest sends output out of order".into());
             }
@@ -239,6 +246,24 @@ impl Worker {
                 return Outcome::Drained;
             }
         }
+    }
+
+    /// Goes on at the oldest byte that the guest has.
+    async fn skip(&mut self, stream: Stream, from: u64, to: u64) {
+        tracing::warn!(
+            missing_bytes = to - from,
+            ?stream,
+            "output of a container is in no log that is known and not in its guest any more"
+        );
+        let Some(mut log) = self.log.take() else {
+            return;
+        };
+        let skip = move || {
+            log.skip_to(stream, to);
+            log
+        };
+        // The closure cannot panic, and it is not cancelled while the runtime lives.
+        self.log = tokio::task::spawn_blocking(skip).await.ok();
     }
 
     async fn open(&mut self) -> std::io::Result<()> {

@@ -45,6 +45,54 @@ async fn a_log_that_was_taken_away_goes_on_in_a_new_file_also_after_a_restart() 
     assert!(runtime.reopen_log(&container).await.is_err());
 }
 
+/// What became of the log while no node ran.
+enum Fate {
+    /// Renamed, as the kubelet does before it asks for a new one.
+    Renamed,
+    Deleted,
+    /// Deleted, and the node's own note of it too.
+    Forgotten,
+}
+
+#[tokio::test]
+async fn a_log_that_went_away_while_no_node_ran_goes_on_with_the_next_byte() {
+    for fate in [Fate::Renamed, Fate::Deleted, Fate::Forgotten] {
+        let world = World::new().await;
+        let runtime = world.open().await;
+        let (sandbox, container) = running(&world, &runtime, "a").await;
+        let agent = world.agent(&sandbox);
+        let log = runtime.container(&container).await.unwrap().log_path;
+        let rotated = log.with_extension("log.20260102-030405");
+        agent.output(container.as_str(), STDOUT, b"one\ntwo\nunfin");
+        let freed = || async { agent.acked(container.as_str(), STDOUT) == Some(8) };
+        eventually("the guest may forget two lines", freed).await;
+        drop(runtime);
+        match fate {
+            Fate::Renamed => std::fs::rename(&log, &rotated).unwrap(),
+            Fate::Deleted => std::fs::remove_file(&log).unwrap(),
+            Fate::Forgotten => {
+                std::fs::remove_file(&log).unwrap();
+                let directory = format!("state/sandboxes/{sandbox}/logs");
+                std::fs::remove_dir_all(world.temp.path().join(&directory)).unwrap();
+                std::fs::create_dir(world.temp.path().join(&directory)).unwrap();
+            }
+        }
+        agent.output(container.as_str(), STDOUT, b"ished\n");
+        let runtime = world.open().await;
+        eventually("the third line", async || lines(&log).len() == 1).await;
+        // The kubelet asks in the end.
+        runtime.reopen_log(&container).await.unwrap();
+        agent.output(container.as_str(), STDOUT, b"four\n");
+        eventually("the fourth line", async || lines(&log).len() == 2).await;
+        assert_eq!(lines(&log), ["unfinished", "four"]);
+        if matches!(fate, Fate::Renamed) {
+            assert_eq!(lines(&rotated), ["one", "two"]);
+        }
+        agent.exit(container.as_str(), 0);
+        exited(&runtime, &container).await;
+    }
+}
+
 #[tokio::test]
 async fn limits_change_in_the_guest_and_in_the_record() {
     let world = World::new().await;
