@@ -57,13 +57,18 @@ pub(crate) fn pss_kib(pid: u32) -> Option<u64> {
 pub(crate) fn template_kib(pid: u32) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
     let mut inside = false;
-    let mut sum = 0;
+    let mut sum = 0_u64;
     for line in text.lines() {
         let first = line.split_whitespace().next()?;
         if !first.ends_with(':') {
             inside = line.contains("guest-memory");
-        } else if inside && ["Shared_Clean:", "Private_Clean:"].contains(&first) {
-            sum += line.split_whitespace().nth(1)?.parse::<u64>().ok()?;
+        } else if inside && ["Rss:", "Anonymous:"].contains(&first) {
+            // What is resident and not a copy of its own. Of a memfd all pages count as dirty.
+            let kib = line.split_whitespace().nth(1)?.parse::<u64>().ok()?;
+            sum = match first {
+                "Rss:" => sum.saturating_add(kib),
+                _ => sum.saturating_sub(kib),
+            };
         }
     }
     Some(sum)
