@@ -101,6 +101,24 @@ pub(crate) async fn connect(vm: &dyn Vm, deadline: Duration) -> Result<AgentClie
         .unwrap_or(Err(ConnectError::Late(deadline)))
 }
 
+/// The first session with an agent, as soon as there can be one: its guest may still be booting.
+/// Has no deadline of its own; `waited` is for one attempt.
+pub(crate) async fn connect_when_up(vm: &dyn Vm, waited: Duration) -> AgentClient {
+    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
+    loop {
+        // The preamble repeats itself until the agent is there: one attempt is usually enough,
+        // however long the boot takes.
+        match connect(vm, waited).await {
+            Ok(client) => return client,
+            Err(error) => {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                tracing::debug!(error, "no session with the agent yet");
+            }
+        }
+        backoff.wait().await;
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     #[error("cannot open the agent's channel")]

@@ -17,15 +17,11 @@ use std::{
     time::Duration,
 };
 
-use hypernetes_agent_api::AgentClient;
 use hypernetes_types::SandboxId;
 use hypernetes_vmm::{GuestKernel, NetDevice, Origin, Template, Vm, VmSpec};
 use tokio::{sync::mpsc, time::Instant};
 
-use crate::{
-    backoff::Backoff, config::TemplateConfig, error::RuntimeError, link, scratch::blocking,
-    shared::Shared,
-};
+use crate::{config::TemplateConfig, error::RuntimeError, link, scratch::blocking, shared::Shared};
 
 /// The NIC of every template's VM. Locally administered; no pod has it.
 pub(crate) const MAC: &str = "02:00:00:00:00:00";
@@ -199,7 +195,7 @@ impl Templates {
         }
     }
 
-    /// Waits until no template is being made, or waits to be.
+    /// Whether no template is being made, or waits to be.
     #[cfg(test)]
     pub(crate) fn is_settled(&self) -> bool {
         let entries = self.lock();
@@ -352,7 +348,7 @@ impl<'a> Maker<'a> {
     async fn agent(&self, vm: &dyn Vm) -> Result<(), RuntimeError> {
         let waited = self.shared.config.deadlines.boot;
         let sandbox = vm.record().sandbox;
-        let client = connect(vm, waited);
+        let client = link::connect_when_up(vm, waited);
         let client = tokio::select! {
             client = tokio::time::timeout(waited, client) => {
                 client.map_err(|_late| crate::guest::silent(&sandbox, "boot a template", waited))?
@@ -371,22 +367,5 @@ impl<'a> Maker<'a> {
             });
         }
         Ok(())
-    }
-}
-
-/// A session with the agent, as soon as there can be one.
-pub(crate) async fn connect(vm: &dyn Vm, waited: Duration) -> AgentClient {
-    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
-    loop {
-        // The preamble repeats itself until the agent is there: one attempt is usually enough,
-        // however long the boot takes.
-        match link::connect(vm, waited).await {
-            Ok(client) => return client,
-            Err(error) => {
-                let error = hypernetes_telemetry::chain(&error).to_string();
-                tracing::debug!(error, "no session with the agent yet");
-            }
-        }
-        backoff.wait().await;
     }
 }

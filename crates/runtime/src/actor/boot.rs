@@ -14,7 +14,7 @@ use crate::{
     error::RuntimeError,
     guest::{clean, clean_console},
     identity::{SCRATCH_SLOT, configure_request},
-    link::Link,
+    link::{self, Link},
     sandbox,
     scratch::blocking,
     templates::{self, Wish},
@@ -282,7 +282,7 @@ impl Actor {
     async fn wait_for_agent(&self, vm: &Arc<dyn Vm>) -> Result<AgentClient, RuntimeError> {
         let waited = self.shared.config.deadlines.boot;
         let deadline = Instant::now() + waited;
-        let attempts = templates::connect(vm.as_ref(), waited);
+        let attempts = link::connect_when_up(vm.as_ref(), waited);
         let sandbox = self.record.id.to_string();
         tokio::select! {
             client = timeout_at(deadline, attempts) => {
