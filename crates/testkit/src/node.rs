@@ -162,6 +162,11 @@ impl Node {
         lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
+    /// Processes of its VMs.
+    pub fn vmm_processes(&self) -> Vec<u32> {
+        crate::host::vmm_processes(self.run_dir.path())
+    }
+
     /// What is this node's on the host.
     pub fn host_picture(&self) -> HostPicture {
         let instance = fs::read_to_string(self.state().join("instance")).unwrap();
