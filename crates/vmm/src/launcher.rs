@@ -119,6 +119,7 @@ fn prepare(fd: RawFd) -> io::Result<Command> {
     new_namespaces().map_err(step("enter new namespaces"))?;
     let rules = rules(&spec).map_err(step("prepare Landlock"))?;
 
+    be_no_dearer_than_others().map_err(step("set the OOM score"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     setrlimit(Resource::RLIMIT_NOFILE, 4096, 4096)?;
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
@@ -175,6 +176,17 @@ fn close_others(keep: &[RawFd]) -> io::Result<()> {
             // EBADF: the directory handle of the listing itself.
             nix::unistd::close(fd).ok();
         }
+    }
+    Ok(())
+}
+
+/// A service manager protects the daemon from the host's OOM killer; a tenant's VM does not inherit
+/// that (proc_pid_oom_score_adj(5)).
+fn be_no_dearer_than_others() -> io::Result<()> {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    let score = std::fs::read_to_string(SCORE)?;
+    if score.trim_start().starts_with('-') {
+        std::fs::write(SCORE, "0")?;
     }
     Ok(())
 }
