@@ -9,6 +9,8 @@
 //! | `pods/UID/volume-subpaths/VOLUME/…` | the part of the emptyDir, or the file, that is bound there |
 //! | what the node's configuration lists | a read-only copy |
 //!
+//! A mount of an image has no host path: the image's files, read-only.
+//!
 //! Everything else is refused.
 
 use std::path::{Component, Path, PathBuf};
@@ -92,6 +94,10 @@ pub(crate) fn plan(
     for (index, mount) in mounts.iter().enumerate() {
         let field = |name: &str| format!("config.mounts[{index}].{name}");
         check(mount, field)?;
+        if let Some(image) = &mount.image {
+            plan.mounts.push(of_image(mount, image, field)?);
+            continue;
+        }
         if is_termination_log(mount, owner.pod_uid, &node.kubelet_dir) {
             plan.termination_path.clone_from(&mount.container_path);
             continue;
@@ -99,6 +105,7 @@ pub(crate) fn plan(
         let (volume, sub_path) = source(index, mount, owner, node)?;
         plan.mounts.push(MountConfig {
             volume: volume.name.clone(),
+            image: String::new(),
             destination: mount.container_path.clone(),
             sub_path,
             readonly: mount.readonly,
@@ -113,14 +120,14 @@ pub(crate) fn plan(
 /// Refuses what mounts of the guest cannot be.
 fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriError> {
     let refused = |name: &str, rule: &str| Err(CriError::invalid(field(name), rule));
-    if mount.image.is_some() {
-        if !mount.readonly {
-            return refused("readonly", "an image can only be mounted read-only");
-        }
-        return Err(CriError::Unsupported {
-            field: field("image"),
-            rule: "image volumes are not served by this node".to_owned(),
-        });
+    if mount.image.is_some() && !mount.readonly {
+        return refused("readonly", "an image can only be mounted read-only");
+    }
+    if mount.image.is_some() && !mount.host_path.is_empty() {
+        return refused("host_path", "must be empty beside an image");
+    }
+    if mount.image.is_none() && !mount.image_sub_path.is_empty() {
+        return refused("image_sub_path", "needs an image beside it");
     }
     if mount.propagation() != v1::MountPropagation::PropagationPrivate {
         let rule = "no mount of the host is seen in a microVM: only PROPAGATION_PRIVATE";
@@ -136,12 +143,39 @@ fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriErr
     if !mount.container_path.starts_with('/') {
         return refused("container_path", "must be absolute");
     }
+    if mount.image.is_some() {
+        return Ok(());
+    }
     let path = Path::new(&mount.host_path);
     let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
     if !path.is_absolute() || !path.components().all(plain) || mount.host_path.contains('\0') {
         return refused("host_path", "must be an absolute path without ..");
     }
     Ok(())
+}
+
+/// A mount of an image, as it was named.
+fn of_image(
+    mount: &v1::Mount,
+    image: &v1::ImageSpec,
+    field: impl Fn(&str) -> String,
+) -> Result<MountConfig, CriError> {
+    if image.image.is_empty() {
+        return Err(CriError::invalid(field("image.image"), "must be given"));
+    }
+    let plain = |part| matches!(part, Component::Normal(_) | Component::CurDir);
+    let sub_path = &mount.image_sub_path;
+    if !Path::new(sub_path).components().all(plain) || sub_path.contains('\0') {
+        let rule = "must be relative and without ..";
+        return Err(CriError::invalid(field("image_sub_path"), rule));
+    }
+    Ok(MountConfig {
+        volume: String::new(),
+        image: image.image.clone(),
+        destination: mount.container_path.clone(),
+        sub_path: sub_path.clone(),
+        readonly: true,
+    })
 }
 
 /// The volume that a mount shows, and the path inside it.
@@ -406,7 +440,34 @@ mod tests {
                     image: Some(v1::ImageSpec::default()),
                     ..base.clone()
                 },
-                "image",
+                "host_path",
+            ),
+            (
+                v1::Mount {
+                    image: Some(v1::ImageSpec::default()),
+                    host_path: String::new(),
+                    ..base.clone()
+                },
+                "image.image",
+            ),
+            (
+                v1::Mount {
+                    image: Some(v1::ImageSpec {
+                        image: "a".into(),
+                        ..Default::default()
+                    }),
+                    host_path: String::new(),
+                    image_sub_path: "a/../../b".into(),
+                    ..base.clone()
+                },
+                "image_sub_path",
+            ),
+            (
+                v1::Mount {
+                    image_sub_path: "a".into(),
+                    ..base.clone()
+                },
+                "image_sub_path",
             ),
             (
                 v1::Mount {
@@ -448,7 +509,7 @@ mod tests {
             ),
         ] {
             match bed.plan(&[mount]).unwrap_err() {
-                CriError::Invalid { field, .. } | CriError::Unsupported { field, .. } => {
+                CriError::Invalid { field, .. } => {
                     assert_eq!(field, format!("config.mounts[0].{name}"));
                 }
                 other => panic!("{other:?}"),

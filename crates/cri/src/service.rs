@@ -4,7 +4,8 @@
 use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
-    ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, SandboxState, SandboxStatus,
+    ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, RuntimeError, SandboxState,
+    SandboxStatus,
 };
 use hypernetes_streaming::ProcessRequest;
 use hypernetes_telemetry::VERSION;
@@ -138,7 +139,8 @@ impl Service {
         container::plan(&asked, &sandbox, &mounts::Plan::default())?;
         let ledger = self.carried.of(&sandbox.id);
         let mut ledger = ledger.lock().await;
-        let mounts = self.plan_mounts(&asked, &sandbox).await?;
+        let mut mounts = self.plan_mounts(&asked, &sandbox).await?;
+        self.name_images(&mut mounts).await?;
         let config = container::plan(&asked, &sandbox, &mounts)?;
         let wanted = config.memo.clone();
         for volume in mounts.volumes {
@@ -156,6 +158,20 @@ impl Service {
                 id: id.to_string(),
             })
         }
+    }
+
+    /// Puts ids in the place of names, so that a container's status tells what is mounted even if the
+    /// name means something else later.
+    async fn name_images(&self, plan: &mut mounts::Plan) -> Result<(), CriError> {
+        let images = plan.mounts.iter_mut().map(|mount| &mut mount.image);
+        for image in images.filter(|image| !image.is_empty()) {
+            let found = self.runtime.image(image).await.ok_or_else(|| {
+                let missing = format!("{:?} is not on this node", lookup::shown(image));
+                CriError::Runtime(RuntimeError::ImageVolume(missing))
+            })?;
+            *image = found.id.to_string();
+        }
+        Ok(())
     }
 
     async fn plan_mounts(

@@ -170,11 +170,15 @@ pub struct ContainerConfig {
     pub memo: String,
 }
 
-/// One mount of a volume.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// One mount of a volume, or of an image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountConfig {
-    /// Volume of the sandbox.
+    /// Volume of the sandbox; empty if `image` is not.
     pub volume: String,
+    /// An image in the store, mounted read-only: any reference or id that resolves there. What is
+    /// at `sub_path` in it must exist, and no link may lead out of the image.
+    #[serde(default)]
+    pub image: String,
     /// Absolute path in the container.
     pub destination: String,
     /// Path inside the volume.

@@ -462,6 +462,12 @@ impl PodRuntime for FakeRuntime {
         self.ready(sandbox, "create a container")?;
         let image = self.image(&config.image).await;
         let image = image.ok_or_else(|| ImageError::NotFound(config.image.clone()))?;
+        for mount in config.mounts.iter().filter(|mount| !mount.image.is_empty()) {
+            if self.image(&mount.image).await.is_none() {
+                let missing = format!("{} does not exist", mount.image);
+                return Err(RuntimeError::ImageVolume(missing));
+            }
+        }
         let mut state = self.lock();
         let same = |container: &&FakeContainer| {
             let status = &container.status;

@@ -117,7 +117,8 @@ impl NodeRuntime {
                 snapshot
                     .containers
                     .values()
-                    .filter_map(|record| record.image_id.parse().ok()),
+                    .flat_map(|record| record.image_ids())
+                    .filter_map(|id| id.parse::<Digest>().ok()),
             );
         }
         ids

@@ -296,6 +296,7 @@ fn container(name: &str, script: &str) -> ContainerConfig {
         working_dir: String::new(),
         mounts: vec![MountConfig {
             volume: "shared".into(),
+            image: String::new(),
             destination: "/shared".into(),
             sub_path: String::new(),
             readonly: false,
@@ -388,6 +389,7 @@ async fn write_empty(
 fn mount_of(volume: &str, destination: &str, sub_path: &str) -> MountConfig {
     MountConfig {
         volume: volume.into(),
+        image: String::new(),
         destination: destination.into(),
         sub_path: sub_path.into(),
         readonly: false,
