@@ -23,6 +23,7 @@ mod exec_sync;
 mod files;
 mod filter;
 mod follow;
+mod hostpath;
 mod images;
 mod lookup;
 mod memo;
@@ -43,7 +44,7 @@ mod subpath;
 mod termination;
 mod watch;
 
-pub use config::{CriConfig, VmSizes};
+pub use config::{CriConfig, SharedPath, VmSizes};
 pub use network::NodeNetwork;
 pub use server::{CriServer, ServeError};
 

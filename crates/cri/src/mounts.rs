@@ -7,7 +7,7 @@
 //! | `pods/UID/etc-hosts` | that file |
 //! | `pods/UID/containers/NAME/…` (termination log) | a file of the container's own; see [`crate::termination`] |
 //! | `pods/UID/volume-subpaths/VOLUME/…` | the part of the emptyDir, or the file, that is bound there |
-//! | what the node's configuration lists | a read-only copy |
+//! | what the node's configuration lists | the path itself, or a read-only copy |
 //!
 //! A mount of an image has no host path: the image's files, read-only.
 //!
@@ -15,11 +15,12 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use hypernetes_runtime::{MountConfig, VolumeConfig, VolumeKind};
+use hypernetes_runtime::{HostShare, MountConfig, SHARED_VOLUME, VolumeConfig, VolumeKind};
 
 use crate::{
     config::CriConfig,
     files::{self, Content, ReadError},
+    hostpath,
     lookup::shown,
     status::CriError,
     subpath, v1,
@@ -27,6 +28,10 @@ use crate::{
 
 /// Name of the setting that an operator changes for a refused path.
 const SETTING: &str = "hostPaths.copied";
+/// The same, for the path itself.
+const SHARED: &str = "hostPaths.shared";
+
+const PRIVATE: v1::MountPropagation = v1::MountPropagation::PropagationPrivate;
 
 /// What a container's mounts need.
 #[derive(Debug, Default)]
@@ -37,6 +42,8 @@ pub(crate) struct Plan {
     pub(crate) mounts: Vec<MountConfig>,
     /// Where the container says why it ended; empty = nowhere.
     pub(crate) termination_path: String,
+    /// What of the host is to be shared with the guest, and which of `mounts` shows it.
+    pub(crate) shares: Vec<(usize, HostShare)>,
 }
 
 /// What a host path stands for.
@@ -102,6 +109,11 @@ pub(crate) fn plan(
             plan.termination_path.clone_from(&mount.container_path);
             continue;
         }
+        if let Some(share) = shared(mount, owner, node, field)? {
+            plan.shares.push((plan.mounts.len(), share.0));
+            plan.mounts.push(share.1);
+            continue;
+        }
         let (volume, sub_path) = source(index, mount, owner, node)?;
         plan.mounts.push(MountConfig {
             volume: volume.name.clone(),
@@ -129,14 +141,17 @@ fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriErr
     if mount.image.is_none() && !mount.image_sub_path.is_empty() {
         return refused("image_sub_path", "needs an image beside it");
     }
-    if mount.propagation() != v1::MountPropagation::PropagationPrivate {
-        let rule = "no mount of the host is seen in a microVM: only PROPAGATION_PRIVATE";
+    if mount.propagation() == v1::MountPropagation::PropagationBidirectional {
+        let rule = "what a container mounts is in its microVM and not on the host";
+        return refused("propagation", rule);
+    }
+    if mount.recursive_read_only && mount.propagation() != PRIVATE {
+        let rule = "must be PROPAGATION_PRIVATE beside recursive_read_only";
         return refused("propagation", rule);
     }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return refused("uidMappings", "user namespaces are not served by this node");
     }
-    // A volume of the guest has no mounts below it: read-only is so to the bottom.
     if mount.recursive_read_only && !mount.readonly {
         return refused("recursive_read_only", "needs readonly beside it");
     }
@@ -178,6 +193,35 @@ fn of_image(
     })
 }
 
+/// What a mount shares of the host, and the mount without the name that the share is given later.
+fn shared(
+    mount: &v1::Mount,
+    owner: Owner<'_>,
+    node: &CriConfig,
+    field: impl Fn(&str) -> String,
+) -> Result<Option<(HostShare, MountConfig)>, CriError> {
+    let path = Path::new(&mount.host_path);
+    match classify(path, owner.pod_uid, &node.kubelet_dir) {
+        Source::Foreign | Source::TerminationLog => {}
+        _ => return Ok(None),
+    }
+    let opened = hostpath::open_share(mount, &node.shared_paths);
+    let opened = opened.map_err(|error| {
+        let rule = hypernetes_telemetry::chain(&error).to_string();
+        CriError::invalid(field("host_path"), rule)
+    })?;
+    Ok(opened.map(|(share, readonly)| {
+        let config = MountConfig {
+            volume: SHARED_VOLUME.to_owned(),
+            image: String::new(),
+            destination: mount.container_path.clone(),
+            sub_path: String::new(),
+            readonly,
+        };
+        (share, config)
+    }))
+}
+
 /// The volume that a mount shows, and the path inside it.
 fn source(
     index: usize,
@@ -188,6 +232,14 @@ fn source(
     let path = Path::new(&mount.host_path);
     let refused =
         |rule: String| CriError::invalid(format!("config.mounts[{index}].host_path"), rule);
+    if mount.propagation() != PRIVATE {
+        let rule = format!(
+            "only a host path that the node's setting {SHARED} names shows later mounts of the host: \
+             otherwise only PROPAGATION_PRIVATE"
+        );
+        let field = format!("config.mounts[{index}].propagation");
+        return Err(CriError::invalid(field, rule));
+    }
     let unreadable = |error: ReadError| {
         let rule = hypernetes_telemetry::chain(&error).to_string();
         refused(rule)
@@ -226,7 +278,7 @@ fn source(
             if !allowed {
                 return Err(refused(format!(
                     "{} is on the host, whose file system no microVM sees; the node's setting \
-                     {SETTING} can allow a read-only copy of it",
+                     {SHARED} can allow it, and {SETTING} a read-only copy of it",
                     shown(&mount.host_path)
                 )));
             }
@@ -426,11 +478,19 @@ mod tests {
     #[test]
     fn what_a_mount_cannot_be_is_refused_by_name() {
         let bed = Bed::new();
+        fs::write(bed.pod("etc-hosts"), "").unwrap();
         let base = mount(&bed.pod("etc-hosts"), "/x", true);
         for (mount, name) in [
             (
                 v1::Mount {
                     propagation: v1::MountPropagation::PropagationBidirectional.into(),
+                    ..base.clone()
+                },
+                "propagation",
+            ),
+            (
+                v1::Mount {
+                    propagation: v1::MountPropagation::PropagationHostToContainer.into(),
                     ..base.clone()
                 },
                 "propagation",
@@ -515,6 +575,26 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_shared_path_is_seen_and_not_copied() {
+        let mut bed = Bed::new();
+        let data = bed.temp.path().join("data");
+        fs::create_dir(&data).unwrap();
+        bed.node.shared_paths.push(crate::config::SharedPath {
+            path: data.clone(),
+            read_only: false,
+        });
+        fs::write(bed.pod("etc-hosts"), "").unwrap();
+        let hosts = mount(&bed.pod("etc-hosts"), "/etc/hosts", false);
+        let plan = bed.plan(&[hosts, mount(&data, "/data", true)]).unwrap();
+        let [(1, share)] = plan.shares.as_slice() else {
+            panic!("{plan:?}");
+        };
+        assert!(share.read_only);
+        assert_eq!(plan.mounts[1].volume, SHARED_VOLUME);
+        assert_eq!(plan.volumes.len(), 1, "nothing is carried for it");
     }
 
     #[test]

@@ -141,6 +141,9 @@ impl Service {
         let mut ledger = ledger.lock().await;
         let mut mounts = self.plan_mounts(&asked, &sandbox).await?;
         self.name_images(&mut mounts).await?;
+        for (index, share) in std::mem::take(&mut mounts.shares) {
+            mounts.mounts[index].sub_path = self.runtime.share(&sandbox.id, share).await?;
+        }
         let config = container::plan(&asked, &sandbox, &mounts)?;
         let wanted = config.memo.clone();
         for volume in mounts.volumes {
@@ -353,6 +356,7 @@ impl Service {
             "stateDir": self.config.state_dir,
             "kubeletDir": self.config.kubelet_dir,
             "copiedHostPaths": self.config.copied_paths,
+            "sharedHostPaths": self.config.shared_paths.iter().map(|shared| &shared.path).collect::<Vec<_>>(),
             "streamAddress": self.config.stream_address.to_string(),
             "handlers": [HANDLER],
             "network": {

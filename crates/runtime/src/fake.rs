@@ -17,13 +17,14 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use hypernetes_image::{Credentials, Image, ImageConfig, ImageError};
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_vmm::HostShare;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::{
     Connection, ContainerConfig, ContainerState, ContainerStats, ContainerStatus, ContainerUpdate,
     ContainerUser, DiskUsage, ExecConfig, Failure, FilesystemUsage, InterfaceStats, Output,
     PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState,
-    SandboxStats, SandboxStatus, Session, VolumeConfig,
+    SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
     actor::not_found,
     logs::{
         fanout::Fanout,
@@ -59,6 +60,7 @@ struct State {
 struct FakeSandbox {
     status: SandboxStatus,
     volumes: BTreeMap<String, VolumeConfig>,
+    shares: Vec<HostShare>,
 }
 
 struct FakeContainer {
@@ -383,6 +385,8 @@ impl PodRuntime for FakeRuntime {
         let status = SandboxStatus {
             id: id.clone(),
             address: config.network.is_some().then_some(address),
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
             config,
             state: SandboxState::Ready,
             created_unix_nanos: now_nanos(),
@@ -394,6 +398,7 @@ impl PodRuntime for FakeRuntime {
             FakeSandbox {
                 status,
                 volumes: BTreeMap::new(),
+                shares: Vec::new(),
             },
         );
         drop(state);
@@ -450,6 +455,36 @@ impl PodRuntime for FakeRuntime {
             sandbox.volumes.insert(volume.name.clone(), volume);
         }
         self.touch();
+        Ok(())
+    }
+
+    async fn share(&self, id: &SandboxId, share: HostShare) -> Result<String, RuntimeError> {
+        self.enter("share", id.as_str())?;
+        self.ready(id, "share a host path")?;
+        let mut state = self.lock();
+        let sandbox = state
+            .sandboxes
+            .get_mut(id)
+            .ok_or_else(|| not_found("sandbox", id))?;
+        sandbox.shares.push(share);
+        Ok(format!("d{:02}", sandbox.shares.len() - 1))
+    }
+
+    async fn resize_sandbox(
+        &self,
+        id: &SandboxId,
+        update: SandboxUpdate,
+    ) -> Result<(), RuntimeError> {
+        self.enter("resize_sandbox", id.as_str())?;
+        self.ready(id, "resize the sandbox")?;
+        if let Some(sandbox) = self.lock().sandboxes.get_mut(id) {
+            let status = &mut sandbox.status;
+            (status.vcpus, status.memory_mib) = (update.vcpus, update.memory_mib);
+            if let Some(memo) = update.memo {
+                status.config.memo = memo;
+            }
+        }
+        self.emit(RuntimeEvent::Sandbox(id.clone()));
         Ok(())
     }
 

@@ -46,6 +46,16 @@ pub(crate) struct SandboxRecord {
     /// Disks of volumes, plugged or about to be.
     #[serde(default)]
     pub(crate) disks: Vec<VolumeDisk>,
+    /// Size of the VM, where it is not as configured any more.
+    #[serde(default)]
+    pub(crate) size: Option<VmSize>,
+}
+
+/// What a VM has after it was resized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmSize {
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
 }
 
 /// A disk that a volume has for itself, and its slot.
@@ -78,7 +88,16 @@ impl SandboxRecord {
             kernel_release: None,
             failure: None,
             disks: Vec::new(),
+            size: None,
         }
+    }
+
+    /// Size of the VM as it is.
+    pub(crate) fn vm_size(&self) -> VmSize {
+        self.size.unwrap_or(VmSize {
+            vcpus: self.config.vcpus,
+            memory_mib: self.config.memory_mib,
+        })
     }
 
     pub(crate) fn set_disks(&mut self, disks: Vec<VolumeDisk>) {

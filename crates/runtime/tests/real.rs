@@ -232,6 +232,7 @@ impl Bed {
             kernel: None,
             vcpus: 1,
             memory_mib: 256,
+            extras: Default::default(),
             scratch_mib: 256,
             dns: DnsConfig::default(),
             hosts: Vec::new(),

@@ -68,6 +68,7 @@ impl World {
             kernel: None,
             vcpus: 1,
             memory_mib: 192,
+            extras: Default::default(),
             scratch_mib: 1,
             dns: DnsConfig::default(),
             hosts: vec![],
