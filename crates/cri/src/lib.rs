@@ -30,6 +30,7 @@ mod memo;
 mod mounts;
 mod network;
 mod pages;
+mod resize;
 mod resources;
 mod sandbox;
 mod security;

@@ -26,8 +26,25 @@ const ONLINE: &str = "/sys/devices/system/memory/auto_online_blocks";
 /// A CPU that is busy elsewhere refuses to go down for a moment.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Has memory that is plugged later put to use, for pages that can be moved away again.
+/// The kernel parameter that says how many CPUs stay up.
+const PARAMETER: &str = "hyperstart.cpus=";
+
+/// Has memory that is plugged later put to use, for pages that can be moved away again, and takes
+/// down CPUs that are there for later.
 pub(crate) fn prepare() {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let mut words = line.split_whitespace();
+    let wanted = words.find_map(|word| word.strip_prefix(PARAMETER)?.parse::<u32>().ok());
+    if let Some(wanted) = wanted.filter(|wanted| *wanted > 0) {
+        let spare = switches()
+            .into_iter()
+            .filter(|(number, _)| *number >= wanted);
+        for (number, switch) in spare {
+            if let Err(error) = fs::write(switch, "0") {
+                log!("cannot take CPU {number} down: {error}");
+            }
+        }
+    }
     // Kernels without it exist: their memory does not grow.
     if Path::new(ONLINE).exists()
         && let Err(error) = fs::write(ONLINE, "online_movable")

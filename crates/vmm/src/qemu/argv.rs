@@ -208,7 +208,7 @@ pub(crate) struct Boot {
     pub(crate) initrd: RawFd,
     /// Rate of the host's time stamp counter, which is the guest's under TCG.
     pub(crate) tsc_khz: Option<u32>,
-    /// CPUs that the kernel brings up, if they are not all.
+    /// CPUs that stay up, if they are not all.
     pub(crate) cpus: Option<u32>,
     pub(crate) extra: String,
 }
@@ -228,8 +228,9 @@ impl Boot {
             }
         }
         if let Some(cpus) = self.cpus {
-            // The others can be brought up later (kernel-parameters.txt).
-            line.push_str(&format!(" maxcpus={cpus}"));
+            // HyperStart's word. Not the kernel's maxcpus=: a CPU that comes up for the first time later
+            // is measured then, for more than a second under emulation.
+            line.push_str(&format!(" hyperstart.cpus={cpus}"));
         }
         if !self.extra.is_empty() {
             line.push(' ');
@@ -431,7 +432,7 @@ mod tests {
             extra: String::new(),
         };
         let line = boot.args(Accelerator::Kvm).pop().unwrap();
-        assert!(line.ends_with(" maxcpus=1"), "{line}");
+        assert!(line.ends_with(" hyperstart.cpus=1"), "{line}");
     }
 
     #[test]
