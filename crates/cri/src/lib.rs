@@ -23,12 +23,14 @@ mod exec_sync;
 mod files;
 mod filter;
 mod follow;
+mod hostpath;
 mod images;
 mod lookup;
 mod memo;
 mod mounts;
 mod network;
 mod pages;
+mod resize;
 mod resources;
 mod sandbox;
 mod security;
@@ -43,7 +45,7 @@ mod subpath;
 mod termination;
 mod watch;
 
-pub use config::{CriConfig, VmSizes};
+pub use config::{CriConfig, SharedPath, VmSizes};
 pub use network::{NodeNetwork, PodNetwork, TenantNetwork};
 pub use server::{CriServer, ServeError};
 

@@ -71,7 +71,11 @@ impl Node {
             run_dir: options.run_dir.clone(),
             uid_base: options.uid_base,
             templates: options.templates,
-            usual_vm: hypernetes_nodelet::USUAL_VM,
+            usual_vm: {
+                let (vcpus, memory_mib) = hypernetes_nodelet::USUAL_VM;
+                (vcpus, memory_mib, hypernetes_vmm::VmExtras::default())
+            },
+            virtiofsd: None,
         };
         let parts = Parts::open(paths, &parts).await?;
         Ok(Self { authority, parts })

@@ -14,6 +14,9 @@
 //!    Its own seccomp filter follows.
 
 pub(crate) mod cgroup;
+mod jail;
+
+pub(crate) use jail::{Jail, PLACES, Place, SHARED};
 
 use std::{
     fs::File,
@@ -74,6 +77,8 @@ pub(crate) struct LaunchSpec {
     pub(crate) keep_holes_out_of: Option<RawFd>,
     /// The VMM never outlives the parent.
     pub(crate) ephemeral: bool,
+    /// The process serves host directories and is locked up otherwise than a VMM.
+    pub(crate) jail: Option<Jail>,
 }
 
 /// Becomes the VMM that the specification at descriptor `spec` asks for. Returns only on failure.
@@ -116,6 +121,9 @@ fn prepare(fd: RawFd) -> io::Result<Command> {
         rustix::process::set_parent_process_death_signal(None)?;
     }
 
+    if let Some(jail) = &spec.jail {
+        return jail::enter(jail, &spec);
+    }
     new_namespaces().map_err(step("enter new namespaces"))?;
     let rules = rules(&spec).map_err(step("prepare Landlock"))?;
 
