@@ -3,20 +3,24 @@
 use std::{
     fs, io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::{MetadataExt, PermissionsExt, chown},
     },
     path::Path,
 };
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs};
+use rustix::{
+    fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs},
+    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
+};
 
 use crate::{
     child::{Because, Refusal},
     devices,
     path::{Kind, ensure_beneath, ensure_in_root, open_beneath, open_dir, open_in_root, proc_path},
-    spec::{InitSpec, MountSource, MountSpec, RootfsSpec},
+    spec::{InitSpec, MountSource, MountSpec, RootfsSpec, UserMap},
+    sys, users,
 };
 
 const NONE: Option<&str> = None;
@@ -24,11 +28,43 @@ const SAFE: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NODEV)
     .union(MsFlags::MS_NOEXEC);
 
+/// Whose the container is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Owner<'a> {
+    /// The ids of its user namespace.
+    pub(crate) map: UserMap,
+    /// The user namespace.
+    pub(crate) namespace: BorrowedFd<'a>,
+}
+
+impl Owner<'_> {
+    /// From here on the container's root owns what is made.
+    fn act(owner: Option<Self>) -> Result<(), Refusal> {
+        match owner {
+            Some(Self { map, .. }) => users::create_as(map.uids.first, map.gids.first),
+            None => Ok(()),
+        }
+    }
+
+    /// From here on the guest's root owns what is made.
+    fn rest(owner: Option<Self>) -> Result<(), Refusal> {
+        match owner {
+            Some(_) => users::create_as(0, 0),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Mounts everything and makes it the root of this process, which is alone in its mount namespace.
-pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
+/// With an owner the process goes on making files for that.
+pub(crate) fn enter(spec: &InitSpec, owner: Option<Owner<'_>>) -> Result<(), Refusal> {
     let root_of_all = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(NONE, "/", NONE, root_of_all, NONE).or_machine("cannot make the mounts private")?;
+    if let Some(owner) = owner {
+        map_layers(&spec.rootfs, owner)?;
+    }
     let root = mount_overlay(&spec.rootfs)?;
+    Owner::act(owner)?;
     let own = |destination: &str| {
         spec.mounts
             .iter()
@@ -46,8 +82,11 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
     let dev = at(&root, "/dev")?;
     devices::populate(&proc_path(&dev)).or_machine("cannot fill /dev")?;
     if spec.privileged {
+        // The guest's devices stay the guest's.
+        Owner::rest(owner)?;
         devices::copy_all(Path::new("/dev"), &proc_path(&dev), 4)
             .or_machine("cannot copy the guest's devices")?;
+        Owner::act(owner)?;
     }
     let no_exec = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     mount_new(
@@ -55,13 +94,17 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
         "/dev/pts",
         "devpts",
         no_exec,
-        "newinstance,ptmxmode=0666,mode=0620,gid=5",
+        &format!(
+            "newinstance,ptmxmode=0666,mode=0620,gid={}",
+            tty_group(owner)
+        ),
     )?;
     if !own("/dev/shm") {
         bind(
             &open_dir(&spec.shm).or_machine("no shared memory directory")?,
             &root,
             "/dev/shm",
+            None,
         )?;
     }
     // Kernels built without message queues exist.
@@ -79,7 +122,7 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
     mounts.sort_by_key(|mount| Path::new(&mount.destination).components().count());
     mounts
         .into_iter()
-        .try_for_each(|mount| mount_volume(&root, mount))?;
+        .try_for_each(|mount| mount_volume(&root, mount, owner))?;
     for file in spec.files.iter().filter(|file| !own(&file.destination)) {
         let place = ensure_in_root(&root, &file.destination, Kind::File)
             .or_request(format!("cannot make {}", file.destination))?;
@@ -105,6 +148,39 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
 pub(crate) fn seal() -> Result<(), Refusal> {
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     mount(NONE, "/", NONE, flags, NONE).or_machine("cannot make the root read-only")
+}
+
+/// The group of terminals, as images have it.
+fn tty_group(owner: Option<Owner<'_>>) -> u32 {
+    const TTY: u32 = 5;
+    let outside = |owner: Owner<'_>| owner.map.gids.outside(TTY);
+    owner.map_or(Some(TTY), outside).unwrap_or(TTY)
+}
+
+/// Covers each layer with a view of itself in which the container's ids own what is theirs inside.
+/// Nobody outside of this mount namespace sees it.
+fn map_layers(spec: &RootfsSpec, owner: Owner<'_>) -> Result<(), Refusal> {
+    for name in &spec.layers {
+        let place = open_dir(&spec.layers_dir.join(name)).or_machine("a layer is gone")?;
+        let view = view(&place, owner).or_machine("cannot map the owners of a layer")?;
+        attach_mount(&view, &place).or_machine("cannot mount a layer")?;
+    }
+    Ok(())
+}
+
+/// A detached mount of a place, with owners mapped.
+fn view(place: &OwnedFd, owner: Owner<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let view = open_tree(place, "", flags)?;
+    sys::map_owners(view.as_fd(), owner.namespace)?;
+    Ok(view)
+}
+
+fn attach_mount(mount: &OwnedFd, place: &OwnedFd) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(move_mount(mount, "", place, "", flags)?)
 }
 
 fn same_place(a: &str, b: &str) -> bool {
@@ -174,8 +250,13 @@ fn mount_new(
     .or_machine(format!("cannot mount {path}"))
 }
 
-/// Binds an open file or directory to a place of the same kind.
-fn bind(source: &OwnedFd, root: &OwnedFd, destination: &str) -> Result<(), Refusal> {
+/// Binds an open file or directory to a place of the same kind; with an owner, as that sees it.
+fn bind(
+    source: &OwnedFd,
+    root: &OwnedFd,
+    destination: &str,
+    owner: Option<Owner<'_>>,
+) -> Result<(), Refusal> {
     let stat = fstat(source).or_machine("cannot inspect a mount's source")?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => Kind::Directory,
@@ -183,6 +264,11 @@ fn bind(source: &OwnedFd, root: &OwnedFd, destination: &str) -> Result<(), Refus
     };
     let place = ensure_in_root(root, destination, kind)
         .or_request(format!("cannot make the mount point {destination}"))?;
+    if let Some(owner) = owner {
+        let failed = format!("cannot bind {destination} with its owners mapped");
+        let view = view(source, owner).or_machine(&failed)?;
+        return attach_mount(&view, &place).or_machine(&failed);
+    }
     mount(
         Some(&proc_path(source)),
         &proc_path(&place),
@@ -193,7 +279,7 @@ fn bind(source: &OwnedFd, root: &OwnedFd, destination: &str) -> Result<(), Refus
     .or_machine(format!("cannot bind {destination}"))
 }
 
-fn mount_volume(root: &OwnedFd, spec: &MountSpec) -> Result<(), Refusal> {
+fn mount_volume(root: &OwnedFd, spec: &MountSpec, owner: Option<Owner<'_>>) -> Result<(), Refusal> {
     let destination = spec.destination.as_str();
     match &spec.source {
         MountSource::Volume {
@@ -204,9 +290,15 @@ fn mount_volume(root: &OwnedFd, spec: &MountSpec) -> Result<(), Refusal> {
             let wrong = format!("cannot use the sub path of {destination}");
             let source = match sub_path.is_empty() {
                 true => volume,
-                false => ensure_beneath(&volume, sub_path).or_request(&wrong)?,
+                false => {
+                    // Root of the volume is the guest's, which the container sees as its own.
+                    Owner::rest(owner)?;
+                    let source = ensure_beneath(&volume, sub_path).or_request(&wrong)?;
+                    Owner::act(owner)?;
+                    source
+                }
             };
-            bind(&source, root, destination)?;
+            bind(&source, root, destination, owner)?;
         }
         MountSource::Tmpfs { size, mode } => {
             let mode = if *mode == 0 { 0o1777 } else { mode & 0o7777 };

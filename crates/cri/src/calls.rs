@@ -55,7 +55,7 @@ impl RuntimeService for Service {
             name: name.to_owned(),
             features: Some(v1::RuntimeHandlerFeatures {
                 recursive_read_only_mounts: true,
-                user_namespaces: false,
+                user_namespaces: true,
             }),
         };
         Ok(Response::new(v1::StatusResponse {

@@ -31,6 +31,7 @@ mod network;
 mod pages;
 mod resources;
 mod sandbox;
+mod seccomp;
 mod security;
 mod server;
 mod service;
@@ -41,6 +42,7 @@ mod status;
 mod streams;
 mod subpath;
 mod termination;
+mod users;
 mod watch;
 
 pub use config::{CriConfig, VmSizes};

@@ -126,9 +126,6 @@ fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriErr
         let rule = "no mount of the host is seen in a microVM: only PROPAGATION_PRIVATE";
         return refused("propagation", rule);
     }
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return refused("uidMappings", "user namespaces are not served by this node");
-    }
     // A volume of the guest has no mounts below it: read-only is so to the bottom.
     if mount.recursive_read_only && !mount.readonly {
         return refused("recursive_read_only", "needs readonly beside it");

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
     ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, SandboxState, SandboxStatus,
+    SeccompProfile,
 };
 use hypernetes_streaming::ProcessRequest;
 use hypernetes_telemetry::VERSION;
@@ -16,10 +17,10 @@ use crate::{
     HANDLER,
     carried::Carried,
     config::CriConfig,
-    container::{self, Asked},
+    container::{self, Asked, Confinement},
     lookup, memo, mounts,
     network::NodeNetwork,
-    resources, sandbox, stats,
+    resources, sandbox, seccomp, stats,
     status::CriError,
     streams::{Stream, Streams},
     termination, v1,
@@ -135,11 +136,16 @@ impl Service {
         let sandbox = self.sandbox(&request.pod_sandbox_id).await?;
         let asked = Asked::of(&request)?;
         // Everything that can be refused is, before a file of the host is read.
-        container::plan(&asked, &sandbox, &mounts::Plan::default())?;
+        let nothing = (mounts::Plan::default(), Confinement::default());
+        container::plan(&asked, &sandbox, &nothing.0, nothing.1)?;
+        let confinement = Confinement {
+            pid_target: self.pid_target(&asked, &sandbox).await?,
+            seccomp: read_seccomp(&asked, &sandbox).await?,
+        };
         let ledger = self.carried.of(&sandbox.id);
         let mut ledger = ledger.lock().await;
         let mounts = self.plan_mounts(&asked, &sandbox).await?;
-        let config = container::plan(&asked, &sandbox, &mounts)?;
+        let config = container::plan(&asked, &sandbox, &mounts, confinement)?;
         let wanted = config.memo.clone();
         for volume in mounts.volumes {
             ledger.write(self.runtime(), &sandbox.id, volume).await?;
@@ -155,6 +161,37 @@ impl Service {
                 kind: "container",
                 id: id.to_string(),
             })
+        }
+    }
+
+    /// The container whose processes a new one shall see.
+    async fn pid_target(
+        &self,
+        asked: &Asked<'_>,
+        sandbox: &SandboxStatus,
+    ) -> Result<Option<ContainerId>, CriError> {
+        let Some((field, id)) = container::pid_target(asked) else {
+            return Ok(None);
+        };
+        if id.is_empty() {
+            return Err(CriError::invalid(field, "must be given with TARGET"));
+        }
+        let target = match self.container(&id).await {
+            Ok(target) if target.sandbox == sandbox.id => target,
+            Err(error) if !error.is_not_found() => return Err(error),
+            // Of another pod's container not even that it is there.
+            Ok(_) | Err(_) => {
+                let rule = format!("{:?} is no container of this sandbox", lookup::shown(&id));
+                return Err(CriError::invalid(field, rule));
+            }
+        };
+        match target.state {
+            ContainerState::Running => Ok(Some(target.id)),
+            state => {
+                let state = format!("{state:?}").to_lowercase();
+                let rule = format!("container {} is {state}, not running", target.id);
+                Err(CriError::invalid(field, rule))
+            }
         }
     }
 
@@ -350,6 +387,21 @@ impl Service {
             ("version".to_owned(), json!(VERSION).to_string()),
         ])
     }
+}
+
+/// The system call filter of the node's that a container asks for.
+async fn read_seccomp(
+    asked: &Asked<'_>,
+    sandbox: &SandboxStatus,
+) -> Result<Option<SeccompProfile>, CriError> {
+    let Some((field, path)) = container::seccomp_file(asked)? else {
+        return Ok(None);
+    };
+    let (path, kernel) = (path.to_owned(), sandbox.kernel_release.clone());
+    let read = move || seccomp::read(&field, &path, kernel.as_deref().unwrap_or_default());
+    let read = tokio::task::spawn_blocking(read).await;
+    read.map_err(|_panic| CriError::Lost("reading the system call filter was lost"))?
+        .map(Some)
 }
 
 fn check_streams(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<(), CriError> {

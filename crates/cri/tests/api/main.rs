@@ -7,6 +7,7 @@
 )]
 
 mod bed;
+mod confinement;
 mod containers;
 mod images;
 mod sandboxes;

@@ -45,7 +45,7 @@ async fn a_kubelet_finds_what_it_needs_at_its_start() {
     assert!(plain.features.unwrap().supplemental_groups_policy);
     for handler in &plain.runtime_handlers {
         let features = handler.features.unwrap_or_default();
-        assert!(features.recursive_read_only_mounts && !features.user_namespaces);
+        assert!(features.recursive_read_only_mounts && features.user_namespaces);
     }
     assert!(plain.info.is_empty());
     let verbose = bed.client.status(status(true)).await.unwrap().into_inner();
