@@ -154,6 +154,11 @@ fn compile(table: Table, mismatch: Action, matched: Action) -> Result<BpfProgram
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the filter's machine has words of 32 bits"
+)]
 mod tests {
     use caps::Capability;
     use seccompiler::sock_filter;

@@ -4,14 +4,15 @@
 use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
-    ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, SandboxState, SandboxStatus,
-    SeccompProfile,
+    ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, SandboxMetadata, SandboxState,
+    SandboxStatus, SeccompProfile,
 };
 use hypernetes_streaming::ProcessRequest;
 use hypernetes_telemetry::VERSION;
 use hypernetes_types::{ContainerId, SandboxId};
 use serde_json::json;
-use tokio_util::task::TaskTracker;
+use tokio::sync::Semaphore;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     HANDLER,
@@ -41,6 +42,10 @@ pub(crate) struct Inner {
     pub(crate) carried: Arc<Carried>,
     /// Work that outlives the call that began it.
     pub(crate) tasks: TaskTracker,
+    /// Places for readers of events.
+    pub(crate) subscribers: Arc<Semaphore>,
+    /// Cancelled when the server stops, which waits for streams that are open.
+    pub(crate) closing: CancellationToken,
 }
 
 impl Deref for Service {
@@ -93,9 +98,11 @@ impl Service {
         // To its end, even if the caller goes: the network must not be taken away under it.
         let run = self.tasks.spawn(async move {
             let joining = network.join().await?;
+            let (metadata, begun) = (config.metadata.clone(), now_nanos());
             let result = runtime.run_sandbox(config).await;
             drop(joining);
             if result.is_err() {
+                clear_failed(runtime.as_ref(), &metadata, begun).await;
                 network.leave().await;
             }
             Ok::<_, CriError>(result?)
@@ -386,6 +393,24 @@ impl Service {
             ("config".to_owned(), config.to_string()),
             ("version".to_owned(), json!(VERSION).to_string()),
         ])
+    }
+}
+
+/// Removes a sandbox that this call has made and that did not come up: the caller knows no id for it.
+/// One that cannot be removed stays to be seen as not ready, for the kubelet to remove.
+async fn clear_failed(runtime: &dyn PodRuntime, metadata: &SandboxMetadata, begun: i64) {
+    let made_here = |status: &SandboxStatus| {
+        status.config.metadata == *metadata
+            && status.created_unix_nanos >= begun
+            && status.state == SandboxState::NotReady
+            && status.failure.is_some()
+    };
+    let all = runtime.list_sandboxes().await;
+    for status in all.into_iter().filter(made_here) {
+        if let Err(error) = runtime.remove_sandbox(&status.id).await {
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            tracing::warn!(sandbox = %status.id, error, "cannot remove a sandbox that did not come up");
+        }
     }
 }
 

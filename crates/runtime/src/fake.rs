@@ -59,6 +59,8 @@ struct State {
 struct FakeSandbox {
     status: SandboxStatus,
     volumes: BTreeMap<String, VolumeConfig>,
+    /// Its start failed: only a record is left.
+    never_ready: bool,
 }
 
 struct FakeContainer {
@@ -364,8 +366,13 @@ fn image(reference: &str, config: ImageConfig) -> Image {
 #[async_trait]
 impl PodRuntime for FakeRuntime {
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError> {
-        self.enter("run_sandbox", &config.metadata.name)?;
+        let failed = self.enter("run_sandbox", &config.metadata.name).err();
         let mut state = self.lock();
+        // As the real one: a sandbox that never came up is cleared away by the next attempt.
+        state.sandboxes.retain(|_, sandbox| {
+            let metadata = &sandbox.status.config.metadata;
+            !(sandbox.never_ready && *metadata == config.metadata)
+        });
         let same = |sandbox: &&FakeSandbox| {
             let metadata = &sandbox.status.config.metadata;
             metadata.uid == config.metadata.uid && metadata.attempt == config.metadata.attempt
@@ -384,21 +391,28 @@ impl PodRuntime for FakeRuntime {
             id: id.clone(),
             address: config.network.is_some().then_some(address),
             config,
-            state: SandboxState::Ready,
+            state: match failed {
+                Some(_) => SandboxState::NotReady,
+                None => SandboxState::Ready,
+            },
             created_unix_nanos: now_nanos(),
             kernel_release: Some("6.12.0-fake".into()),
-            failure: None,
+            failure: failed.as_ref().map(|error| Failure {
+                reason: "StartFailed".into(),
+                message: error.to_string(),
+            }),
         };
         state.sandboxes.insert(
             id.clone(),
             FakeSandbox {
                 status,
                 volumes: BTreeMap::new(),
+                never_ready: failed.is_some(),
             },
         );
         drop(state);
         self.emit(RuntimeEvent::Sandbox(id.clone()));
-        Ok(id)
+        failed.map_or(Ok(id), Err)
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {

@@ -9,6 +9,7 @@
 mod bed;
 mod confinement;
 mod containers;
+mod events;
 mod images;
 mod sandboxes;
 mod streams;

@@ -107,7 +107,7 @@ async fn a_sandbox_comes_back_as_it_was_asked_for() {
         .unwrap()
         .into_inner();
     assert!(verbose.info["info"].contains("kernelRelease"));
-    assert_eq!(verbose.timestamp, 0, "no events are promised");
+    assert!(verbose.timestamp > 0, "events can be had");
 }
 
 #[tokio::test]
