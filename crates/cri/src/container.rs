@@ -95,6 +95,7 @@ pub(crate) fn plan(
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
         memo: memo::of_container(config),
+        host: None,
     })
 }
 

@@ -94,6 +94,7 @@ pub(crate) fn plan(
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
         memo: memo::of_sandbox(request),
+        host: None,
     })
 }
 

@@ -205,6 +205,7 @@ impl Service {
         let update = ContainerUpdate {
             resources: config,
             memo: memo::of_container(&asked),
+            host: None,
         };
         Ok(self.runtime.update_container(&status.id, update).await?)
     }

@@ -76,6 +76,7 @@ pub(crate) fn config(
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
+        host: None,
         metadata: SandboxMetadata {
             name,
             namespace,

@@ -8,7 +8,10 @@ use hypernetes_types::{ContainerId, ImageReference, KernelName, NetworkId, Sandb
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use crate::error::RuntimeError;
+use crate::{
+    error::RuntimeError,
+    host::{HostContainer, HostLimits, HostPod},
+};
 
 /// Who a sandbox is to its owner. `uid` and `attempt` together are unique.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,6 +64,9 @@ pub struct SandboxConfig {
     /// What the owner wants to find again and the runtime does not read. Returned unchanged.
     #[serde(default)]
     pub memo: String,
+    /// Plain containers on the host's kernel instead of a VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostPod>,
 }
 
 /// resolv.conf of a pod.
@@ -168,6 +174,9 @@ pub struct ContainerConfig {
     /// What the owner wants to find again and the runtime does not read. Returned unchanged.
     #[serde(default)]
     pub memo: String,
+    /// Of a container on the host's kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostContainer>,
 }
 
 /// One mount of a volume.
@@ -469,6 +478,8 @@ pub struct ContainerUpdate {
     pub resources: ResourceConfig,
     /// Replaces [`ContainerConfig::memo`].
     pub memo: String,
+    /// Of a container on the host's kernel: replaces [`HostContainer::limits`].
+    pub host: Option<HostLimits>,
 }
 
 /// Progress of an image pull.

@@ -27,6 +27,9 @@ fn is_host_name(text: &str) -> bool {
 
 /// Refuses what cannot become a pod, before anything is done.
 pub(crate) fn check(config: &SandboxConfig) -> Result<(), RuntimeError> {
+    if config.host.is_some() {
+        return Err(invalid("host", "is not for a pod in a VM"));
+    }
     let host_name_rule = "must be made of letters, digits, '-', '_' and '.'";
     if !is_host_name(&config.hostname) || config.hostname.len() > 64 {
         return Err(invalid(

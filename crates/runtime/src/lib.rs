@@ -22,6 +22,7 @@ mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 mod guest;
+mod host;
 mod identity;
 mod link;
 mod logs;
@@ -46,7 +47,9 @@ mod usage;
 pub use api::*;
 pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;
+pub use host::*;
 pub use node::NodeRuntime;
 pub use ports::{Images, Kernels};
+pub use process::{FirstProcess, first_process, signal_number};
 pub use recovery::RecoveryReport;
 pub use timing::Timing;

@@ -118,6 +118,7 @@ pub(crate) fn sandbox_config(name: &str) -> SandboxConfig {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
+        host: None,
     }
 }
 
@@ -142,6 +143,7 @@ pub(crate) fn container_config(name: &str) -> ContainerConfig {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
+        host: None,
     }
 }
 

@@ -242,6 +242,7 @@ impl Bed {
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
             memo: String::new(),
+            host: None,
         }
     }
 
@@ -314,6 +315,7 @@ fn container(name: &str, script: &str) -> ContainerConfig {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
+        host: None,
     }
 }
 
