@@ -14,13 +14,14 @@ use rustix::{
     },
 };
 use tokio::{
-    io::unix::AsyncFd,
+    io::{Interest, unix::AsyncFd},
     sync::{mpsc, oneshot},
     time::timeout,
 };
 
 use crate::{
     monitor,
+    process::waitable,
     records::storage,
     runtime::{Container, Inner},
 };
@@ -49,7 +50,7 @@ fn open(bundle: &Path) -> io::Result<AsyncFd<OwnedFd>> {
     let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
     let address = SocketAddrUnix::new(format!("/proc/self/fd/{number}/attach"))?;
     connect(&socket, &address)?;
-    AsyncFd::register(socket)
+    waitable(socket, Interest::READABLE | Interest::WRITABLE)
 }
 
 /// Joins the first process of a running container.

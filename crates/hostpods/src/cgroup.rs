@@ -175,21 +175,22 @@ impl Hierarchies {
 
     /// Whether the host counts swap, so that a limit for it can be set.
     pub(crate) fn counts_swap(&self, parent: &str) -> bool {
-        self.of("memory", parent).is_some_and(|(directory, unified)| {
-            let file = match unified {
-                true => "memory.swap.max",
-                false => "memory.memsw.limit_in_bytes",
-            };
-            // The root group of version 2 has no limits of its own.
-            let mut place = Some(directory.as_path());
-            while let Some(directory) = place {
-                if directory.join(file).exists() {
-                    return true;
+        self.of("memory", parent)
+            .is_some_and(|(directory, unified)| {
+                let file = match unified {
+                    true => "memory.swap.max",
+                    false => "memory.memsw.limit_in_bytes",
+                };
+                // The root group of version 2 has no limits of its own.
+                let mut place = Some(directory.as_path());
+                while let Some(directory) = place {
+                    if directory.join(file).exists() {
+                        return true;
+                    }
+                    place = directory.parent();
                 }
-                place = directory.parent();
-            }
-            false
-        })
+                false
+            })
     }
 
     /// What a container's group uses.
@@ -217,7 +218,13 @@ impl Hierarchies {
         if let Some((directory, unified)) = self.of("memory", group) {
             let details = read(&directory, "memory.stat");
             let names = match unified {
-                true => ["memory.current", "inactive_file", "anon", "pgfault", "pgmajfault"],
+                true => [
+                    "memory.current",
+                    "inactive_file",
+                    "anon",
+                    "pgfault",
+                    "pgmajfault",
+                ],
                 false => [
                     "memory.usage_in_bytes",
                     "total_inactive_file",
@@ -243,7 +250,13 @@ impl Hierarchies {
 
 /// The number behind a name, one pair a line.
 fn field(text: &str, name: &str) -> u64 {
-    let value = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok();
+    let value = |line: &str| {
+        line.strip_prefix(name)?
+            .strip_prefix(' ')?
+            .trim()
+            .parse()
+            .ok()
+    };
     text.lines().find_map(value).unwrap_or(0)
 }
 
@@ -359,9 +372,10 @@ garbage";
             Some(("/sys/fs/cgroup/cpu,cpuacct/a/b".into(), false))
         );
         assert_eq!(parse(HYBRID, |_| Vec::new()).hybrid(), None);
-        let unified = parse("29 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw", |_| {
-            vec!["memory".to_owned()]
-        });
+        let unified = parse(
+            "29 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw",
+            |_| vec!["memory".to_owned()],
+        );
         assert!(unified.is_unified() && unified.hybrid().is_none());
         assert_eq!(
             unified.of("memory", "a"),

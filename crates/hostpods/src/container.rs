@@ -88,7 +88,10 @@ fn check(pod: &SandboxRecord, config: &ContainerConfig) -> Result<(), RuntimeErr
         return Err(invalid("host.pid", "the pod shares no process namespace"));
     }
     if !config.mounts.is_empty() {
-        return Err(invalid("mounts", "of guest volumes are not for a container on the host"));
+        return Err(invalid(
+            "mounts",
+            "of guest volumes are not for a container on the host",
+        ));
     }
     let log = pod.config.log_directory.join(&config.log_path);
     // What the monitor's option cannot carry.
@@ -145,7 +148,9 @@ async fn make(
     let user = tokio::task::spawn_blocking(move || {
         configure(&record, &pod, &config, &bundle, &sandbox_dir, target_pid)
     });
-    let user = user.await.map_err(|lost| storage("configure the container", lost))??;
+    let user = user
+        .await
+        .map_err(|lost| storage("configure the container", lost))??;
     let created = |record: &mut ContainerRecord| {
         record.user = Some(user);
         record.phase = ContainerPhase::Created;
@@ -158,8 +163,16 @@ fn target(inner: &Inner, record: &ContainerRecord) -> Result<Option<PathBuf>, Ru
     let PidNamespace::Container(target) = record.host().pid else {
         return Ok(None);
     };
-    let unusable = || invalid("host.pid", "the target must be a running container of the pod");
-    let other = inner.container(&target).map_err(|_unknown| unusable())?.record();
+    let unusable = || {
+        invalid(
+            "host.pid",
+            "the target must be a running container of the pod",
+        )
+    };
+    let other = inner
+        .container(&target)
+        .map_err(|_unknown| unusable())?
+        .record();
     if other.sandbox != record.sandbox || other.phase != ContainerPhase::Running {
         return Err(unusable());
     }
@@ -178,7 +191,10 @@ fn configure(
 ) -> Result<hypernetes_runtime::ContainerUser, RuntimeError> {
     let host = pod.config.host.clone().unwrap_or_default();
     let hostname = match host.host_network {
-        true => rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        true => rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned(),
         false => pod.config.hostname.clone(),
     };
     let first = first_process(image, &record.config, &hostname)?;
@@ -266,7 +282,9 @@ async fn launch(
 /// Waits in the background for the end of a running container and writes it down.
 pub(crate) fn watch(inner: &Arc<Inner>, container: &Arc<Container>) {
     let record = container.record();
-    let found = record.monitor.and_then(|pid| monitor::find(pid, &record.id).ok().flatten());
+    let found = record
+        .monitor
+        .and_then(|pid| monitor::find(pid, &record.id).ok().flatten());
     let (inner, container) = (Arc::downgrade(inner), Arc::clone(container));
     tokio::spawn(async move {
         if let Some(process) = found {
@@ -399,7 +417,10 @@ pub(crate) async fn discard(inner: &Inner, container: &Container) -> Result<(), 
     })
     .await?;
     let mut layers = inner.layers.lock().await;
-    let (unneeded, run_dir) = (layers.unneeded_without(&record.id), inner.config.run_dir.clone());
+    let (unneeded, run_dir) = (
+        layers.unneeded_without(&record.id),
+        inner.config.run_dir.clone(),
+    );
     blocking("unmount layers", move || {
         unneeded
             .into_iter()

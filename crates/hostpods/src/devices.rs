@@ -44,12 +44,7 @@ fn device(host: &Path, container: &Path) -> io::Result<Option<LinuxDevice>> {
     device.map(Some).map_err(io::Error::other)
 }
 
-fn walk(
-    host: &Path,
-    container: &Path,
-    depth: u32,
-    found: &mut Vec<LinuxDevice>,
-) -> io::Result<()> {
+fn walk(host: &Path, container: &Path, depth: u32, found: &mut Vec<LinuxDevice>) -> io::Result<()> {
     for entry in fs::read_dir(host)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -133,11 +128,21 @@ mod tests {
         let (devices, rules) = asked(&[wanted("/dev/null", "rw")]).unwrap();
         let device = &devices[0];
         assert_eq!(
-            (device.path().as_path(), device.typ(), device.major(), device.minor()),
+            (
+                device.path().as_path(),
+                device.typ(),
+                device.major(),
+                device.minor()
+            ),
             (Path::new("/dev/mine"), LinuxDeviceType::C, 1, 3)
         );
         assert_eq!(rules[0].access().as_deref(), Some("rw"));
-        assert!(all().unwrap().iter().any(|d| d.path() == Path::new("/dev/null")));
+        assert!(
+            all()
+                .unwrap()
+                .iter()
+                .any(|d| d.path() == Path::new("/dev/null"))
+        );
     }
 
     #[test]

@@ -4,8 +4,7 @@
 //! made in the container and carries bytes and sizes between the two.
 
 use std::{
-    fs,
-    io,
+    fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
@@ -23,7 +22,7 @@ use rustix::{
     termios::{Winsize, tcsetwinsize},
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, unix::AsyncFd},
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest, unix::AsyncFd},
     process::{Child, ChildStdin, Command},
     sync::{mpsc, oneshot},
     time::{sleep, timeout},
@@ -31,6 +30,7 @@ use tokio::{
 
 use crate::{
     oci::{PATH, message},
+    process::waitable,
     records::{failed, invalid, storage},
     runtime::Inner,
     update::first_process,
@@ -134,7 +134,8 @@ pub(crate) async fn start(
         let child = command.spawn().map_err(failed)?;
         // Ours would keep it from ending.
         drop((command, far));
-        let terminal = Arc::new(AsyncFd::register(terminal).map_err(failed)?);
+        let terminal =
+            Arc::new(waitable(terminal, Interest::READABLE | Interest::WRITABLE).map_err(failed)?);
         let stdin = config.stdin.then(|| keys(Arc::clone(&terminal)));
         let resize = sizes(Arc::clone(&terminal));
         let reader = tokio::spawn(from_terminal(terminal, output.clone()));
@@ -161,10 +162,18 @@ pub(crate) async fn start(
     let stdin = child.stdin.take().map(input);
     let mut readers = Vec::new();
     if let Some(pipe) = child.stdout.take() {
-        readers.push(tokio::spawn(from_pipe(pipe, Output::Stdout, output.clone())));
+        readers.push(tokio::spawn(from_pipe(
+            pipe,
+            Output::Stdout,
+            output.clone(),
+        )));
     }
     if let Some(pipe) = child.stderr.take() {
-        readers.push(tokio::spawn(from_pipe(pipe, Output::Stderr, output.clone())));
+        readers.push(tokio::spawn(from_pipe(
+            pipe,
+            Output::Stderr,
+            output.clone(),
+        )));
     }
     tokio::spawn(follow(child, files, readers, output, exit));
     Ok(Session {
@@ -226,7 +235,10 @@ async fn kill(child: &mut Child, files: &Files) {
                 kill_process_group(pid, Signal::KILL).ok();
                 kill_process(pid, Signal::KILL).ok();
             }
-            if timeout(Duration::from_millis(20), child.wait()).await.is_ok() {
+            if timeout(Duration::from_millis(20), child.wait())
+                .await
+                .is_ok()
+            {
                 return;
             }
         }
@@ -262,7 +274,11 @@ async fn from_pipe(
     while let Ok(got @ 1..) = pipe.read(&mut buffer).await {
         let room = KEPT.saturating_sub(beginning.len()).min(got);
         beginning.extend_from_slice(&buffer[..room]);
-        if output.send(wrap(Bytes::copy_from_slice(&buffer[..got]))).await.is_err() {
+        if output
+            .send(wrap(Bytes::copy_from_slice(&buffer[..got])))
+            .await
+            .is_err()
+        {
             break;
         }
     }
@@ -280,10 +296,7 @@ fn terminal() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours, far))
 }
 
-async fn from_terminal(
-    terminal: Arc<AsyncFd<OwnedFd>>,
-    output: mpsc::Sender<Output>,
-) -> Vec<u8> {
+async fn from_terminal(terminal: Arc<AsyncFd<OwnedFd>>, output: mpsc::Sender<Output>) -> Vec<u8> {
     let mut beginning = Vec::new();
     let mut buffer = vec![0; PIECE];
     loop {

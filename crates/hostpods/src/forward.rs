@@ -22,7 +22,11 @@ pub(crate) async fn connect(record: &SandboxRecord, port: u16) -> Result<Connect
         let phase = format!("{:?}", record.phase).to_lowercase();
         return Err(state("connect to a port", "sandbox", &record.id, phase));
     }
-    let netns = record.config.host.as_ref().and_then(|host| host.netns.clone());
+    let netns = record
+        .config
+        .host
+        .as_ref()
+        .and_then(|host| host.netns.clone());
     let made = blocking("connect to a port", move || {
         let made = match netns {
             None => reach(port),
@@ -44,10 +48,9 @@ fn within(netns: &Path, port: u16) -> io::Result<std::net::TcpStream> {
 fn reach(port: u16) -> io::Result<std::net::TcpStream> {
     let four = SocketAddr::from(([127, 0, 0, 1], port));
     let six = SocketAddr::from(([0, 0, 0, 0, 0, 0, 0, 1], port));
-    let stream = std::net::TcpStream::connect_timeout(&four, PATIENCE)
-        .or_else(|first| {
-            std::net::TcpStream::connect_timeout(&six, PATIENCE).map_err(|_no_better| first)
-        })?;
+    let stream = std::net::TcpStream::connect_timeout(&four, PATIENCE).or_else(|first| {
+        std::net::TcpStream::connect_timeout(&six, PATIENCE).map_err(|_no_better| first)
+    })?;
     stream.set_nonblocking(true)?;
     Ok(stream)
 }

@@ -31,7 +31,11 @@ impl JointRuntime {
     pub fn new(vms: Arc<dyn PodRuntime>, host: Arc<HostRuntime>) -> Self {
         let events = broadcast::channel(EVENTS).0;
         for from in [Arc::clone(&vms), Arc::clone(&host) as Arc<dyn PodRuntime>] {
-            tokio::spawn(forward(from.events(), Arc::downgrade(&from), events.clone()));
+            tokio::spawn(forward(
+                from.events(),
+                Arc::downgrade(&from),
+                events.clone(),
+            ));
         }
         Self { vms, host, events }
     }
@@ -62,7 +66,9 @@ async fn forward(
             // Nobody may be listening.
             Ok(event) => drop(to.send(event)),
             Err(RecvError::Lagged(_)) => {
-                let Some(runtime) = runtime.upgrade() else { return };
+                let Some(runtime) = runtime.upgrade() else {
+                    return;
+                };
                 for sandbox in runtime.list_sandboxes().await {
                     drop(to.send(RuntimeEvent::Sandbox(sandbox.id)));
                 }
@@ -112,7 +118,9 @@ impl PodRuntime for JointRuntime {
         sandbox: &SandboxId,
         config: ContainerConfig,
     ) -> Result<ContainerId, RuntimeError> {
-        self.of_sandbox(sandbox).create_container(sandbox, config).await
+        self.of_sandbox(sandbox)
+            .create_container(sandbox, config)
+            .await
     }
 
     async fn start_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {

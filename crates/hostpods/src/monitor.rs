@@ -60,11 +60,7 @@ struct Answer {
 /// Starts a monitor, which makes the container. Returns the monitor's process id. Blocks.
 ///
 /// If it fails, no process is left but those in the two cgroups.
-pub(crate) fn launch(
-    launch: &Launch,
-    programs: &Programs,
-    oci: &Oci,
-) -> Result<u32, RuntimeError> {
+pub(crate) fn launch(launch: &Launch, programs: &Programs, oci: &Oci) -> Result<u32, RuntimeError> {
     let action = "start the container's monitor";
     let io = |error: io::Error| storage(action, error);
     std::fs::create_dir_all(launch.bundle.join(EXITS)).map_err(io)?;

@@ -70,9 +70,7 @@ fn sysctl_file(name: &str) -> PathBuf {
 }
 
 /// Runs `work` on a thread of its own, which ends with it: it may enter other namespaces.
-pub(crate) fn on_own_thread<T: Send>(
-    work: impl FnOnce() -> io::Result<T> + Send,
-) -> io::Result<T> {
+pub(crate) fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
         thread::Builder::new()
             .name("hn-hostpod".to_owned())
@@ -106,7 +104,10 @@ pub(crate) fn make(wanted: &Wanted, directory: &Path) -> io::Result<()> {
         }
         if let Some(hostname) = &wanted.hostname {
             sethostname(hostname)?;
-            pin(Path::new("/proc/thread-self/ns/uts"), &directory.join("uts"))?;
+            pin(
+                Path::new("/proc/thread-self/ns/uts"),
+                &directory.join("uts"),
+            )?;
         }
         for (name, value) in &wanted.sysctls {
             let file = sysctl_file(name);
@@ -115,7 +116,10 @@ pub(crate) fn make(wanted: &Wanted, directory: &Path) -> io::Result<()> {
             })?;
         }
         if wanted.ipc {
-            pin(Path::new("/proc/thread-self/ns/ipc"), &directory.join("ipc"))?;
+            pin(
+                Path::new("/proc/thread-self/ns/ipc"),
+                &directory.join("ipc"),
+            )?;
         }
         Ok(())
     })

@@ -4,6 +4,14 @@ use std::{fs, io, os::fd::OwnedFd};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{Interest, unix::AsyncFd};
+/// A descriptor that tasks wait for.
+#[allow(
+    deprecated,
+    reason = "the replacement is unsafe, which this crate forbids; an OwnedFd keeps what it asks for"
+)]
+pub(crate) fn waitable(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(fd, interest)
+}
 
 /// A process that cannot be confused with a later one of the same pid.
 #[derive(Debug)]
@@ -22,11 +30,14 @@ impl Process {
         };
         // Looked at after it was opened: if it is the right one now, the descriptor is its own.
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let has = |word: &&str| line.split(|byte| *byte == 0).any(|arg| arg == word.as_bytes());
+        let has = |word: &&str| {
+            line.split(|byte| *byte == 0)
+                .any(|arg| arg == word.as_bytes())
+        };
         if !words.iter().all(has) {
             return Ok(None);
         }
-        Ok(Some(Self(AsyncFd::register_with_interest(pidfd, Interest::READABLE)?)))
+        Ok(Some(Self(waitable(pidfd, Interest::READABLE)?)))
     }
 
     /// Until it has ended.

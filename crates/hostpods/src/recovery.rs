@@ -88,7 +88,10 @@ pub(crate) async fn recover(inner: &Arc<Inner>) -> Result<HostReport, RuntimeErr
     }
     *inner.layers.lock().await = Layers::of(kept.iter().chain(&orphans));
     for record in sandboxes.drain(..) {
-        let mut all = inner.sandboxes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = inner
+            .sandboxes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         all.insert(record.id.clone(), Sandbox::new(record));
     }
     for record in orphans {
@@ -140,7 +143,10 @@ async fn of_sandbox(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>, report: &mut Hos
                 let end = |record: &mut ContainerRecord| {
                     record.end(container::KILLED, "ContainerCannotRun", message);
                 };
-                settle(report, inner.change_container(&container, end).await.map(drop));
+                settle(
+                    report,
+                    inner.change_container(&container, end).await.map(drop),
+                );
             }
             ContainerPhase::Created | ContainerPhase::Exited => {}
         }
@@ -174,10 +180,7 @@ async fn abandon(inner: &Inner, container: &Container) -> Result<(), RuntimeErro
 }
 
 /// Whether a container runs on. If it does not, its end is written down.
-async fn of_running(
-    inner: &Arc<Inner>,
-    container: &Arc<Container>,
-) -> Result<bool, RuntimeError> {
+async fn of_running(inner: &Arc<Inner>, container: &Arc<Container>) -> Result<bool, RuntimeError> {
     let record = container.record();
     let pid = record.monitor.unwrap_or(0);
     let alive = crate::monitor::find(pid, &record.id)
@@ -223,7 +226,10 @@ async fn remove_orphans(inner: &Arc<Inner>, report: &mut HostReport) -> Result<(
             Err(error) => report.failures.push(chain(&error).to_string()),
         }
     }
-    for id in bundles.into_iter().filter(|id| inner.container(id).is_err()) {
+    for id in bundles
+        .into_iter()
+        .filter(|id| inner.container(id).is_err())
+    {
         let bundle = inner.bundle(&id);
         clear(report, move || rootfs::clear(&bundle)).await;
     }
@@ -244,10 +250,7 @@ async fn remove_orphans(inner: &Arc<Inner>, report: &mut HostReport) -> Result<(
     Ok(())
 }
 
-async fn clear(
-    report: &mut HostReport,
-    work: impl FnOnce() -> io::Result<()> + Send + 'static,
-) {
+async fn clear(report: &mut HostReport, work: impl FnOnce() -> io::Result<()> + Send + 'static) {
     match blocking("clear away what belongs to nobody", work).await {
         Ok(()) => report.orphans += 1,
         Err(error) => report.failures.push(chain(&error).to_string()),

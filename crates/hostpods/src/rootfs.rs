@@ -163,7 +163,14 @@ fn lower(layers: &[LayerMount], run_dir: &Path, empty: &Path) -> String {
 }
 
 fn overlay(options: &str, target: &Path, flags: MsFlags) -> io::Result<()> {
-    mount(Some("overlay"), target, Some("overlay"), flags, Some(options)).map_err(Into::into)
+    mount(
+        Some("overlay"),
+        target,
+        Some("overlay"),
+        flags,
+        Some(options),
+    )
+    .map_err(Into::into)
 }
 
 /// Refuses what could not be mounted, before anything is.
@@ -181,7 +188,10 @@ pub(crate) fn check(
     for path in [run_dir, bundle] {
         let text = path.display().to_string();
         if text.contains([',', ':', '\\']) {
-            return Err(invalid("path", format!("{text} must not contain ',', ':' or '\\'")));
+            return Err(invalid(
+                "path",
+                format!("{text} must not contain ',', ':' or '\\'"),
+            ));
         }
     }
     Ok(())
@@ -315,7 +325,10 @@ mod tests {
         let mut layers = Layers::default();
         let reserved = layers.reserve(&image(&['a', 'b']), &id);
         let run = Path::new("/run/h");
-        assert_eq!(lower(&reserved, run, Path::new("/e")), "/run/h/l/1:/run/h/l/0");
+        assert_eq!(
+            lower(&reserved, run, Path::new("/e")),
+            "/run/h/l/1:/run/h/l/0"
+        );
         assert_eq!(lower(&[], run, Path::new("/e")), "/e");
         assert!(check(&reserved, run, Path::new("/state/c")).is_ok());
         assert!(check(&reserved, run, Path::new("/state,c")).is_err());

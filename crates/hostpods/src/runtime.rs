@@ -268,7 +268,11 @@ impl HostRuntime {
         ids
     }
 
-    fn running(&self, id: &ContainerId, action: &'static str) -> Result<Arc<Container>, RuntimeError> {
+    fn running(
+        &self,
+        id: &ContainerId,
+        action: &'static str,
+    ) -> Result<Arc<Container>, RuntimeError> {
         let container = self.inner.container(id)?;
         let phase = container.record.borrow().phase;
         match phase {
@@ -285,7 +289,10 @@ impl HostRuntime {
 impl PodRuntime for HostRuntime {
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError> {
         let inner = Arc::clone(&self.inner);
-        to_the_end("run the sandbox", async move { sandbox::run(&inner, config).await }).await
+        to_the_end("run the sandbox", async move {
+            sandbox::run(&inner, config).await
+        })
+        .await
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
@@ -318,7 +325,9 @@ impl PodRuntime for HostRuntime {
 
     async fn list_sandboxes(&self) -> Vec<SandboxStatus> {
         let all = self.inner.all_sandboxes();
-        all.iter().map(|sandbox| sandbox.record().status()).collect()
+        all.iter()
+            .map(|sandbox| sandbox.record().status())
+            .collect()
     }
 
     async fn write_volume(&self, id: &SandboxId, _: VolumeConfig) -> Result<(), RuntimeError> {
@@ -350,7 +359,12 @@ impl PodRuntime for HostRuntime {
             let phase = sandbox.record().phase;
             if phase != SandboxPhase::Ready {
                 let phase = format!("{phase:?}").to_lowercase();
-                return Err(state("start a container", "sandbox", sandbox.record().id, phase));
+                return Err(state(
+                    "start a container",
+                    "sandbox",
+                    sandbox.record().id,
+                    phase,
+                ));
             }
             container::start(&inner, &container).await
         })

@@ -75,7 +75,10 @@ pub(crate) async fn run(
     check(&config)?;
     loop {
         let (sandbox, work) = {
-            let mut all = inner.sandboxes.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut all = inner
+                .sandboxes
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             let wanted = &config.metadata;
             let found = all.values().find(|sandbox| {
                 let known = sandbox.record().config.metadata;
@@ -121,7 +124,10 @@ async fn make(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<(), RuntimeE
     let record = sandbox.record();
     let (group, log_directory) = (record.cgroup(), record.config.log_directory.clone());
     let (made_cgroup, owns_log_directory) = blocking("look at the host's cgroups", move || {
-        Ok((Hierarchies::read()?.first_missing(&group), !log_directory.exists()))
+        Ok((
+            Hierarchies::read()?.first_missing(&group),
+            !log_directory.exists(),
+        ))
     })
     .await?;
     let record = inner
@@ -191,7 +197,10 @@ fn set_up(record: &SandboxRecord, directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     let (hostname, hosts) = match host.host_network {
         true => (
-            rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
             fs::read_to_string("/etc/hosts").unwrap_or_default(),
         ),
         false => (config.hostname.clone(), hosts(config, &host)),
@@ -233,7 +242,10 @@ fn hosts(config: &SandboxConfig, host: &HostPod) -> String {
 }
 
 fn resolv_conf(dns: &DnsConfig) -> String {
-    let servers = dns.servers.iter().map(|server| format!("nameserver {server}\n"));
+    let servers = dns
+        .servers
+        .iter()
+        .map(|server| format!("nameserver {server}\n"));
     let mut text: String = servers.collect();
     for (keyword, words) in [("search", &dns.searches), ("options", &dns.options)] {
         if !words.is_empty() {
@@ -296,7 +308,9 @@ pub(crate) async fn remove(inner: &Arc<Inner>, sandbox: &Sandbox) -> Result<(), 
         container::remove(inner, &container).await?;
     }
     let (group, made) = (record.cgroup(), record.made_cgroup.clone());
-    let logs = record.owns_log_directory.then(|| record.config.log_directory.clone());
+    let logs = record
+        .owns_log_directory
+        .then(|| record.config.log_directory.clone());
     blocking("clear a sandbox away", move || {
         if let Some(made) = made {
             Hierarchies::read()?.remove_up_to(&group, &made);
@@ -305,7 +319,9 @@ pub(crate) async fn remove(inner: &Arc<Inner>, sandbox: &Sandbox) -> Result<(), 
             // Only if nothing of others is in it.
             match fs::remove_dir(&logs) {
                 Ok(()) => {}
-                Err(error) => tracing::debug!(path = %logs.display(), %error, "a log directory stays"),
+                Err(error) => {
+                    tracing::debug!(path = %logs.display(), %error, "a log directory stays")
+                }
             }
         }
         Ok(())

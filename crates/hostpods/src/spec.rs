@@ -253,7 +253,9 @@ fn devices_of(
     security: &SecurityConfig,
 ) -> Result<(Vec<oci_spec::runtime::LinuxDevice>, Vec<LinuxDeviceCgroup>), RuntimeError> {
     let all = |allow| {
-        let rule = LinuxDeviceCgroupBuilder::default().allow(allow).access("rwm");
+        let rule = LinuxDeviceCgroupBuilder::default()
+            .allow(allow)
+            .access("rwm");
         built(rule.build())
     };
     let (asked, rules) = devices::asked(&host.devices)?;
@@ -372,17 +374,39 @@ fn mounts(
             "/dev/pts",
             "devpts",
             "devpts",
-            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
         )?,
-        mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
-        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", system])?,
+        mount(
+            "/dev/mqueue",
+            "mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        )?,
+        mount(
+            "/sys",
+            "sysfs",
+            "sysfs",
+            &["nosuid", "noexec", "nodev", system],
+        )?,
         mount(
             "/sys/fs/cgroup",
             "cgroup",
             "cgroup",
             &["nosuid", "noexec", "nodev", "relatime", system],
         )?,
-        mount("/dev/shm", "bind", shm, &["rbind", "rprivate", "rw", "nosuid", "noexec", "nodev"])?,
+        mount(
+            "/dev/shm",
+            "bind",
+            shm,
+            &["rbind", "rprivate", "rw", "nosuid", "noexec", "nodev"],
+        )?,
         mount("/etc/hosts", "bind", own("hosts"), &bind)?,
         mount("/etc/resolv.conf", "bind", own("resolv.conf"), &bind)?,
         mount("/etc/hostname", "bind", own("hostname"), &bind)?,
@@ -419,8 +443,7 @@ fn bind_mount(index: usize, wanted: &HostMount, source: PathBuf) -> Result<Mount
         let rule = "must be an absolute path without .., and not the root";
         return Err(invalid(field("container_path"), rule));
     }
-    if wanted.recursive_readonly
-        && (!wanted.readonly || wanted.propagation != Propagation::Private)
+    if wanted.recursive_readonly && (!wanted.readonly || wanted.propagation != Propagation::Private)
     {
         let rule = "needs readonly and private propagation beside it";
         return Err(invalid(field("recursive_read_only"), rule));
@@ -491,10 +514,15 @@ fn mount_of(table: &str, path: &Path) -> (PathBuf, bool, bool) {
 
 /// mountinfo writes spaces and the like as octal numbers.
 fn unescape(text: &str) -> String {
-    let codes = [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")];
-    codes
-        .iter()
-        .fold(text.to_owned(), |text, (code, plain)| text.replace(code, plain))
+    let codes = [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ];
+    codes.iter().fold(text.to_owned(), |text, (code, plain)| {
+        text.replace(code, plain)
+    })
 }
 
 /// A directory of a mounted image, whose links lead nowhere outside of it.
@@ -516,7 +544,11 @@ fn image_path(index: usize, root: &Path, sub_path: &str) -> Result<PathBuf, Runt
         let number = std::os::fd::AsRawFd::as_raw_fd(&found);
         fs::read_link(format!("/proc/self/fd/{number}"))
     };
-    find().map_err(|error| wrong(format!("{sub_path:?} is no directory of the image: {error}")))
+    find().map_err(|error| {
+        wrong(format!(
+            "{sub_path:?} is no directory of the image: {error}"
+        ))
+    })
 }
 
 #[cfg(test)]
@@ -583,7 +615,10 @@ mod tests {
         let none = Hierarchies::default();
         let made = resources(&limits, &none, "g").unwrap();
         let cpu = made.cpu().clone().unwrap();
-        assert_eq!((cpu.quota(), cpu.period(), cpu.shares()), (Some(75_000), Some(50_000), Some(2)));
+        assert_eq!(
+            (cpu.quota(), cpu.period(), cpu.shares()),
+            (Some(75_000), Some(50_000), Some(2))
+        );
         assert_eq!(cpu.cpus().as_deref(), Some("0-1"));
         assert_eq!(made.memory().unwrap().limit(), Some(1 << 20));
         let unified = HostLimits {

@@ -29,7 +29,11 @@ pub(crate) async fn of_sandbox(
         .filter(|record| record.phase == ContainerPhase::Running)
         .map(|record| (record.id, record.cgroup))
         .collect();
-    let netns = record.config.host.as_ref().and_then(|host| host.netns.clone());
+    let netns = record
+        .config
+        .host
+        .as_ref()
+        .and_then(|host| host.netns.clone());
     blocking("measure a sandbox", move || {
         let cgroups = Hierarchies::read()?;
         let memory = fs::read_to_string("/proc/meminfo")?;
@@ -70,7 +74,21 @@ fn interfaces(table: &str) -> Vec<hypernetes_runtime::InterfaceStats> {
             .filter_map(|number| number.parse().ok())
             .collect();
         // Received: bytes packets errs drop fifo frame compressed multicast; sent: bytes packets errs.
-        let [rx_bytes, _, rx_errors, _, _, _, _, _, tx_bytes, _, tx_errors, ..] = numbers[..] else {
+        let [
+            rx_bytes,
+            _,
+            rx_errors,
+            _,
+            _,
+            _,
+            _,
+            _,
+            tx_bytes,
+            _,
+            tx_errors,
+            ..,
+        ] = numbers[..]
+        else {
             return None;
         };
         Some(hypernetes_runtime::InterfaceStats {
@@ -93,7 +111,12 @@ pub(crate) fn of_tree(root: &Path) -> io::Result<(u64, u64)> {
         other => other?,
     };
     for container in containers {
-        measure(&container?.path().join("upper"), MAX_DEPTH, &mut bytes, &mut files);
+        measure(
+            &container?.path().join("upper"),
+            MAX_DEPTH,
+            &mut bytes,
+            &mut files,
+        );
     }
     Ok((bytes, files))
 }
@@ -102,7 +125,9 @@ fn measure(path: &Path, depth: u32, bytes: &mut u64, files: &mut u64) {
     use std::os::unix::fs::MetadataExt;
     // Containers write and are removed meanwhile: what is gone counts for nothing.
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
-        let Ok(metadata) = entry.metadata() else { continue };
+        let Ok(metadata) = entry.metadata() else {
+            continue;
+        };
         *bytes += metadata.blocks() * 512;
         *files += 1;
         if metadata.is_dir() && depth > 0 {
@@ -117,7 +142,10 @@ mod tests {
 
     #[test]
     fn the_kernel_s_tables_are_read() {
-        assert_eq!(kibibytes("MemTotal:  2 kB\nMemAvailable: 1 kB\n", "MemAvailable:"), 1024);
+        assert_eq!(
+            kibibytes("MemTotal:  2 kB\nMemAvailable: 1 kB\n", "MemAvailable:"),
+            1024
+        );
         let table = "\
 Inter-|   Receive                                                |  Transmit
  face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
@@ -127,7 +155,13 @@ Inter-|   Receive                                                |  Transmit
         let found = interfaces(table);
         assert_eq!(found.len(), 1);
         assert_eq!(
-            (found[0].name.as_str(), found[0].rx_bytes, found[0].rx_errors, found[0].tx_bytes, found[0].tx_errors),
+            (
+                found[0].name.as_str(),
+                found[0].rx_bytes,
+                found[0].rx_errors,
+                found[0].tx_bytes,
+                found[0].tx_errors
+            ),
             ("eth0", 100, 3, 50, 4)
         );
     }

@@ -58,7 +58,10 @@ pub(crate) async fn apply(
 fn rewritten(config: &[u8], mut resources: LinuxResources) -> std::io::Result<Vec<u8>> {
     let mut spec: Spec = serde_json::from_slice(config)?;
     let mut linux = spec.linux().clone().unwrap_or_default();
-    let devices = linux.resources().as_ref().and_then(|old| old.devices().clone());
+    let devices = linux
+        .resources()
+        .as_ref()
+        .and_then(|old| old.devices().clone());
     resources.set_devices(devices);
     linux.set_resources(Some(resources));
     spec.set_linux(Some(linux));

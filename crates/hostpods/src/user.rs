@@ -1,6 +1,10 @@
 //! Who a container runs as, by the image's own files.
 
-use std::{fs::File, io::{self, Read}, path::Path};
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+};
 
 use hypernetes_container::{UserSpec, user};
 use hypernetes_runtime::{ContainerUser, RuntimeError, SecurityConfig};

@@ -110,7 +110,12 @@ fn build(held: &HashSet<String>) -> Result<LinuxSeccomp, OciSpecError> {
 
 /// An operator's profile. Blocks.
 pub(crate) fn of_file(path: &Path) -> Result<LinuxSeccomp, RuntimeError> {
-    let wrong = |rule: String| invalid("seccomp.localhost_ref", format!("{}: {rule}", path.display()));
+    let wrong = |rule: String| {
+        invalid(
+            "seccomp.localhost_ref",
+            format!("{}: {rule}", path.display()),
+        )
+    };
     if !path.is_absolute() {
         return Err(wrong("must be an absolute path".to_owned()));
     }
@@ -163,12 +168,26 @@ mod tests {
     #[test]
     fn what_endangers_the_host_needs_its_capability() {
         let plain = runtime_default(&HashSet::new()).unwrap();
-        for call in ["read", "execve", "openat2", "futex", "mmap2", "prctl", "seccomp"] {
+        for call in [
+            "read", "execve", "openat2", "futex", "mmap2", "prctl", "seccomp",
+        ] {
             assert!(allowed(&plain, call), "{call}");
         }
         for call in [
-            "mount", "setns", "unshare", "bpf", "keyctl", "reboot", "clone", "clone3", "socket",
-            "io_uring_setup", "userfaultfd", "init_module", "open_by_handle_at", "kexec_load",
+            "mount",
+            "setns",
+            "unshare",
+            "bpf",
+            "keyctl",
+            "reboot",
+            "clone",
+            "clone3",
+            "socket",
+            "io_uring_setup",
+            "userfaultfd",
+            "init_module",
+            "open_by_handle_at",
+            "kexec_load",
         ] {
             assert!(!allowed(&plain, call), "{call}");
         }
