@@ -45,11 +45,23 @@ impl RuntimeService for Service {
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
-        let condition = |kind: &str| v1::RuntimeCondition {
-            r#type: kind.to_owned(),
+        let runtime_ready = v1::RuntimeCondition {
+            r#type: "RuntimeReady".to_owned(),
             status: true,
             reason: String::new(),
             message: String::new(),
+        };
+        let network_problem = self.network.ready().await.err();
+        let network_ready = v1::RuntimeCondition {
+            r#type: "NetworkReady".to_owned(),
+            status: network_problem.is_none(),
+            reason: match &network_problem {
+                Some(_) => "NetworkPluginNotReady".to_owned(),
+                None => String::new(),
+            },
+            message: network_problem
+                .map(|error| hypernetes_telemetry::chain(&error).to_string())
+                .unwrap_or_default(),
         };
         let handler = |name: &str| v1::RuntimeHandler {
             name: name.to_owned(),
@@ -60,7 +72,7 @@ impl RuntimeService for Service {
         };
         Ok(Response::new(v1::StatusResponse {
             status: Some(v1::RuntimeStatus {
-                conditions: vec![condition("RuntimeReady"), condition("NetworkReady")],
+                conditions: vec![runtime_ready, network_ready],
             }),
             info: match request.into_inner().verbose {
                 true => self.info(),

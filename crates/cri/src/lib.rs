@@ -44,7 +44,7 @@ mod termination;
 mod watch;
 
 pub use config::{CriConfig, VmSizes};
-pub use network::NodeNetwork;
+pub use network::{NodeNetwork, PodNetwork, TenantNetwork};
 pub use server::{CriServer, ServeError};
 
 /// Generated from `proto/api.proto`, which is Kubernetes' own.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use hypernetes_network::NetworkSpec;
+use hypernetes_network::{HostPort, Protocol};
 use hypernetes_runtime::{DnsConfig, SandboxConfig, SandboxMetadata, SandboxState, SandboxStatus};
 use hypernetes_types::{KernelName, kinds::KERNEL_ANNOTATION};
 use serde_json::json;
@@ -12,7 +12,9 @@ use crate::{
     config::CriConfig,
     filter::{self, metadata},
     lookup::shown,
-    memo, resources, security,
+    memo,
+    network::PodNetwork,
+    resources, security,
     status::CriError,
     v1,
 };
@@ -20,11 +22,20 @@ use crate::{
 /// Longest host name that Linux takes, less one that Kubernetes leaves.
 const MAX_HOSTNAME: usize = 63;
 
+/// The namespace of a request's pod; empty without one.
+pub(crate) fn namespace(request: &v1::RunPodSandboxRequest) -> &str {
+    let metadata = request
+        .config
+        .as_ref()
+        .and_then(|config| config.metadata.as_ref());
+    metadata.map_or("", |name| &name.namespace)
+}
+
 /// What the runtime shall boot.
 pub(crate) fn plan(
     request: &v1::RunPodSandboxRequest,
     node: &CriConfig,
-    network: &NetworkSpec,
+    network: &PodNetwork,
 ) -> Result<SandboxConfig, CriError> {
     check_handler(&request.runtime_handler)?;
     let required = |field: &str| CriError::invalid(field, "must be given");
@@ -49,12 +60,13 @@ pub(crate) fn plan(
     if config.windows.is_some() {
         return Err(CriError::invalid("config.windows", "this node runs Linux"));
     }
-    if let Some(port) = config.port_mappings.iter().find(|port| port.host_port != 0) {
+    let host_ports = host_ports(&config.port_mappings)?;
+    if let (Some(port), PodNetwork::Own(spec)) = (host_ports.first(), network) {
         return Err(CriError::invalid(
             "config.port_mappings",
             format!(
-                "host port {} cannot be had: host ports are not served by this node",
-                port.host_port
+                "host port {} cannot be had: network {} has none; CNI plugins have",
+                port.host_port, spec.id
             ),
         ));
     }
@@ -71,8 +83,9 @@ pub(crate) fn plan(
             attempt: name.attempt,
         },
         hostname: hostname(&config.hostname, &name.name),
-        network: Some(network.id.clone()),
+        network: Some(network.id().clone()),
         requested_address: None,
+        host_ports,
         kernel: kernel(&config.annotations)?,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
@@ -96,6 +109,47 @@ pub(crate) fn plan(
         memo: memo::of_sandbox(request),
         host: None,
     })
+}
+
+/// Mappings that ask for a port of the node.
+fn host_ports(mappings: &[v1::PortMapping]) -> Result<Vec<HostPort>, CriError> {
+    let mut ports = Vec::new();
+    for (at, mapping) in mappings.iter().enumerate() {
+        if mapping.host_port == 0 {
+            continue;
+        }
+        let field = |name: &str| format!("config.port_mappings[{at}].{name}");
+        let port = |name: &str, value: i32| {
+            u16::try_from(value)
+                .ok()
+                .filter(|port| *port > 0)
+                .ok_or_else(|| CriError::invalid(field(name), "must be 1 to 65535"))
+        };
+        let host_ip = match mapping.host_ip.as_str() {
+            "" => None,
+            text => Some(
+                text.parse::<std::net::IpAddr>()
+                    .map_err(|_bad| CriError::invalid(field("host_ip"), "must be an IP address"))?,
+            ),
+        };
+        ports.push(HostPort {
+            protocol: match v1::Protocol::try_from(mapping.protocol) {
+                Ok(v1::Protocol::Tcp) => Protocol::Tcp,
+                Ok(v1::Protocol::Udp) => Protocol::Udp,
+                Ok(v1::Protocol::Sctp) => Protocol::Sctp,
+                Err(_unknown) => {
+                    return Err(CriError::invalid(
+                        field("protocol"),
+                        "must be TCP, UDP or SCTP",
+                    ));
+                }
+            },
+            host_port: port("host_port", mapping.host_port)?,
+            container_port: port("container_port", mapping.container_port)?,
+            host_ip: host_ip.filter(|address| !address.is_unspecified()),
+        });
+    }
+    Ok(ports)
 }
 
 /// Refuses handlers that this node has not.
@@ -226,7 +280,10 @@ pub(crate) fn full(status: &SandboxStatus) -> v1::PodSandboxStatus {
         created_at: status.created_unix_nanos,
         network: Some(v1::PodSandboxNetworkStatus {
             ip: address.unwrap_or_default(),
-            additional_ips: Vec::new(),
+            additional_ips: match status.state {
+                SandboxState::Ready => more_addresses(status),
+                _ => Vec::new(),
+            },
         }),
         linux: Some(v1::LinuxPodSandboxStatus {
             namespaces: Some(v1::Namespace {
@@ -237,6 +294,14 @@ pub(crate) fn full(status: &SandboxStatus) -> v1::PodSandboxStatus {
         annotations: status.config.annotations.clone(),
         runtime_handler: request.runtime_handler,
     }
+}
+
+fn more_addresses(status: &SandboxStatus) -> Vec<v1::PodIp> {
+    let more = status.more_addresses.iter();
+    more.map(|address| v1::PodIp {
+        ip: address.to_string(),
+    })
+    .collect()
 }
 
 /// For whoever debugs.

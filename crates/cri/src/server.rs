@@ -69,7 +69,7 @@ pub struct CriServer {
 }
 
 impl CriServer {
-    /// Opens the address for streams and tries the node's network once, so that a configuration
+    /// Opens the address for streams and tries the node's networks once, so that a configuration
     /// that cannot work is told at the start.
     ///
     /// # Errors
@@ -83,8 +83,7 @@ impl CriServer {
         let failed = |source| ServeError::Streams { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         config.stream_address = listener.local_addr().map_err(failed)?;
-        drop(network.join().await?);
-        network.leave().await;
+        network.try_out().await?;
         let streams = Streams::new(Arc::clone(&runtime), config.stream_address);
         let tasks = TaskTracker::new();
         let service = Service::new(Inner {

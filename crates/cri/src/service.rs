@@ -86,12 +86,13 @@ impl Service {
         &self,
         request: v1::RunPodSandboxRequest,
     ) -> Result<SandboxId, CriError> {
-        let config = sandbox::plan(&request, &self.config, self.network.spec())?;
+        let pod_network = self.network.of(sandbox::namespace(&request));
+        let config = sandbox::plan(&request, &self.config, &pod_network)?;
         let wanted = config.memo.clone();
         let (network, runtime) = (Arc::clone(&self.network), Arc::clone(&self.runtime));
         // To its end, even if the caller goes: the network must not be taken away under it.
         let run = self.tasks.spawn(async move {
-            let joining = network.join().await?;
+            let joining = network.join(&pod_network).await?;
             let result = runtime.run_sandbox(config).await;
             drop(joining);
             if result.is_err() {
@@ -340,11 +341,7 @@ impl Service {
             "copiedHostPaths": self.config.copied_paths,
             "streamAddress": self.config.stream_address.to_string(),
             "handlers": [HANDLER],
-            "network": {
-                "driver": "builtin",
-                "cidr": self.network.spec().cidr.to_string(),
-                "clusterPodCIDR": self.network.pod_cidr(),
-            },
+            "network": self.network.info(),
         });
         BTreeMap::from([
             ("config".to_owned(), config.to_string()),

@@ -30,7 +30,8 @@ pub(crate) async fn run(paths: &Paths, options: cli::Node) -> Result<()> {
     info!(version = VERSION, state = %paths.state().display(), "hypernetes node starts");
     let _lock = StateLock::take(paths)?;
     let parts = Parts::open(paths, &config.parts()).await?;
-    let network = NodeNetwork::new(parts.networks.clone(), config.network()?);
+    let (usual, tenants) = config.networks()?;
+    let network = NodeNetwork::new(parts.networks.clone(), usual, tenants);
     let cri = config.cri(paths.state().to_owned(), &parts.instance);
     let server = CriServer::new(cri, parts.runtime.clone(), network).await?;
     let socket = CriServer::bind(&config.socket)?;

@@ -1,7 +1,7 @@
 //! The configuration file of `hypernetes node`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -9,13 +9,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use hypernetes_cri::{CriConfig, VmSizes};
+use hypernetes_cri::{CriConfig, PodNetwork, TenantNetwork, VmSizes};
 use hypernetes_network::NetworkSpec;
 use hypernetes_runtime::TemplateConfig;
+use hypernetes_types::NetworkId;
 use ipnet::{IpNet, Ipv4Net};
 use serde::Deserialize;
 
-use crate::parts::PartsOptions;
+use crate::parts::{CNI_NETWORK, CniOptions, PartsOptions};
 
 /// All settings with their defaults and what they mean.
 pub(crate) const DEFAULT: &str = include_str!("node.yaml");
@@ -49,12 +50,48 @@ struct HostPaths {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Network {
+    driver: Driver,
+    cni: Cni,
+    tenants: Vec<Tenant>,
     cidr: Ipv4Net,
     egress: bool,
     mtu: u32,
     domain: String,
     #[serde(rename = "upstreamDNS")]
     upstream_dns: Vec<SocketAddr>,
+}
+
+/// Where the usual pod's network comes from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Driver {
+    #[default]
+    Builtin,
+    Cni,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Cni {
+    conf_dir: PathBuf,
+    bin_dirs: Vec<PathBuf>,
+    anti_spoofing: bool,
+    collect_garbage: bool,
+}
+
+/// A network of the built-in driver for the pods of some namespaces.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Tenant {
+    name: String,
+    namespaces: Vec<String>,
+    cidr: Ipv4Net,
+    #[serde(default = "yes")]
+    egress: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -101,11 +138,31 @@ impl Default for NodeConfig {
 impl Default for Network {
     fn default() -> Self {
         Self {
+            driver: Driver::default(),
+            cni: Cni::default(),
+            tenants: Vec::new(),
             cidr: Ipv4Net::new_assert([10, 88, 0, 0].into(), 16),
             egress: true,
             mtu: 1500,
             domain: "cluster.local".to_owned(),
             upstream_dns: Vec::new(),
+        }
+    }
+}
+
+impl Default for Cni {
+    fn default() -> Self {
+        let CniOptions {
+            conf_dir,
+            bin_dirs,
+            anti_spoofing,
+            collect_garbage,
+        } = CniOptions::default();
+        Self {
+            conf_dir,
+            bin_dirs,
+            anti_spoofing,
+            collect_garbage,
         }
     }
 }
@@ -148,6 +205,8 @@ impl NodeConfig {
         for path in [&config.socket, &config.kubelet_dir, &config.run_dir]
             .into_iter()
             .chain(&config.host_paths.copied)
+            .chain([&config.network.cni.conf_dir])
+            .chain(&config.network.cni.bin_dirs)
         {
             ensure!(
                 path.is_absolute(),
@@ -159,6 +218,36 @@ impl NodeConfig {
             config.network.cidr.prefix_len() <= 30,
             "network.cidr must have room for pods"
         );
+        let mut namespaces = BTreeSet::new();
+        for (at, tenant) in config.network.tenants.iter().enumerate() {
+            let field = |name: &str| format!("network.tenants[{at}].{name}");
+            let taken = [NETWORK, CNI_NETWORK].contains(&tenant.name.as_str());
+            let before = &config.network.tenants[..at];
+            let twice = before.iter().any(|other| other.name == tenant.name);
+            ensure!(
+                !taken && !twice && tenant.name.parse::<NetworkId>().is_ok(),
+                "{} {:?} must be the name of no other network, in lower case",
+                field("name"),
+                tenant.name
+            );
+            ensure!(
+                !tenant.namespaces.is_empty(),
+                "{} must name the namespaces whose pods join it",
+                field("namespaces")
+            );
+            for namespace in &tenant.namespaces {
+                ensure!(
+                    namespaces.insert(namespace),
+                    "{}: {namespace:?} has a network already",
+                    field("namespaces")
+                );
+            }
+            ensure!(
+                tenant.cidr.prefix_len() <= 30,
+                "{} must have room for pods",
+                field("cidr")
+            );
+        }
         Ok(config)
     }
 
@@ -168,6 +257,12 @@ impl NodeConfig {
             insecure_registries: self.registries.insecure.clone(),
             mirrors: self.registries.mirrors.clone(),
             upstream_dns: self.network.upstream_dns.clone(),
+            cni: (self.network.driver == Driver::Cni).then(|| CniOptions {
+                conf_dir: self.network.cni.conf_dir.clone(),
+                bin_dirs: self.network.cni.bin_dirs.clone(),
+                anti_spoofing: self.network.cni.anti_spoofing,
+                collect_garbage: self.network.cni.collect_garbage,
+            }),
             hyperstart: some(&self.hyperstart),
             kernel_dir: some(&self.kernel_dir),
             run_dir: Some(self.run_dir.clone()),
@@ -204,15 +299,33 @@ impl NodeConfig {
         }
     }
 
-    /// The network of this node's pods.
-    pub(crate) fn network(&self) -> Result<NetworkSpec> {
+    /// What pods join, and the exceptions.
+    pub(crate) fn networks(&self) -> Result<(PodNetwork, Vec<TenantNetwork>)> {
         let network = &self.network;
-        let gateway = network.cidr.hosts().next();
+        let usual = match network.driver {
+            Driver::Builtin => {
+                PodNetwork::Own(self.network(NETWORK, network.cidr, network.egress)?)
+            }
+            Driver::Cni => PodNetwork::Cni(CNI_NETWORK.parse()?),
+        };
+        let tenants = network.tenants.iter().map(|tenant| {
+            Ok(TenantNetwork {
+                namespaces: tenant.namespaces.clone(),
+                spec: self.network(&tenant.name, tenant.cidr, tenant.egress)?,
+            })
+        });
+        Ok((usual, tenants.collect::<Result<_>>()?))
+    }
+
+    /// A network of the built-in driver.
+    fn network(&self, name: &str, cidr: Ipv4Net, egress: bool) -> Result<NetworkSpec> {
+        let network = &self.network;
+        let gateway = cidr.hosts().next();
         Ok(NetworkSpec {
-            id: NETWORK.parse()?,
-            cidr: IpNet::V4(network.cidr.trunc()),
-            gateway: gateway.context("network.cidr has no addresses")?.into(),
-            egress: network.egress,
+            id: name.parse()?,
+            cidr: IpNet::V4(cidr.trunc()),
+            gateway: gateway.context("the network has no addresses")?.into(),
+            egress,
             // The kubelet's probes come from there.
             node_access: true,
             mtu: network.mtu,
@@ -242,6 +355,8 @@ mod tests {
             "network: {cidr: 10.0.0.0/32}",
             "hostPaths: {copied: [etc]}",
             "vm: {memory: 1}",
+            "network: {driver: flannel}",
+            "network: {cni: {confDir: net.d}}",
         ] {
             assert!(NodeConfig::parse(bad).is_err(), "{bad}");
         }
@@ -263,7 +378,32 @@ mod tests {
         let config = NodeConfig::parse("vm:\n  memoryMiB: 512\n").unwrap();
         assert_eq!(config.vm.memory_mib, 512);
         assert_eq!(config.vm.overhead_mib, Vm::default().overhead_mib);
-        let network = config.network().unwrap();
+        let (PodNetwork::Own(network), tenants) = config.networks().unwrap() else {
+            panic!("the built-in driver is the default");
+        };
         assert_eq!(network.gateway.to_string(), "10.88.0.1");
+        assert_eq!(tenants, []);
+    }
+
+    #[test]
+    fn some_namespaces_have_networks_of_their_own() {
+        let text = "network:\n  driver: cni\n  tenants:\n  - {name: acme, namespaces: [acme, acme-dev], cidr: 10.9.0.0/16}\n";
+        let config = NodeConfig::parse(text).unwrap();
+        let (usual, tenants) = config.networks().unwrap();
+        assert_eq!(usual, PodNetwork::Cni("cni".parse().unwrap()));
+        assert_eq!(tenants[0].spec.gateway.to_string(), "10.9.0.1");
+        assert!(tenants[0].spec.egress);
+        for bad in [
+            "{name: cni, namespaces: [a], cidr: 10.9.0.0/16}",
+            "{name: default, namespaces: [a], cidr: 10.9.0.0/16}",
+            "{name: A/b, namespaces: [a], cidr: 10.9.0.0/16}",
+            "{name: acme, namespaces: [], cidr: 10.9.0.0/16}",
+            "{name: acme, namespaces: [a, a], cidr: 10.9.0.0/16}",
+            "{name: acme, namespaces: [a], cidr: 10.9.0.0/31}",
+            "{name: acme, namespaces: [a]}",
+        ] {
+            let text = format!("network:\n  tenants:\n  - {bad}\n");
+            assert!(NodeConfig::parse(&text).is_err(), "{bad}");
+        }
     }
 }

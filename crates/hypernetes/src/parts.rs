@@ -6,7 +6,10 @@ use std::{collections::BTreeMap, fs, net::SocketAddr, path::PathBuf, sync::Arc};
 use anyhow::{Context, Result};
 use hypernetes_image::{ImageStore, RegistryConfig, StoreConfig as ImageStoreConfig};
 use hypernetes_kernel::KernelCatalog;
-use hypernetes_network::{BuiltinConfig, BuiltinDriver, NetworkDriver};
+use hypernetes_network::{
+    BuiltinConfig, BuiltinDriver, NetworkDriver, RoutedDriver,
+    cni::{CniConfig, CniDriver},
+};
 use hypernetes_runtime::{
     Deadlines, Defaults, NodeRuntime, PodRuntime, RuntimeConfig, TemplateConfig, UidRange,
 };
@@ -29,6 +32,8 @@ pub(crate) struct PartsOptions {
     /// Per registry: places to ask before it.
     pub(crate) mirrors: BTreeMap<String, Vec<String>>,
     pub(crate) upstream_dns: Vec<SocketAddr>,
+    /// The cluster's network, if pods are to join it.
+    pub(crate) cni: Option<CniOptions>,
     pub(crate) hyperstart: Option<PathBuf>,
     pub(crate) kernel_dir: Option<PathBuf>,
     pub(crate) run_dir: Option<PathBuf>,
@@ -37,6 +42,29 @@ pub(crate) struct PartsOptions {
     pub(crate) templates: usize,
     /// Virtual CPUs and memory in MiB of most pods' VMs: a template of them is made at once.
     pub(crate) usual_vm: (u32, u32),
+}
+
+/// Name of the network by CNI plugins.
+pub(crate) const CNI_NETWORK: &str = "cni";
+
+/// The network by CNI plugins.
+#[derive(Debug, Clone)]
+pub(crate) struct CniOptions {
+    pub(crate) conf_dir: PathBuf,
+    pub(crate) bin_dirs: Vec<PathBuf>,
+    pub(crate) anti_spoofing: bool,
+    pub(crate) collect_garbage: bool,
+}
+
+impl Default for CniOptions {
+    fn default() -> Self {
+        Self {
+            conf_dir: "/etc/cni/net.d".into(),
+            bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            anti_spoofing: true,
+            collect_garbage: false,
+        }
+    }
 }
 
 /// The parts below the interface.
@@ -81,7 +109,15 @@ impl Parts {
         }
         let instance = network.instance.clone();
         fs::write(paths.instance(), &instance).context("cannot write the instance name")?;
-        let networks: Arc<dyn NetworkDriver> = Arc::new(BuiltinDriver::open(network)?);
+        let own: Arc<dyn NetworkDriver> = Arc::new(BuiltinDriver::open(network)?);
+        // A node that no longer uses CNI still has its pods of before to look after.
+        let networks = match &options.cni {
+            None if !paths.cni().exists() => own,
+            cni => Arc::new(RoutedDriver::new(
+                CniDriver::open(cni_config(paths, &instance, cni.as_ref())?)?,
+                own,
+            )),
+        };
 
         let vmm = QemuDriver::detect(QemuConfig::new(paths.state().to_owned())).await?;
         let probe = vmm.probe();
@@ -122,4 +158,18 @@ impl Parts {
             instance,
         })
     }
+}
+
+fn cni_config(paths: &Paths, instance: &str, options: Option<&CniOptions>) -> Result<CniConfig> {
+    let usual = CniOptions::default();
+    let options = options.unwrap_or(&usual);
+    Ok(CniConfig {
+        state_dir: paths.cni(),
+        instance: instance.to_owned(),
+        network: CNI_NETWORK.parse()?,
+        conf_dir: options.conf_dir.clone(),
+        bin_dirs: options.bin_dirs.clone(),
+        anti_spoofing: options.anti_spoofing,
+        collect_garbage: options.collect_garbage,
+    })
 }

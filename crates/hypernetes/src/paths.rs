@@ -55,6 +55,11 @@ impl Paths {
         self.state.join("network")
     }
 
+    /// Pods on the cluster's network.
+    pub(crate) fn cni(&self) -> PathBuf {
+        self.state.join("cni")
+    }
+
     /// Scratch disks and what else the runtime keeps in files.
     pub(crate) fn runtime(&self) -> PathBuf {
         self.state.join("runtime")

@@ -65,6 +65,7 @@ impl Node {
             insecure_registries: options.insecure_registries.clone(),
             mirrors: BTreeMap::new(),
             upstream_dns: options.upstream_dns.clone(),
+            cni: None,
             hyperstart: options.hyperstart.clone(),
             kernel_dir: options.kernel_dir.clone(),
             run_dir: options.run_dir.clone(),

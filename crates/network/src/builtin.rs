@@ -26,7 +26,7 @@ use ipnet::Ipv4Net;
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Attachment, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec,
+    Attachment, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec, PodNetworkRequest,
     netns::{self, Namespace},
     plan::{Names, NetworkPlan, PodPlan, hex, namespace_prefix},
     record::{NetworkRecord, Records},
@@ -207,11 +207,19 @@ impl NetworkDriver for BuiltinDriver {
         &self,
         sandbox: &SandboxId,
         network: &NetworkId,
-        requested: Option<IpAddr>,
+        request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
         let (sandbox, network) = (sandbox.clone(), network.clone());
+        if !request.host_ports.is_empty() {
+            return Err(NetworkError::NoHostPorts(network));
+        }
+        let requested = request.address;
         self.run(move |inner| inner.attach(&sandbox, &network, requested))
             .await
+    }
+
+    async fn ready(&self, _network: &NetworkId) -> Result<(), NetworkError> {
+        Ok(())
     }
 
     async fn lease(&self, sandbox: &SandboxId) -> Result<Option<Lease>, NetworkError> {

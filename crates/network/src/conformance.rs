@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use hypernetes_types::{NetworkId, SandboxId};
 
-use crate::{NameRecord, NetworkDriver, NetworkError, NetworkSpec};
+use crate::{NameRecord, NetworkDriver, NetworkError, NetworkSpec, PodNetworkRequest};
 
 /// A small network of that name; all have the same addresses.
 pub fn spec(id: &str) -> NetworkSpec {
@@ -22,6 +22,11 @@ pub fn spec(id: &str) -> NetworkSpec {
         mtu: 1500,
         domain: "cluster.local".to_owned(),
     }
+}
+
+/// A pod that wants nothing in particular.
+fn any() -> PodNetworkRequest {
+    PodNetworkRequest::default()
 }
 
 /// Runs the suite on a driver that has no networks, and leaves it without.
@@ -54,8 +59,8 @@ pub async fn check(driver: &dyn NetworkDriver) {
     }
 
     let (kept, dead) = (SandboxId::random(), SandboxId::random());
-    let lease = driver.attach(&kept, &red.id, None).await.unwrap().lease;
-    drop(driver.attach(&dead, &red.id, None).await.unwrap());
+    let lease = driver.attach(&kept, &red.id, &any()).await.unwrap().lease;
+    drop(driver.attach(&dead, &red.id, &any()).await.unwrap());
     for _again in 0..2 {
         driver.recover(std::slice::from_ref(&kept)).await.unwrap();
         assert_eq!(driver.lease(&kept).await.unwrap().as_ref(), Some(&lease));
@@ -78,7 +83,7 @@ async fn unknown_things(driver: &dyn NetworkDriver) {
     driver.detach(&nobody).await.unwrap();
     driver.delete_network(&nowhere).await.unwrap();
     assert_eq!(driver.lease(&nobody).await.unwrap(), None);
-    let refused = driver.attach(&nobody, &nowhere, None).await;
+    let refused = driver.attach(&nobody, &nowhere, &any()).await;
     assert!(matches!(refused, Err(NetworkError::NoNetwork(id)) if id == nowhere));
     let refused = driver.set_names(&nowhere, Vec::new()).await;
     assert!(matches!(refused, Err(NetworkError::NoNetwork(_))));
@@ -96,22 +101,26 @@ async fn unknown_things(driver: &dyn NetworkDriver) {
 }
 
 async fn leases(driver: &dyn NetworkDriver, red: &NetworkId, blue: &NetworkId) {
-    let requested = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+    let address = |text: &str| text.parse::<IpAddr>().unwrap();
+    let requested = |text: &str| PodNetworkRequest {
+        address: Some(address(text)),
+        ..any()
+    };
     let pods: Vec<_> = std::iter::repeat_with(SandboxId::random).take(5).collect();
     let first = driver
-        .attach(&pods[0], red, requested("10.77.0.5"))
+        .attach(&pods[0], red, &requested("10.77.0.5"))
         .await
         .unwrap();
-    assert_eq!(first.lease.address, requested("10.77.0.5").unwrap());
+    assert_eq!(first.lease.address, address("10.77.0.5"));
     let lease = first.lease;
     // The descriptor is given up, as by a VMM that ended.
     drop(first.tap);
     assert_eq!(
-        driver.attach(&pods[0], red, None).await.unwrap().lease,
+        driver.attach(&pods[0], red, &any()).await.unwrap().lease,
         lease
     );
     assert_eq!(driver.lease(&pods[0]).await.unwrap(), Some(lease.clone()));
-    for address in [
+    for taken in [
         "10.77.0.5",
         "10.77.0.1",
         "10.77.0.0",
@@ -119,19 +128,19 @@ async fn leases(driver: &dyn NetworkDriver, red: &NetworkId, blue: &NetworkId) {
         "10.78.0.2",
         "fd00::2",
     ] {
-        let refused = driver.attach(&pods[1], red, requested(address)).await;
+        let refused = driver.attach(&pods[1], red, &requested(taken)).await;
         assert!(
             matches!(refused, Err(NetworkError::Address { .. })),
-            "{address}"
+            "{taken}"
         );
         assert_eq!(driver.lease(&pods[1]).await.unwrap(), None);
     }
     assert!(
-        driver.attach(&pods[0], blue, None).await.is_err(),
+        driver.attach(&pods[0], blue, &any()).await.is_err(),
         "one network per sandbox"
     );
     let twin = driver
-        .attach(&pods[1], blue, requested("10.77.0.5"))
+        .attach(&pods[1], blue, &requested("10.77.0.5"))
         .await
         .unwrap();
     assert_eq!(
@@ -142,14 +151,21 @@ async fn leases(driver: &dyn NetworkDriver, red: &NetworkId, blue: &NetworkId) {
 
     let mut addresses = vec![lease.address];
     for pod in &pods[2..] {
-        addresses.push(driver.attach(pod, red, None).await.unwrap().lease.address);
+        addresses.push(driver.attach(pod, red, &any()).await.unwrap().lease.address);
     }
     let last = SandboxId::random();
-    addresses.push(driver.attach(&last, red, None).await.unwrap().lease.address);
+    addresses.push(
+        driver
+            .attach(&last, red, &any())
+            .await
+            .unwrap()
+            .lease
+            .address,
+    );
     addresses.sort();
     addresses.dedup();
     assert_eq!(addresses.len(), 5, "{addresses:?}");
-    let refused = driver.attach(&SandboxId::random(), red, None).await;
+    let refused = driver.attach(&SandboxId::random(), red, &any()).await;
     assert!(matches!(refused, Err(NetworkError::Exhausted(_))));
     for pod in pods.iter().chain([&last]) {
         for _again in 0..2 {
@@ -161,7 +177,7 @@ async fn leases(driver: &dyn NetworkDriver, red: &NetworkId, blue: &NetworkId) {
 
 async fn changes(driver: &dyn NetworkDriver, red: &NetworkSpec) {
     let pod = SandboxId::random();
-    drop(driver.attach(&pod, &red.id, None).await.unwrap());
+    drop(driver.attach(&pod, &red.id, &any()).await.unwrap());
     let mut closed = red.clone();
     closed.egress = false;
     driver.ensure_network(&closed).await.unwrap();

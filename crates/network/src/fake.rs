@@ -13,7 +13,8 @@ use hypernetes_types::{NetworkId, SandboxId};
 use ipnet::Ipv4Net;
 
 use crate::{
-    Attachment, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec, ipam,
+    Attachment, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec, PodNetworkRequest,
+    ipam,
     plan::{NetworkPlan, mac, tap_name},
 };
 
@@ -123,8 +124,12 @@ impl NetworkDriver for FakeDriver {
         &self,
         sandbox: &SandboxId,
         network: &NetworkId,
-        requested: Option<IpAddr>,
+        request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
+        let requested = request.address;
+        if !request.host_ports.is_empty() {
+            return Err(NetworkError::NoHostPorts(network.clone()));
+        }
         let mut state = self.lock();
         let refuse = |address, reason| NetworkError::Address {
             address,
@@ -178,6 +183,8 @@ impl NetworkDriver for FakeDriver {
                 mtu: plan.mtu,
                 dns: vec![plan.gateway.into()],
                 search: vec![format!("svc.{}", spec.domain), spec.domain.clone()],
+                prefixes: Vec::new(),
+                routes: Vec::new(),
             }
         };
         let tap = null()?;
@@ -188,6 +195,10 @@ impl NetworkDriver for FakeDriver {
         }
         state.leases.insert(sandbox.clone(), lease.clone());
         Ok(Attachment { tap, lease })
+    }
+
+    async fn ready(&self, _network: &NetworkId) -> Result<(), NetworkError> {
+        Ok(())
     }
 
     async fn lease(&self, sandbox: &SandboxId) -> Result<Option<Lease>, NetworkError> {

@@ -2,8 +2,10 @@
 //!
 //! A network is a network namespace in which every pod has a point-to-point tap (no bridge, no
 //! shared L2). What the kernel shall hold is planned as data ([`plan`]) and then applied.
+//! Pods of a cluster may be on the cluster's network instead, by its CNI plugins ([`cni`]).
 #![forbid(unsafe_code)]
 
+pub mod cni;
 pub mod plan;
 
 mod builtin;
@@ -17,10 +19,11 @@ mod ipam;
 mod links;
 mod netns;
 mod record;
+mod routed;
 mod sysctl;
 mod tap;
 
-use std::{net::IpAddr, os::fd::OwnedFd};
+use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
 
 use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
@@ -30,6 +33,7 @@ use serde::{Deserialize, Serialize};
 pub use builtin::{BuiltinConfig, BuiltinDriver};
 #[cfg(feature = "fake")]
 pub use fake::FakeDriver;
+pub use routed::RoutedDriver;
 
 /// A tenant network as asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +85,96 @@ pub struct Lease {
     pub dns: Vec<IpAddr>,
     /// DNS search list for the pod, without its namespace's part.
     pub search: Vec<String>,
+    /// All addresses with the prefixes that are on link, `address` among them. Empty: `address`
+    /// alone, with nothing on link but the gateway.
+    #[serde(default)]
+    pub prefixes: Vec<IpNet>,
+    /// Routes besides those of `prefixes`. Empty like `prefixes`: the default route, by `gateway`.
+    #[serde(default)]
+    pub routes: Vec<Route>,
+}
+
+impl Lease {
+    /// The addresses besides [`Lease::address`].
+    pub fn more_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let all = self.prefixes.iter().map(IpNet::addr);
+        all.filter(|address| *address != self.address)
+    }
+}
+
+/// A route of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Where to.
+    pub destination: IpNet,
+    /// Next hop; `None` = on link.
+    pub gateway: Option<IpAddr>,
+}
+
+/// What a pod asks of its network.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodNetworkRequest {
+    /// One address of the network; taken or outside of it is an error.
+    pub address: Option<IpAddr>,
+    /// What the cluster calls the pod, for plugins.
+    pub pod: PodName,
+    /// Ports of the node that lead to the pod.
+    pub host_ports: Vec<HostPort>,
+}
+
+/// A pod as its cluster names it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodName {
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Pod name.
+    pub name: String,
+    /// Pod uid.
+    pub uid: String,
+}
+
+/// A port of the node that leads to a port of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPort {
+    /// Transport.
+    pub protocol: Protocol,
+    /// On the node.
+    pub host_port: u16,
+    /// In the pod.
+    pub container_port: u16,
+    /// The one address of the node that it is on; `None` = all.
+    pub host_ip: Option<IpAddr>,
+}
+
+/// Transport of a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        })
+    }
+}
+
+/// The place of a pod whose processes are the node's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamespacePlace {
+    /// A network namespace with the pod's interface in it, and `lo` up.
+    pub namespace: PathBuf,
+    /// Its address.
+    pub lease: Lease,
 }
 
 /// A name that pods of one network can resolve.
@@ -105,13 +199,25 @@ pub trait NetworkDriver: Send + Sync + std::fmt::Debug {
     /// Networks that exist, by specification.
     async fn list_networks(&self) -> Result<Vec<NetworkSpec>, NetworkError>;
     /// Gives the sandbox an address and a tap. Repeated for the same sandbox: the same lease and a
-    /// fresh descriptor. `requested` asks for one address; taken or outside the CIDR is an error.
+    /// fresh descriptor.
     async fn attach(
         &self,
         sandbox: &SandboxId,
         network: &NetworkId,
-        requested: Option<IpAddr>,
+        request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError>;
+    /// Like [`NetworkDriver::attach`], for a pod that is no VM. Drivers whose networks have no such
+    /// place refuse it.
+    async fn join(
+        &self,
+        _sandbox: &SandboxId,
+        network: &NetworkId,
+        _request: &PodNetworkRequest,
+    ) -> Result<NamespacePlace, NetworkError> {
+        Err(NetworkError::OnlyVms(network.clone()))
+    }
+    /// Whether pods can join the network now; the reason if not.
+    async fn ready(&self, network: &NetworkId) -> Result<(), NetworkError>;
     /// The lease of a sandbox, if it has one.
     async fn lease(&self, sandbox: &SandboxId) -> Result<Option<Lease>, NetworkError>;
     /// Releases tap and address.
@@ -119,7 +225,8 @@ pub trait NetworkDriver: Send + Sync + std::fmt::Debug {
     /// A tap like those of [`NetworkDriver::attach`], but alone in a namespace that ends with it: for
     /// a VM that is nobody's yet. It carries nothing.
     async fn park(&self) -> Result<OwnedFd, NetworkError>;
-    /// Replaces the names that pods of the network can resolve.
+    /// Replaces the names that pods of the network can resolve. Networks that are not this node's
+    /// own refuse it.
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError>;
     /// After a restart: repairs namespaces, rules and DNS of known networks, removes leases of
     /// sandboxes that are not in `alive`, and everything on the host that carries this driver's
@@ -151,6 +258,25 @@ pub enum NetworkError {
         network: NetworkId,
         /// Why.
         reason: &'static str,
+    },
+    /// Ports of the node are not to be had on this network.
+    #[error("network {0} has no host ports")]
+    NoHostPorts(NetworkId),
+    /// The network has places for VMs only.
+    #[error("pods of the host handler cannot join network {0}: it has places for VMs only")]
+    OnlyVms(NetworkId),
+    /// The plugins' configuration does not allow a pod.
+    #[error("CNI: {0}")]
+    NotReady(String),
+    /// A plugin refused.
+    #[error("CNI plugin {plugin} failed at {command}: {message}")]
+    Plugin {
+        /// Its type.
+        plugin: String,
+        /// `ADD`, `DEL`, …
+        command: &'static str,
+        /// What it says, or how it ended.
+        message: String,
     },
     /// No address is left.
     #[error("network {0} has no free address")]

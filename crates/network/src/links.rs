@@ -21,7 +21,7 @@ use crate::netns::Namespace;
 
 /// A netlink socket of one namespace.
 #[derive(Debug)]
-pub(crate) struct Links(Handle);
+pub(crate) struct Links(pub(crate) Handle);
 
 /// Runs `work` with a netlink socket of `namespace`.
 pub(crate) fn with_links<T, F>(namespace: &Namespace, work: F) -> io::Result<T>
@@ -44,7 +44,7 @@ where
 }
 
 /// The kernel's error number and, in words, what was refused.
-fn refused(what: String) -> impl FnOnce(rtnetlink::Error) -> io::Error {
+pub(crate) fn refused(what: String) -> impl FnOnce(rtnetlink::Error) -> io::Error {
     move |error| {
         let kind =
             errno(&error).map_or(io::ErrorKind::Other, |errno| io::Error::from(errno).kind());
@@ -52,7 +52,7 @@ fn refused(what: String) -> impl FnOnce(rtnetlink::Error) -> io::Error {
     }
 }
 
-fn errno(error: &rtnetlink::Error) -> Option<Errno> {
+pub(crate) fn errno(error: &rtnetlink::Error) -> Option<Errno> {
     match error {
         rtnetlink::Error::NetlinkError(message) => {
             Some(Errno::from_raw(message.raw_code().saturating_abs()))

@@ -86,7 +86,8 @@ impl Namespace {
     }
 }
 
-fn path(name: &str) -> PathBuf {
+/// Where the namespace of that name is.
+pub(crate) fn path(name: &str) -> PathBuf {
     Path::new(NETNS_DIR).join(name)
 }
 

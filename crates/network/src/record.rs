@@ -47,14 +47,7 @@ impl Records {
     /// Opens or makes the directory.
     pub(crate) fn open(root: &Path) -> io::Result<Self> {
         for part in ["networks", "leases"] {
-            let dir = root.join(part);
-            fs::create_dir_all(&dir)?;
-            for entry in fs::read_dir(&dir)? {
-                let path = entry?.path();
-                if path.extension().is_some_and(|extension| extension == "tmp") {
-                    fs::remove_file(path)?;
-                }
-            }
+            open_dir(&root.join(part))?;
         }
         Ok(Self {
             root: root.to_owned(),
@@ -101,37 +94,62 @@ impl Records {
     }
 
     fn list<T: DeserializeOwned>(&self, dir: &str) -> io::Result<Vec<T>> {
-        let mut all = Vec::new();
-        for entry in fs::read_dir(self.root.join(dir))? {
-            let path = entry?.path();
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "json")
-            {
-                all.push(read(&path)?);
-            }
-        }
-        Ok(all)
+        list(&self.root.join(dir))
     }
 
     fn put(&self, dir: &str, name: &str, value: &impl Serialize) -> io::Result<()> {
-        let dir = self.root.join(dir);
-        let temporary = dir.join(format!("{name}.tmp"));
-        let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(value)?)?;
-        file.sync_all()?;
-        fs::rename(&temporary, dir.join(format!("{name}.json")))?;
-        File::open(&dir)?.sync_all()
+        put(&self.root.join(dir), name, value)
     }
 
     fn remove(&self, dir: &str, name: &str) -> io::Result<()> {
-        let dir = self.root.join(dir);
-        match fs::remove_file(dir.join(format!("{name}.json"))) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            other => other?,
-        }
-        File::open(&dir)?.sync_all()
+        remove(&self.root.join(dir), name)
     }
+}
+
+/// Opens or makes a directory of records, and forgets what was half written.
+pub(crate) fn open_dir(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "tmp") {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// All records of a directory.
+pub(crate) fn list<T: DeserializeOwned>(dir: &Path) -> io::Result<Vec<T>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "json")
+        {
+            all.push(read(&path)?);
+        }
+    }
+    Ok(all)
+}
+
+/// Makes or replaces a record.
+pub(crate) fn put(dir: &Path, name: &str, value: &impl Serialize) -> io::Result<()> {
+    let temporary = dir.join(format!("{name}.tmp"));
+    let mut file = File::create(&temporary)?;
+    file.write_all(&serde_json::to_vec(value)?)?;
+    file.sync_all()?;
+    fs::rename(&temporary, dir.join(format!("{name}.json")))?;
+    File::open(dir)?.sync_all()
+}
+
+/// Forgets a record, if there is one.
+pub(crate) fn remove(dir: &Path, name: &str) -> io::Result<()> {
+    match fs::remove_file(dir.join(format!("{name}.json"))) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    }
+    File::open(dir)?.sync_all()
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> io::Result<T> {

@@ -19,7 +19,7 @@ use hickory_proto::{
     rr::{Name, RData, Record, RecordType, rdata::A},
 };
 use hypernetes_network::{
-    BuiltinConfig, BuiltinDriver, NameRecord, NetworkDriver, NetworkSpec,
+    BuiltinConfig, BuiltinDriver, NameRecord, NetworkDriver, NetworkSpec, PodNetworkRequest,
     conformance::{self, spec},
     plan::{Names, host_table},
 };
@@ -50,9 +50,12 @@ fn namespace(id: &NetworkId) -> String {
 }
 
 async fn boot(driver: &BuiltinDriver, network: &NetworkSpec, address: &str) -> Guest {
-    let requested = Some(address.parse().unwrap());
+    let request = PodNetworkRequest {
+        address: Some(address.parse().unwrap()),
+        ..PodNetworkRequest::default()
+    };
     let attachment = driver
-        .attach(&SandboxId::random(), &network.id, requested)
+        .attach(&SandboxId::random(), &network.id, &request)
         .await
         .unwrap();
     Guest::boot(attachment).await
@@ -645,7 +648,12 @@ fn pods_outlive_the_driver_and_the_dead_are_swept() {
         );
 
         // A tap of a living VMM is neither taken over nor deleted.
-        assert!(driver.attach(&alive[0], &red.id, None).await.is_err());
+        assert!(
+            driver
+                .attach(&alive[0], &red.id, &PodNetworkRequest::default())
+                .await
+                .is_err()
+        );
         assert!(one.ping(two.address()).await);
 
         let sandboxes = [&one, &two, &three].map(|guest| guest.lease.sandbox.clone());
@@ -705,7 +713,11 @@ fn calls_at_the_same_time_get_different_addresses() {
                 // Everyone makes the network that they need.
                 driver.ensure_network(&network).await.unwrap();
                 driver
-                    .attach(&SandboxId::random(), &network.id, None)
+                    .attach(
+                        &SandboxId::random(),
+                        &network.id,
+                        &PodNetworkRequest::default(),
+                    )
                     .await
                     .unwrap()
                     .lease
@@ -751,7 +763,12 @@ fn churn() {
                 driver.ensure_network(&network).await.unwrap();
                 let pods = [SandboxId::random(), SandboxId::random()];
                 for pod in &pods {
-                    drop(driver.attach(pod, &network.id, None).await.unwrap());
+                    drop(
+                        driver
+                            .attach(pod, &network.id, &PodNetworkRequest::default())
+                            .await
+                            .unwrap(),
+                    );
                 }
                 for pod in &pods {
                     driver.detach(pod).await.unwrap();

@@ -63,6 +63,7 @@ pub(crate) fn config(
         hostname: hostname(pod),
         network: Some(network.id.clone()),
         requested_address: None,
+        host_ports: Vec::new(),
         kernel,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,

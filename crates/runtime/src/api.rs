@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use hypernetes_network::HostPort;
 use hypernetes_types::{ContainerId, ImageReference, KernelName, NetworkId, SandboxId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -37,6 +38,9 @@ pub struct SandboxConfig {
     pub network: Option<NetworkId>,
     /// Address to ask for.
     pub requested_address: Option<IpAddr>,
+    /// Ports of the node that lead to the pod.
+    #[serde(default)]
+    pub host_ports: Vec<HostPort>,
     /// Kernel to boot; `None` = the node's default.
     pub kernel: Option<KernelName>,
     /// Virtual CPUs.
@@ -285,6 +289,8 @@ pub struct SandboxStatus {
     pub created_unix_nanos: i64,
     /// Pod address.
     pub address: Option<IpAddr>,
+    /// Further ones, of the other family.
+    pub more_addresses: Vec<IpAddr>,
     /// `uname -r` in the guest, once it answered.
     pub kernel_release: Option<String>,
     /// Why it is not ready though nobody stopped it: `KernelPanic`, `VmmDied`, …, with a message.

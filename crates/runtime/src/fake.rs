@@ -383,6 +383,7 @@ impl PodRuntime for FakeRuntime {
         let status = SandboxStatus {
             id: id.clone(),
             address: config.network.is_some().then_some(address),
+            more_addresses: Vec::new(),
             config,
             state: SandboxState::Ready,
             created_unix_nanos: now_nanos(),

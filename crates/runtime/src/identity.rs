@@ -3,9 +3,14 @@
 use std::{fmt::Write, net::IpAddr};
 
 use hypernetes_agent_api::v1;
-use hypernetes_network::Lease;
+use hypernetes_network::{Lease, PodName, PodNetworkRequest};
 
-use crate::{api::SandboxConfig, error::RuntimeError, logs::format::now_nanos, records::storage};
+use crate::{
+    api::{SandboxConfig, SandboxMetadata},
+    error::RuntimeError,
+    logs::format::now_nanos,
+    records::storage,
+};
 
 /// SCSI slot of the scratch disk.
 pub(crate) const SCRATCH_SLOT: u32 = 1;
@@ -127,6 +132,24 @@ fn file(path: &str, content: String) -> v1::File {
 }
 
 fn interface(lease: &Lease, device_mac: Option<&str>) -> v1::Interface {
+    let device_mac = device_mac.unwrap_or_default().to_owned();
+    if !lease.prefixes.is_empty() {
+        return v1::Interface {
+            mac: lease.mac.clone(),
+            name: "eth0".into(),
+            addresses: lease.prefixes.iter().map(ToString::to_string).collect(),
+            routes: lease
+                .routes
+                .iter()
+                .map(|route| v1::Route {
+                    destination: route.destination.to_string(),
+                    gateway: route.gateway.map(|to| to.to_string()).unwrap_or_default(),
+                })
+                .collect(),
+            mtu: lease.mtu,
+            device_mac,
+        };
+    }
     // Point to point: no neighbour is on link but the gateway.
     let (bits, everywhere) = if lease.address.is_ipv4() {
         (32, "0.0.0.0/0")
@@ -149,7 +172,26 @@ fn interface(lease: &Lease, device_mac: Option<&str>) -> v1::Interface {
             },
         ],
         mtu: lease.mtu,
-        device_mac: device_mac.unwrap_or_default().to_owned(),
+        device_mac,
+    }
+}
+
+/// What a sandbox asks of its network.
+pub(crate) fn network_request(config: &SandboxConfig) -> PodNetworkRequest {
+    let SandboxMetadata {
+        namespace,
+        name,
+        uid,
+        ..
+    } = &config.metadata;
+    PodNetworkRequest {
+        address: config.requested_address,
+        pod: PodName {
+            namespace: namespace.clone(),
+            name: name.clone(),
+            uid: uid.clone(),
+        },
+        host_ports: config.host_ports.clone(),
     }
 }
 

@@ -148,6 +148,10 @@ impl Snapshot {
             state: record.phase.state(),
             created_unix_nanos: record.created_unix_nanos,
             address: record.lease.as_ref().map(|lease| lease.address),
+            more_addresses: match &record.lease {
+                Some(lease) => lease.more_addresses().collect(),
+                None => Vec::new(),
+            },
             kernel_release: record.kernel_release.clone(),
             failure: record.failure.clone(),
         }

@@ -20,6 +20,7 @@ use hypernetes_agent_api::{
 use hypernetes_image::{Credentials, Image, ImageConfig, ImageError, Layer};
 use hypernetes_network::{
     Attachment, FakeDriver, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec,
+    PodNetworkRequest,
 };
 use hypernetes_store::{Store, StoreConfig};
 use hypernetes_types::{ContainerId, Digest, ImageReference, KernelName, NetworkId, SandboxId};
@@ -105,6 +106,7 @@ pub(crate) fn sandbox_config(name: &str) -> SandboxConfig {
         hostname: name.into(),
         network: Some("acme.default".parse().unwrap()),
         requested_address: None,
+        host_ports: Vec::new(),
         kernel: None,
         vcpus: 1,
         memory_mib: 128,
@@ -158,6 +160,8 @@ pub(crate) fn lease() -> Lease {
         mtu: 1450,
         dns: vec![[10, 1, 0, 1].into()],
         search: vec!["cluster.local".into()],
+        prefixes: Vec::new(),
+        routes: Vec::new(),
     }
 }
 
@@ -595,12 +599,16 @@ impl NetworkDriver for GatedNetwork {
         &self,
         sandbox: &SandboxId,
         network: &NetworkId,
-        requested: Option<std::net::IpAddr>,
+        request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
         self.gate.step().await;
-        let result = self.inner.attach(sandbox, network, requested).await;
+        let result = self.inner.attach(sandbox, network, request).await;
         self.gate.step().await;
         result
+    }
+
+    async fn ready(&self, network: &NetworkId) -> Result<(), NetworkError> {
+        self.inner.ready(network).await
     }
 
     async fn lease(&self, sandbox: &SandboxId) -> Result<Option<Lease>, NetworkError> {

@@ -229,6 +229,7 @@ impl Bed {
             hostname: name.into(),
             network: None,
             requested_address: None,
+            host_ports: Vec::new(),
             kernel: None,
             vcpus: 1,
             memory_mib: 256,

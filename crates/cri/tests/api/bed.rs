@@ -7,7 +7,7 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use hypernetes_cri::{
-    CriConfig, CriServer, NodeNetwork,
+    CriConfig, CriServer, NodeNetwork, PodNetwork,
     v1::{
         self, image_service_client::ImageServiceClient,
         runtime_service_client::RuntimeServiceClient,
@@ -66,7 +66,7 @@ async fn serve(
     let mut config = CriConfig::new(directory.join("state"));
     config.kubelet_dir = directory.join("kubelet");
     let driver: Arc<dyn NetworkDriver> = networks.clone();
-    let network = NodeNetwork::new(driver, network());
+    let network = NodeNetwork::new(driver, PodNetwork::Own(network()), Vec::new());
     let server = CriServer::new(config, Arc::new(runtime.clone()), network)
         .await
         .unwrap();

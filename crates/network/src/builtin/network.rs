@@ -395,6 +395,8 @@ impl Inner {
             mtu: plan.mtu,
             dns: vec![plan.gateway.into()],
             search: vec![format!("svc.{}", spec.domain), spec.domain.clone()],
+            prefixes: Vec::new(),
+            routes: Vec::new(),
         };
         tables.leases.insert(sandbox.clone(), lease.clone());
         Ok((lease, true))

@@ -1,7 +1,7 @@
 //! A host of its own for each test: a network and mount namespace, an outside to talk to, and
 //! guests that are made of hand-written frames.
 
-#![allow(unreachable_pub, reason = "a module of test crates")]
+#![allow(unreachable_pub, dead_code, reason = "a module of test crates")]
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -192,7 +192,7 @@ impl Guest {
         let stop = Arc::new(AtomicBool::new(false));
         let reader = thread::spawn({
             let (tap, stop) = (Arc::clone(&tap), Arc::clone(&stop));
-            move || read_frames(&tap, own, &sender, &stop)
+            move || read_frames(&tap, mac, own, &sender, &stop)
         });
         let reader = Some((stop, reader));
         let mut guest = Self {
@@ -301,6 +301,7 @@ impl Guest {
 
 fn read_frames(
     tap: &OwnedFd,
+    mac: [u8; 6],
     own: Ipv4Addr,
     sender: &mpsc::UnboundedSender<Vec<u8>>,
     stop: &AtomicBool,
@@ -316,6 +317,25 @@ fn read_frames(
             Err(_) => return,
         };
         let frame = buffer[HEADER..length].to_vec();
+        let asks_for_us = frame.len() >= 42
+            && frame[12..14] == [8, 6]
+            && frame[21] == 1
+            && frame[38..42] == own.octets();
+        if asks_for_us {
+            let mut payload = frame[14..42].to_vec();
+            payload[7] = 2;
+            payload[8..14].copy_from_slice(&mac);
+            payload[14..18].copy_from_slice(&own.octets());
+            payload[18..28].copy_from_slice(&frame[22..32]);
+            let mut answer = vec![0; HEADER];
+            answer.extend(ethernet(
+                mac,
+                frame[6..12].try_into().unwrap(),
+                0x0806,
+                &payload,
+            ));
+            let _full = nix::unistd::write(tap, &answer);
+        }
         if frame.len() >= 42
             && frame[12..14] == [8, 0]
             && frame[23] == ICMP

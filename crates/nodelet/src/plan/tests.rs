@@ -65,6 +65,7 @@ impl World {
             hostname: "web".into(),
             network: Some("acme.default".parse().unwrap()),
             requested_address: None,
+            host_ports: Vec::new(),
             kernel: None,
             vcpus: 1,
             memory_mib: 192,
@@ -86,6 +87,7 @@ impl World {
             state,
             created_unix_nanos: nanos(-100),
             address: (state == SandboxState::Ready).then(|| "10.244.0.2".parse().unwrap()),
+            more_addresses: Vec::new(),
             kernel_release: None,
             failure: failure.map(|reason| Failure {
                 reason: reason.into(),

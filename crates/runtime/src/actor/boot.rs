@@ -13,7 +13,7 @@ use crate::{
     api::Failure,
     error::RuntimeError,
     guest::{clean, clean_console},
-    identity::{SCRATCH_SLOT, configure_request},
+    identity::{SCRATCH_SLOT, configure_request, network_request},
     link::{self, Link},
     sandbox,
     scratch::blocking,
@@ -179,7 +179,7 @@ impl Actor {
                     shared
                         .config
                         .network
-                        .attach(&id, network, config.requested_address)
+                        .attach(&id, network, &network_request(&config))
                         .await?,
                 ),
                 None => None,
