@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use crate::host::HostHandler;
+
 /// Configuration of a [`crate::CriServer`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CriConfig {
@@ -19,6 +21,8 @@ pub struct CriConfig {
     pub state_dir: PathBuf,
     /// How large VMs are.
     pub vm: VmSizes,
+    /// Who may have pods on the node's own kernel.
+    pub host: HostHandler,
 }
 
 /// How large VMs are.
@@ -59,6 +63,7 @@ impl CriConfig {
             cgroup_root: "hypernetes".to_owned(),
             state_dir,
             vm: VmSizes::default(),
+            host: HostHandler::default(),
         }
     }
 }

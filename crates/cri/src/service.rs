@@ -4,7 +4,8 @@
 use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
-    ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, SandboxState, SandboxStatus,
+    ContainerConfig, ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, SandboxState,
+    SandboxStatus,
 };
 use hypernetes_streaming::ProcessRequest;
 use hypernetes_telemetry::VERSION;
@@ -13,11 +14,11 @@ use serde_json::json;
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    HANDLER,
+    HANDLER, HOST_HANDLER,
     carried::Carried,
     config::CriConfig,
     container::{self, Asked},
-    lookup, memo, mounts,
+    host, lookup, memo, mounts,
     network::NodeNetwork,
     resources, sandbox, stats,
     status::CriError,
@@ -87,7 +88,10 @@ impl Service {
         request: v1::RunPodSandboxRequest,
     ) -> Result<SandboxId, CriError> {
         let pod_network = self.network.of(sandbox::namespace(&request));
-        let config = sandbox::plan(&request, &self.config, &pod_network)?;
+        let config = match host::is_asked(&request, &self.config)? {
+            true => host::plan_sandbox(&request, &self.config, &pod_network)?,
+            false => sandbox::plan(&request, &self.config, &pod_network)?,
+        };
         let wanted = config.memo.clone();
         let (network, runtime) = (Arc::clone(&self.network), Arc::clone(&self.runtime));
         // To its end, even if the caller goes: the network must not be taken away under it.
@@ -135,18 +139,30 @@ impl Service {
     ) -> Result<ContainerId, CriError> {
         let sandbox = self.sandbox(&request.pod_sandbox_id).await?;
         let asked = Asked::of(&request)?;
+        if sandbox.config.host.is_some() {
+            let config = host::plan_container(&asked, &sandbox)?;
+            return self.create_as(&sandbox.id, config).await;
+        }
         // Everything that can be refused is, before a file of the host is read.
         container::plan(&asked, &sandbox, &mounts::Plan::default())?;
         let ledger = self.carried.of(&sandbox.id);
         let mut ledger = ledger.lock().await;
         let mounts = self.plan_mounts(&asked, &sandbox).await?;
         let config = container::plan(&asked, &sandbox, &mounts)?;
-        let wanted = config.memo.clone();
         for volume in mounts.volumes {
             ledger.write(self.runtime(), &sandbox.id, volume).await?;
         }
         drop(ledger);
-        let id = self.runtime.create_container(&sandbox.id, config).await?;
+        self.create_as(&sandbox.id, config).await
+    }
+
+    async fn create_as(
+        &self,
+        sandbox: &SandboxId,
+        config: ContainerConfig,
+    ) -> Result<ContainerId, CriError> {
+        let wanted = config.memo.clone();
+        let id = self.runtime.create_container(sandbox, config).await?;
         let status = self.runtime.container(&id).await;
         let same = status.is_none_or(|status| status.config.memo == wanted);
         if same {
@@ -191,6 +207,17 @@ impl Service {
         let linux = asked.linux.get_or_insert_default();
         let old = linux.resources.take().unwrap_or_default();
         let resources = resources::merged(&old, &update);
+        if status.config.host.is_some() {
+            let update = ContainerUpdate {
+                resources: resources::of_container("linux", &host::guest_limits(&resources))?,
+                host: Some(host::limits(&resources)?),
+                memo: {
+                    linux.resources = Some(resources);
+                    memo::of_container(&asked)
+                },
+            };
+            return Ok(self.runtime.update_container(&status.id, update).await?);
+        }
         let config = resources::of_container("linux", &resources)?;
         let room = self.room_of(&status.sandbox).await;
         if let Some(room) = room.filter(|room| config.memory_limit > *room) {
@@ -218,6 +245,10 @@ impl Service {
         request: &v1::UpdatePodSandboxResourcesRequest,
     ) -> Result<(), CriError> {
         let status = self.sandbox(&request.pod_sandbox_id).await?;
+        if status.config.host.is_some() {
+            // The pod's cgroup is the kubelet's.
+            return Ok(());
+        }
         let resources = request.resources.clone().unwrap_or_default();
         let asked = resources::of_container("resources", &resources)?;
         let room = self.room_of(&status.id).await;
@@ -334,13 +365,19 @@ impl Service {
         }
     }
 
+    /// Names of the handlers that this node has.
+    pub(crate) fn handlers(&self) -> Vec<&'static str> {
+        let host = self.config.host.is_on().then_some(HOST_HANDLER);
+        ["", HANDLER].into_iter().chain(host).collect()
+    }
+
     pub(crate) fn info(&self) -> BTreeMap<String, String> {
         let config = json!({
             "stateDir": self.config.state_dir,
             "kubeletDir": self.config.kubelet_dir,
             "copiedHostPaths": self.config.copied_paths,
             "streamAddress": self.config.stream_address.to_string(),
-            "handlers": [HANDLER],
+            "handlers": self.handlers(),
             "network": self.network.info(),
         });
         BTreeMap::from([

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use hypernetes_network::NetworkDriver;
 use hypernetes_runtime::Images;
 use hypernetes_store::Store;
 
@@ -25,6 +26,8 @@ pub struct HostConfig {
     pub store: Store,
     /// Images.
     pub images: Arc<dyn Images>,
+    /// Networks of pods that are not in the host's.
+    pub network: Arc<dyn NetworkDriver>,
     /// The installed programs.
     pub programs: Programs,
     /// Program and arguments that run [`crate::pause`]; the sandbox's id is added.

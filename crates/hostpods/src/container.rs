@@ -189,22 +189,14 @@ fn configure(
     sandbox: &Path,
     target_pid: Option<PathBuf>,
 ) -> Result<hypernetes_runtime::ContainerUser, RuntimeError> {
-    let host = pod.config.host.clone().unwrap_or_default();
-    let hostname = match host.host_network {
-        true => rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned(),
-        false => pod.config.hostname.clone(),
-    };
-    let first = first_process(image, &record.config, &hostname)?;
+    let host = pod.config.host.unwrap_or_default();
+    let first = first_process(image, &record.config, &pod.hostname())?;
     let user = user::resolve(&record.config.security, &image.user, &bundle.join("rootfs"))?;
     let place = spec::Place {
         bundle,
         sandbox,
-        host_network: host.host_network,
         host_ipc: host.host_ipc,
-        netns: host.netns.as_deref(),
+        netns: pod.netns(),
         target_pid,
         args: first.args,
         env: first.env,

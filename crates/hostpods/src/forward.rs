@@ -22,11 +22,7 @@ pub(crate) async fn connect(record: &SandboxRecord, port: u16) -> Result<Connect
         let phase = format!("{:?}", record.phase).to_lowercase();
         return Err(state("connect to a port", "sandbox", &record.id, phase));
     }
-    let netns = record
-        .config
-        .host
-        .as_ref()
-        .and_then(|host| host.netns.clone());
+    let netns = record.netns();
     let made = blocking("connect to a port", move || {
         let made = match netns {
             None => reach(port),

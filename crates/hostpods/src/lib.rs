@@ -44,5 +44,6 @@ mod user;
 pub use config::{HostConfig, ProgramError, Programs};
 pub use joint::JointRuntime;
 pub use pause::pause;
+pub use records::{has_pods, known_sandboxes};
 pub use recovery::HostReport;
 pub use runtime::HostRuntime;

@@ -3,6 +3,9 @@
 //! `/node/host/sandboxes/<id>` and `/node/host/containers/<id>`, JSON with a version. What is about
 //! to be made stands in a record first.
 
+use std::path::PathBuf;
+
+use hypernetes_network::Lease;
 use hypernetes_runtime::{
     ContainerConfig, ContainerState, ContainerStatus, ContainerUser, Failure, RuntimeError,
     SandboxConfig, SandboxState, SandboxStatus,
@@ -40,6 +43,16 @@ pub(crate) struct SandboxRecord {
     /// The uppermost cgroup that was made for it.
     pub(crate) made_cgroup: Option<String>,
     pub(crate) owns_log_directory: bool,
+    /// Where it is in a network that is not the host's.
+    pub(crate) place: Option<Place>,
+}
+
+/// A pod's place in a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Place {
+    /// Pinned network namespace.
+    pub(crate) namespace: PathBuf,
+    pub(crate) lease: Lease,
 }
 
 /// Where a container stands.
@@ -97,7 +110,7 @@ pub(crate) struct ContainerRecord {
     pub(crate) monitor_cgroup: String,
     /// Process id of its monitor.
     pub(crate) monitor: Option<u32>,
-    pub(crate) log_path: std::path::PathBuf,
+    pub(crate) log_path: PathBuf,
     pub(crate) created_unix_nanos: i64,
     pub(crate) started_unix_nanos: i64,
     pub(crate) finished_unix_nanos: i64,
@@ -118,6 +131,28 @@ impl SandboxRecord {
             failure: None,
             made_cgroup: None,
             owns_log_directory: false,
+            place: None,
+        }
+    }
+
+    /// Whether it is in the host's network.
+    pub(crate) fn host_network(&self) -> bool {
+        self.config.network.is_none()
+    }
+
+    /// Its network namespace, if that is not the host's.
+    pub(crate) fn netns(&self) -> Option<PathBuf> {
+        self.place.as_ref().map(|place| place.namespace.clone())
+    }
+
+    /// The name that its containers see.
+    pub(crate) fn hostname(&self) -> String {
+        match self.host_network() {
+            true => rustix::system::uname()
+                .nodename()
+                .to_string_lossy()
+                .into_owned(),
+            false => self.config.hostname.clone(),
         }
     }
 
@@ -129,7 +164,7 @@ impl SandboxRecord {
     }
 
     pub(crate) fn status(&self) -> SandboxStatus {
-        let host = self.config.host.as_ref();
+        let lease = self.place.as_ref().map(|place| &place.lease);
         SandboxStatus {
             id: self.id.clone(),
             config: self.config.clone(),
@@ -142,7 +177,8 @@ impl SandboxRecord {
                 SandboxPhase::Removing => SandboxState::Removing,
             },
             created_unix_nanos: self.created_unix_nanos,
-            address: host.and_then(|host| host.addresses.first().copied()),
+            address: lease.map(|lease| lease.address),
+            more_addresses: lease.map_or_else(Vec::new, |lease| lease.more_addresses().collect()),
             kernel_release: Some(
                 rustix::system::uname()
                     .release()
@@ -232,6 +268,28 @@ impl ContainerRecord {
 
 pub(crate) fn now_nanos() -> i64 {
     i64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(i64::MAX)
+}
+
+/// Sandboxes that a runtime of host pods on this store looks after, and that may have a place in a
+/// network.
+///
+/// # Errors
+/// If records cannot be read.
+pub fn known_sandboxes(store: &Store) -> Result<Vec<SandboxId>, RuntimeError> {
+    let all = Records::new(store.clone()).sandboxes()?;
+    let placed = all
+        .into_iter()
+        .filter(|record| record.phase != SandboxPhase::Stopped);
+    Ok(placed.map(|record| record.id).collect())
+}
+
+/// Whether there are host pods on this store.
+///
+/// # Errors
+/// If records cannot be read.
+pub fn has_pods(store: &Store) -> Result<bool, RuntimeError> {
+    let records = Records::new(store.clone());
+    Ok(!records.sandboxes()?.is_empty() || !records.containers()?.is_empty())
 }
 
 /// The records of host pods on this node.

@@ -6,7 +6,9 @@ use std::{
     sync::{Arc, PoisonError},
 };
 
-use hypernetes_runtime::{DnsConfig, Failure, HostPod, RuntimeError, SandboxConfig};
+use hypernetes_runtime::{
+    DnsConfig, Failure, HostPod, RuntimeError, SandboxConfig, check_sandbox, network_request,
+};
 use hypernetes_telemetry::chain;
 use hypernetes_types::SandboxId;
 use nix::mount::{MsFlags, mount};
@@ -17,7 +19,7 @@ use crate::{
     namespaces::{self, Scope, Wanted},
     pause,
     process::Process,
-    records::{SandboxPhase, SandboxRecord, blocking, invalid, state, storage},
+    records::{Place, SandboxPhase, SandboxRecord, blocking, invalid, state},
     rootfs::{remove_directory, unmount},
     runtime::{Inner, Sandbox},
 };
@@ -38,24 +40,12 @@ fn pause_cgroup(record: &SandboxRecord) -> String {
 /// Refuses what cannot be, before anything is done.
 fn check(config: &SandboxConfig) -> Result<(), RuntimeError> {
     let host = host_of(config)?;
-    if !host.host_network && host.netns.is_none() {
-        return Err(invalid(
-            "host.netns",
-            "must be given for a pod that is not in the host's network",
-        ));
-    }
-    if !config.log_directory.is_absolute() {
-        return Err(invalid("log_directory", "must be absolute"));
-    }
+    check_sandbox(config)?;
     for name in config.sysctls.keys() {
         let refused = |rule: &str| Err(invalid(format!("sysctls[{name}]"), rule));
-        let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-/".contains(&b);
-        if name.is_empty() || !name.bytes().all(plain) || name.contains("..") {
-            return refused("must be the name of a kernel parameter");
-        }
         match namespaces::scope(name) {
             Scope::Host => return refused("counts for all of the host, not for a pod"),
-            Scope::Net | Scope::Uts if host.host_network => {
+            Scope::Net | Scope::Uts if config.network.is_none() => {
                 return refused("cannot be set for a pod in the host's network");
             }
             Scope::Ipc if host.host_ipc => {
@@ -136,6 +126,20 @@ async fn make(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<(), RuntimeE
             record.owns_log_directory = owns_log_directory;
         })
         .await?;
+    let record = match &record.config.network {
+        None => record,
+        Some(network) => {
+            let request = network_request(&record.config);
+            let driver = &inner.config.network;
+            let joined = driver.join(&record.id, network, &request).await?;
+            let place = Place {
+                namespace: joined.namespace,
+                lease: joined.lease,
+            };
+            let placed = |record: &mut SandboxRecord| record.place = Some(place);
+            inner.change_sandbox(sandbox, placed).await?
+        }
+    };
     let directory = inner.sandbox_dir(&record.id);
     let (work, place) = (record.clone(), directory.clone());
     blocking("set the sandbox up", move || set_up(&work, &place)).await?;
@@ -195,21 +199,24 @@ fn set_up(record: &SandboxRecord, directory: &Path) -> io::Result<()> {
     let host = config.host.clone().unwrap_or_default();
     fs::create_dir_all(&config.log_directory)?;
     fs::create_dir_all(directory)?;
-    let (hostname, hosts) = match host.host_network {
-        true => (
-            rustix::system::uname()
-                .nodename()
-                .to_string_lossy()
-                .into_owned(),
-            fs::read_to_string("/etc/hosts").unwrap_or_default(),
-        ),
-        false => (config.hostname.clone(), hosts(config, &host)),
+    let hosts = match record.host_network() {
+        true => fs::read_to_string("/etc/hosts").unwrap_or_default(),
+        false => hosts(record),
     };
-    fs::write(directory.join("hostname"), format!("{hostname}\n"))?;
+    fs::write(
+        directory.join("hostname"),
+        format!("{}\n", record.hostname()),
+    )?;
     fs::write(directory.join("hosts"), hosts)?;
-    let resolver = match config.dns == DnsConfig::default() {
-        true => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
-        false => resolv_conf(&config.dns),
+    let resolver = match (&config.dns, &record.place) {
+        (dns, _) if *dns != DnsConfig::default() => resolv_conf(dns),
+        // The network's own, if it has any.
+        (_, Some(place)) if !place.lease.dns.is_empty() => resolv_conf(&DnsConfig {
+            servers: place.lease.dns.iter().map(ToString::to_string).collect(),
+            searches: place.lease.search.clone(),
+            options: Vec::new(),
+        }),
+        _ => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
     };
     fs::write(directory.join("resolv.conf"), resolver)?;
     if !host.host_ipc {
@@ -219,21 +226,23 @@ fn set_up(record: &SandboxRecord, directory: &Path) -> io::Result<()> {
         mount(Some("shm"), &shm, Some("tmpfs"), flags, Some(SHM))?;
     }
     let wanted = Wanted {
-        hostname: (!host.host_network).then(|| config.hostname.clone()),
+        hostname: (!record.host_network()).then(|| config.hostname.clone()),
         ipc: !host.host_ipc,
-        netns: host.netns,
+        netns: record.netns(),
         sysctls: config.sysctls.clone().into_iter().collect(),
     };
     namespaces::make(&wanted, directory)
 }
 
-fn hosts(config: &SandboxConfig, host: &HostPod) -> String {
+fn hosts(record: &SandboxRecord) -> String {
+    let config = &record.config;
     let mut lines = vec![
         "127.0.0.1\tlocalhost".to_owned(),
         "::1\tlocalhost ip6-localhost ip6-loopback".to_owned(),
     ];
-    for address in &host.addresses {
-        lines.push(format!("{address}\t{}", config.hostname));
+    if let Some(Place { lease, .. }) = &record.place {
+        let all = [lease.address].into_iter().chain(lease.more_addresses());
+        lines.extend(all.map(|address| format!("{address}\t{}", config.hostname)));
     }
     for alias in &config.hosts {
         lines.push(format!("{}\t{}", alias.address, alias.names.join(" ")));
@@ -292,7 +301,11 @@ async fn release(inner: &Inner, record: &SandboxRecord) -> Result<(), RuntimeErr
         cgroups.remove(&group)?;
         remove_directory(&directory)
     })
-    .await
+    .await?;
+    if record.config.network.is_some() {
+        inner.config.network.detach(&record.id).await?;
+    }
+    Ok(())
 }
 
 /// Stops and forgets a sandbox with its containers. Call with the work lock.
@@ -342,12 +355,12 @@ pub(crate) async fn lose(inner: &Inner, sandbox: &Sandbox) -> Result<(), Runtime
         .change_sandbox(sandbox, |record| record.failure = Some(failure))
         .await?;
     let directory = inner.sandbox_dir(&record.id);
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(storage("clear a lost sandbox away", error))
-        }
-        _ => Ok(()),
+    let action = "clear a lost sandbox away";
+    blocking(action, move || remove_directory(&directory)).await?;
+    if record.config.network.is_some() {
+        inner.config.network.detach(&record.id).await?;
     }
+    Ok(())
 }
 
 #[cfg(test)]

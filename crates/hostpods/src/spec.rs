@@ -37,9 +37,9 @@ pub(crate) struct Place<'a> {
     pub(crate) bundle: &'a Path,
     /// Directory of the sandbox, with what its containers share.
     pub(crate) sandbox: &'a Path,
-    pub(crate) host_network: bool,
     pub(crate) host_ipc: bool,
-    pub(crate) netns: Option<&'a Path>,
+    /// `None` = the host's network, and its name.
+    pub(crate) netns: Option<PathBuf>,
     /// Process namespace of the container that it joins.
     pub(crate) target_pid: Option<PathBuf>,
     pub(crate) args: Vec<String>,
@@ -235,11 +235,9 @@ fn namespaces(
         let path = place.sandbox.join("ipc");
         wanted.push(namespace(LinuxNamespaceType::Ipc, Some(path))?);
     }
-    if !place.host_network {
+    if let Some(netns) = place.netns.clone() {
         let path = place.sandbox.join("uts");
         wanted.push(namespace(LinuxNamespaceType::Uts, Some(path))?);
-        let netns = place.netns.map(Path::to_owned);
-        let netns = netns.ok_or_else(|| invalid("network", "the pod has no network namespace"))?;
         wanted.push(namespace(LinuxNamespaceType::Network, Some(netns))?);
     }
     if private_cgroup {

@@ -29,11 +29,7 @@ pub(crate) async fn of_sandbox(
         .filter(|record| record.phase == ContainerPhase::Running)
         .map(|record| (record.id, record.cgroup))
         .collect();
-    let netns = record
-        .config
-        .host
-        .as_ref()
-        .and_then(|host| host.netns.clone());
+    let netns = record.netns();
     blocking("measure a sandbox", move || {
         let cgroups = Hierarchies::read()?;
         let memory = fs::read_to_string("/proc/meminfo")?;

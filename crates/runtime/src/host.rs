@@ -6,17 +6,12 @@ use std::{collections::BTreeMap, path::PathBuf};
 use hypernetes_types::ContainerId;
 use serde::{Deserialize, Serialize};
 
-/// A pod of plain containers on the host's kernel.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// A pod of plain containers on the host's kernel. It is in the network that
+/// [`crate::SandboxConfig::network`] names, or in the host's without one.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPod {
-    /// It is in the host's network, and has the host's name.
-    pub host_network: bool,
     /// Its containers share the host's System V IPC, POSIX queues and `/dev/shm`.
     pub host_ipc: bool,
-    /// Path of the pinned network namespace of a pod that is not in the host's network.
-    pub netns: Option<PathBuf>,
-    /// Addresses in it, the first one is the pod's.
-    pub addresses: Vec<std::net::IpAddr>,
 }
 
 /// What a container on the host's kernel has beyond one in a VM.

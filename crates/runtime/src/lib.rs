@@ -48,6 +48,7 @@ pub use api::*;
 pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;
 pub use host::*;
+pub use identity::{check_sandbox, network_request};
 pub use node::NodeRuntime;
 pub use ports::{Images, Kernels};
 pub use process::{FirstProcess, first_process, signal_number};

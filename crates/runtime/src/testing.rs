@@ -281,6 +281,7 @@ impl World {
             templates: TemplateConfig {
                 most: self.templates,
             },
+            others: Vec::new(),
         }
     }
 

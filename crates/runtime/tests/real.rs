@@ -210,6 +210,7 @@ impl Bed {
                 ..Deadlines::default()
             },
             templates: TemplateConfig { most: 0 },
+            others: Vec::new(),
         };
         Self { temp, config }
     }
