@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn messages_are_bounded_and_of_one_line() {
-        assert_eq!(message(b" a\nb\x1b "), "a b");
+        assert_eq!(message(b" a\nb\x1bc "), "a b c");
         let long = "\u{e9}".repeat(MAX_MESSAGE);
         assert!(message(long.as_bytes()).len() <= MAX_MESSAGE);
     }
