@@ -400,12 +400,23 @@ pub(crate) async fn discard(inner: &Inner, container: &Container) -> Result<(), 
     let record = inner.change_container(container, removing).await?;
     clear_processes(inner, &record).await?;
     let (bundle, log) = (inner.bundle(&record.id), record.log_path.clone());
+    let depth = record
+        .config
+        .log_path
+        .components()
+        .count()
+        .saturating_sub(1);
     blocking("clear a container away", move || {
         rootfs::clear(&bundle)?;
-        match fs::remove_file(log) {
-            Err(error) if !gone(&error) => Err(error),
-            _ => Ok(()),
+        match fs::remove_file(&log) {
+            Err(error) if !gone(&error) => return Err(error),
+            _ => {}
         }
+        // Directories of the log alone, as far as nothing of others is in them.
+        let own = log.ancestors().skip(1).take(depth);
+        own.map_while(|directory| fs::remove_dir(directory).ok())
+            .for_each(drop);
+        Ok(())
     })
     .await?;
     let mut layers = inner.layers.lock().await;

@@ -120,6 +120,13 @@ async fn make(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>) -> Result<(), RuntimeE
         ))
     })
     .await?;
+    // What was made for another pod and is above this one too goes with the last of them.
+    let others = inner.all_sandboxes();
+    let above = others
+        .iter()
+        .filter_map(|other| other.record().made_cgroup)
+        .filter(|made| Path::new(&record.cgroup()).starts_with(made));
+    let made_cgroup = above.chain(made_cgroup).min_by_key(String::len);
     let record = inner
         .change_sandbox(sandbox, |record| {
             record.made_cgroup = made_cgroup;

@@ -172,10 +172,15 @@ fn process(
         .permitted(set)
         .inheritable(kept.clone())
         .ambient(kept);
+    // The primary group is among them, or dropping it would gain what is denied to it (CVE-2022-36109).
+    let mut groups = place.user.groups.clone();
+    if !groups.contains(&place.user.gid) {
+        groups.insert(0, place.user.gid);
+    }
     let user = UserBuilder::default()
         .uid(place.user.uid)
         .gid(place.user.gid)
-        .additional_gids(place.user.groups.clone());
+        .additional_gids(groups);
     let process = ProcessBuilder::default()
         .terminal(record.config.tty)
         .user(built(user.build())?)

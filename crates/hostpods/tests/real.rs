@@ -25,7 +25,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use hypernetes_hostpods::{HostConfig, HostRuntime, Programs, known_sandboxes};
+use hypernetes_hostpods::{HostConfig, HostRuntime, Programs};
 use hypernetes_image::ImageStore;
 use hypernetes_network::FakeDriver;
 use hypernetes_runtime::{
@@ -38,7 +38,7 @@ use hypernetes_store::{Store, StoreConfig};
 use hypernetes_types::{ContainerId, SandboxId};
 use tokio::time::{sleep, timeout};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(20);
 /// Where the tests' pods are in the hierarchies.
 const CGROUP: &str = "hypernetes-hostpods-test";
 
@@ -227,10 +227,6 @@ impl Bed {
         }
     }
 
-    fn store(&self) -> Store {
-        Store::open(&self.dir.join("store.redb"), StoreConfig::default()).unwrap()
-    }
-
     fn config(&self, store: Store) -> HostConfig {
         let images = ImageStore::open(self.dir.join("images"), Default::default()).unwrap();
         HostConfig {
@@ -245,8 +241,12 @@ impl Bed {
         }
     }
 
+    /// A daemon that was killed just now may have left a child that has not let go of it yet.
     async fn open(&self) -> HostRuntime {
-        HostRuntime::open(self.config(self.store())).await.unwrap()
+        let path = self.dir.join("store.redb");
+        let open = || async { Store::open(&path, StoreConfig::default()).ok() };
+        let store = eventually("the store to be let go", open).await;
+        HostRuntime::open(self.config(store)).await.unwrap()
     }
 
     fn pod(&self, name: &str) -> SandboxConfig {
@@ -515,7 +515,7 @@ async fn containers_live_and_die(programs: &Programs) {
     let stats = runtime.stats(&pod).await.unwrap();
     assert_eq!(stats.containers.len(), 1);
     assert!(
-        stats.containers[0].memory_usage > 0 && stats.containers[0].pids == 1,
+        stats.containers[0].memory_usage > 0 && stats.containers[0].pids >= 1,
         "{stats:?}"
     );
     let update = ContainerUpdate {
@@ -576,7 +576,7 @@ async fn people_talk_to_them(programs: &Programs) {
         ..Default::default()
     };
     let session = runtime.exec(&id, config).await.unwrap();
-    let running = || async { exec(&runtime, &id, "pgrep -f 'sleep 4321' | wc -l").await.0 };
+    let running = || async { exec(&runtime, &id, "ps | grep -c '[s]leep 4321'").await.0 };
     eventually("the process", || async {
         (running().await.trim() == "1").then_some(())
     })
@@ -880,12 +880,8 @@ async fn containers_outlive_the_daemon(programs: &Programs) {
         (bed.log("outlives", "ends").last()? == "59").then_some(())
     })
     .await;
-    let runtime = eventually("the store to be let go", || async {
-        let store = Store::open(&bed.dir.join("store.redb"), StoreConfig::default()).ok()?;
-        assert_eq!(known_sandboxes(&store).unwrap(), std::slice::from_ref(&pod));
-        HostRuntime::open(bed.config(store)).await.ok()
-    })
-    .await;
+    let runtime = bed.open().await;
+    assert_eq!(runtime.recovery_report().adopted, 1);
     let status = ended(&runtime, &ends).await;
     assert_eq!((status.exit_code, status.reason.as_str()), (4, "Error"));
     let lines: Vec<String> = (0..60).map(|n| n.to_string()).collect();
@@ -943,11 +939,5 @@ async fn a_daemon_killed_anywhere_leaves_nothing(programs: &Programs) {
             "round {round}, {report:?}, left behind:\n{}",
             left.join("\n")
         );
-        eventually("the store to be let go", || async {
-            Store::open(&bed.dir.join("store.redb"), StoreConfig::default())
-                .ok()
-                .map(drop)
-        })
-        .await;
     }
 }
