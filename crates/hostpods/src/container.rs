@@ -43,7 +43,7 @@ pub(crate) async fn create(
     let pod = sandbox.record();
     if pod.phase != SandboxPhase::Ready || pod.failure.is_some() {
         let phase = format!("{:?}", pod.phase).to_lowercase();
-        return Err(state("create a container", "sandbox", pod.id, phase));
+        return Err(state("create a container", "sandbox", &pod.id, phase));
     }
     for container in inner.containers_of(Some(&pod.id)) {
         let known = container.record();
@@ -218,7 +218,7 @@ pub(crate) async fn start(
         ContainerPhase::Running => return Ok(()),
         phase => {
             let phase = format!("{phase:?}").to_lowercase();
-            return Err(state("start", "container", record.id, phase));
+            return Err(state("start", "container", &record.id, phase));
         }
     }
     let starting = |record: &mut ContainerRecord| record.phase = ContainerPhase::Starting;

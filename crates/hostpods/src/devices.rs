@@ -153,7 +153,7 @@ mod tests {
             wanted("/dev/null", "x"),
             wanted("/dev/null", ""),
         ] {
-            let error = asked(&[bad.clone()]).unwrap_err().to_string();
+            let error = asked(std::slice::from_ref(&bad)).unwrap_err().to_string();
             assert!(error.contains(bad.host.to_str().unwrap()), "{error}");
         }
     }

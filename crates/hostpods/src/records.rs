@@ -380,7 +380,7 @@ pub(crate) fn invalid(field: impl Into<String>, rule: impl Into<String>) -> Runt
     }
 }
 
-pub(crate) fn not_found(kind: &'static str, id: impl ToString) -> RuntimeError {
+pub(crate) fn not_found(kind: &'static str, id: &impl ToString) -> RuntimeError {
     RuntimeError::NotFound {
         kind,
         id: id.to_string(),
@@ -390,7 +390,7 @@ pub(crate) fn not_found(kind: &'static str, id: impl ToString) -> RuntimeError {
 pub(crate) fn state(
     action: &'static str,
     kind: &'static str,
-    id: impl ToString,
+    id: &impl ToString,
     state: impl Into<String>,
 ) -> RuntimeError {
     RuntimeError::State {

@@ -362,7 +362,7 @@ impl PodRuntime for HostRuntime {
                 return Err(state(
                     "start a container",
                     "sandbox",
-                    sandbox.record().id,
+                    &sandbox.record().id,
                     phase,
                 ));
             }

@@ -106,7 +106,7 @@ pub(crate) async fn run(
             return Ok(record.id);
         }
         let phase = format!("{:?}", record.phase).to_lowercase();
-        return Err(state("run", "sandbox", record.id, phase));
+        return Err(state("run", "sandbox", &record.id, phase));
     }
 }
 
@@ -203,7 +203,7 @@ pub(crate) fn watch_pause(
 
 fn set_up(record: &SandboxRecord, directory: &Path) -> io::Result<()> {
     let config = &record.config;
-    let host = config.host.clone().unwrap_or_default();
+    let host = config.host.unwrap_or_default();
     fs::create_dir_all(&config.log_directory)?;
     fs::create_dir_all(directory)?;
     let hosts = match record.host_network() {
@@ -340,7 +340,7 @@ pub(crate) async fn remove(inner: &Arc<Inner>, sandbox: &Sandbox) -> Result<(), 
             match fs::remove_dir(&logs) {
                 Ok(()) => {}
                 Err(error) => {
-                    tracing::debug!(path = %logs.display(), %error, "a log directory stays")
+                    tracing::debug!(path = %logs.display(), %error, "a log directory stays");
                 }
             }
         }

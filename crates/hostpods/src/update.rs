@@ -42,7 +42,12 @@ pub(crate) async fn apply(
         }
         phase => {
             let phase = format!("{phase:?}").to_lowercase();
-            return Err(state("change the limits of", "container", record.id, phase));
+            return Err(state(
+                "change the limits of",
+                "container",
+                &record.id,
+                phase,
+            ));
         }
     }
     let changed = |record: &mut ContainerRecord| {

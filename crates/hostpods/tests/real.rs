@@ -75,19 +75,19 @@ fn main() -> ExitCode {
         println!("{name} ... ok");
     };
     test("containers_live_and_die", &|p| {
-        runtime.block_on(containers_live_and_die(p))
+        runtime.block_on(containers_live_and_die(p));
     });
     test("people_talk_to_them", &|p| {
-        runtime.block_on(people_talk_to_them(p))
+        runtime.block_on(people_talk_to_them(p));
     });
     test("pods_share_what_they_ask_for", &|p| {
-        runtime.block_on(pods_share_what_they_ask_for(p))
+        runtime.block_on(pods_share_what_they_ask_for(p));
     });
     test("requests_that_cannot_be_leave_nothing", &|p| {
         runtime.block_on(requests_that_cannot_be_leave_nothing(p));
     });
     test("containers_outlive_the_daemon", &|p| {
-        runtime.block_on(containers_outlive_the_daemon(p))
+        runtime.block_on(containers_outlive_the_daemon(p));
     });
     test("a_daemon_killed_anywhere_leaves_nothing", &|p| {
         runtime.block_on(a_daemon_killed_anywhere_leaves_nothing(p));
@@ -318,12 +318,9 @@ impl Bed {
                 .filter(|line| line.contains(ours))
                 .map(str::to_owned),
         );
-        for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-            for place in [hierarchy.path().join(CGROUP), hierarchy.path()] {
-                if place.ends_with(CGROUP) && place.exists() {
-                    found.push(place.display().to_string());
-                }
-            }
+        for line in table.lines().filter(|line| line.contains(" - cgroup")) {
+            let group = Path::new(line.split(' ').nth(4).unwrap()).join(CGROUP);
+            found.extend(group.exists().then(|| group.display().to_string()));
         }
         for place in ["state/c", "run/s", "run/l", "run/oci", "logs"] {
             let entries = fs::read_dir(self.dir.join(place));
@@ -480,7 +477,7 @@ async fn containers_live_and_die(programs: &Programs) {
     config.command = vec!["/no/such/program".into()];
     let id = runtime.create_container(&pod, config).await.unwrap();
     let error = runtime.start_container(&id).await.unwrap_err().to_string();
-    assert!(error.contains("no such file"), "{error}");
+    assert!(error.to_lowercase().contains("no such file"), "{error}");
     let status = runtime.container(&id).await.unwrap();
     assert_eq!(
         (status.exit_code, status.reason.as_str()),
@@ -569,7 +566,8 @@ async fn people_talk_to_them(programs: &Programs) {
     // A program that is not there is no exit code.
     config.command = vec!["/no/such/program".into()];
     let (_, _, code) = collect(runtime.exec(&id, config).await.unwrap()).await;
-    assert!(code.unwrap_err().to_string().contains("no such file"));
+    let error = code.unwrap_err().to_string().to_lowercase();
+    assert!(error.contains("no such file"), "{error}");
     // A caller that goes takes the process along.
     let config = ExecConfig {
         command: vec!["sleep".into(), "4321".into()],
@@ -744,7 +742,7 @@ async fn pods_share_what_they_ask_for(programs: &Programs) {
     );
     let id = started(&runtime, &pod, joined).await;
     ended(&runtime, &id).await;
-    assert_eq!(bed.log("apart", "debug")[0], "sleep\0779\0");
+    assert_eq!(bed.log("apart", "debug")[0], "sleep\u{0}779\u{0}");
 
     // Files of the host, read-only to the bottom, and an image.
     let data = bed.dir.join("data");
