@@ -2,7 +2,8 @@
 //!
 //! `start`: request → first byte of a container's output, beside the bare boot of the same kernel in
 //! the same VMM. `memory`: host memory a pod, beside that bare VMM. `api`: rates and latencies of the
-//! API server and what it holds in memory. Raw samples go to a JSON file.
+//! API server and what it holds in memory. `runtime`: the runtime interface beside containerd with
+//! runc. Raw samples go to a JSON file.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::print_stdout,
@@ -15,6 +16,7 @@ mod api;
 mod bare;
 mod client;
 mod memory;
+mod runtime;
 mod start;
 mod stats;
 
@@ -33,6 +35,8 @@ enum What {
     Memory,
     /// The API server
     Api,
+    /// The runtime interface, beside containerd and runc
+    Runtime,
 }
 
 /// Benchmarks of Hypernetes
@@ -56,7 +60,7 @@ fn main() -> Result<()> {
     {
         anyhow::bail!("a TLS provider is installed already");
     }
-    let all = [What::Start, What::Memory, What::Api];
+    let all = [What::Start, What::Memory, What::Api, What::Runtime];
     let wanted = if options.what.is_empty() {
         &all[..]
     } else {
@@ -73,6 +77,10 @@ fn main() -> Result<()> {
             What::Start => ("start", runtime.block_on(start::measure(options.starts))?),
             What::Memory => ("memory", runtime.block_on(memory::measure())?),
             What::Api => ("api", runtime.block_on(api::measure())?),
+            What::Runtime => (
+                "runtime",
+                runtime.block_on(runtime::measure(options.starts))?,
+            ),
         };
         samples.insert(name.into(), result);
     }

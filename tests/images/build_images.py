@@ -269,6 +269,8 @@ def all_images():
         Image(["busybox:1", "busybox:latest"], [base, box], shell),
         Image(["busybox:docker"], [base, box], shell, DOCKER),
         Image(["busybox:plain"], [base, box], shell, pack="none"),
+        # What other runtimes need for the sandbox itself.
+        Image(["busybox:pause"], [base, box], {"Cmd": ["sleep", "2147483647"]}),
         Image(["web:1", "web:latest"], web_layers("web:1"),
               dict(web, Labels={"org.opencontainers.image.title": "web"})),
         Image(["web:2"], web_layers("web:2"), web),

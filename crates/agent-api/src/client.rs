@@ -225,6 +225,7 @@ unary! {
     create_container: "CreateContainer", CreateContainerRequest -> CreateContainerResponse;
     start_container: "StartContainer", StartContainerRequest -> StartContainerResponse;
     update_container: "UpdateContainer", UpdateContainerRequest -> UpdateContainerResponse;
+    resize: "Resize", ResizeRequest -> ResizeResponse;
     signal: "Signal", SignalRequest -> SignalResponse;
     remove_container: "RemoveContainer", RemoveContainerRequest -> RemoveContainerResponse;
     list_containers: "ListContainers", ListContainersRequest -> ListContainersResponse;

@@ -30,6 +30,9 @@ pub mod v1 {
 
 /// The newest protocol version that this build speaks.
 pub const PROTOCOL_VERSION: u32 = 3;
+/// Begins the message of a refused container if a mount of an image is why. The kubelet looks for the
+/// same word.
+pub const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 /// The oldest protocol version that this build speaks.
 pub const MIN_PROTOCOL_VERSION: u32 = 1;
 /// Largest encoded message in either direction.

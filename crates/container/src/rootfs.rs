@@ -16,7 +16,7 @@ use crate::{
     child::{Because, Refusal},
     devices,
     path::{Kind, ensure_beneath, ensure_in_root, open_beneath, open_dir, open_in_root, proc_path},
-    spec::{InitSpec, MountSource, MountSpec, RootfsSpec},
+    spec::{IMAGE_VOLUME_FAILED, InitSpec, MountSource, MountSpec, RootfsSpec},
 };
 
 const NONE: Option<&str> = None;
@@ -79,7 +79,8 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
     mounts.sort_by_key(|mount| Path::new(&mount.destination).components().count());
     mounts
         .into_iter()
-        .try_for_each(|mount| mount_volume(&root, mount))?;
+        .enumerate()
+        .try_for_each(|(index, mount)| mount_volume(&root, &spec.rootfs, mount, index))?;
     for file in spec.files.iter().filter(|file| !own(&file.destination)) {
         let place = ensure_in_root(&root, &file.destination, Kind::File)
             .or_request(format!("cannot make {}", file.destination))?;
@@ -193,7 +194,33 @@ fn bind(source: &OwnedFd, root: &OwnedFd, destination: &str) -> Result<(), Refus
     .or_machine(format!("cannot bind {destination}"))
 }
 
-fn mount_volume(root: &OwnedFd, spec: &MountSpec) -> Result<(), Refusal> {
+/// An image's files: an overlay without an upper layer, so that nothing can be written, with whiteouts
+/// and upper layers' files as in a container of that image.
+fn mount_image(rootfs: &RootfsSpec, layers: &[String], index: usize) -> std::io::Result<OwnedFd> {
+    let place = rootfs.writable.join("images").join(index.to_string());
+    // An overlay of a single layer needs another one.
+    let (empty, target) = (place.join("empty"), place.join("root"));
+    fs::create_dir_all(&empty)?;
+    fs::create_dir_all(&target)?;
+    std::env::set_current_dir(&rootfs.layers_dir)?;
+    let lower: Vec<&str> = layers.iter().rev().map(String::as_str).collect();
+    let options = format!("lowerdir={}:{}", lower.join(":"), empty.display());
+    mount(
+        Some("overlay"),
+        &target,
+        Some("overlay"),
+        MsFlags::MS_RDONLY | MsFlags::MS_NODEV,
+        Some(options.as_str()),
+    )?;
+    open_dir(&target)
+}
+
+fn mount_volume(
+    root: &OwnedFd,
+    rootfs: &RootfsSpec,
+    spec: &MountSpec,
+    index: usize,
+) -> Result<(), Refusal> {
     let destination = spec.destination.as_str();
     match &spec.source {
         MountSource::Volume {
@@ -207,6 +234,19 @@ fn mount_volume(root: &OwnedFd, spec: &MountSpec) -> Result<(), Refusal> {
                 false => ensure_beneath(&volume, sub_path).or_request(&wrong)?,
             };
             bind(&source, root, destination)?;
+        }
+        MountSource::Image { layers, sub_path } => {
+            let wrong = |what: String| format!("{IMAGE_VOLUME_FAILED}: cannot {what}");
+            let image = mount_image(rootfs, layers, index)
+                .or_machine(wrong(format!("mount the image on {destination}")))?;
+            let source = match sub_path.is_empty() {
+                true => image,
+                false => open_beneath(&image, sub_path, OFlags::PATH).or_request(wrong(
+                    format!("use the sub path {sub_path:?} of the image on {destination}"),
+                ))?,
+            };
+            bind(&source, root, destination)?;
+            return remount_readonly(root, destination);
         }
         MountSource::Tmpfs { size, mode } => {
             let mode = if *mode == 0 { 0o1777 } else { mode & 0o7777 };

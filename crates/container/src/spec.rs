@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+/// Begins the message of a refusal if a mount of an image is why.
+pub const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
+
 /// The child's work.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Job {
@@ -70,6 +73,13 @@ pub enum MountSource {
         /// The volume's directory.
         directory: PathBuf,
         /// Path below it, empty for all of it. Created as a directory if missing.
+        sub_path: String,
+    },
+    /// Image layers, read-only.
+    Image {
+        /// Names in [`RootfsSpec::layers_dir`], lowest layer first.
+        layers: Vec<String>,
+        /// Path in the image, empty for all of it. It must be there, and no link leads out of it.
         sub_path: String,
     },
     /// A new tmpfs.

@@ -414,7 +414,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<v1::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<v1::UpdatePodSandboxResourcesResponse> {
-        self.check_pod_resources(&request.into_inner()).await?;
+        self.update_pod_resources(&request.into_inner()).await?;
         Ok(Response::new(v1::UpdatePodSandboxResourcesResponse {}))
     }
 }

@@ -2,7 +2,9 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use crate::host::HostHandler;
+use hypernetes_runtime::VmExtras;
+
+use crate::{host::HostHandler, resources, v1};
 
 /// Configuration of a [`crate::CriServer`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,6 +15,9 @@ pub struct CriConfig {
     pub kubelet_dir: PathBuf,
     /// Other host directories and files that pods may have a read-only copy of.
     pub copied_paths: Vec<PathBuf>,
+    /// Directories of the host below which pods may see everything as it is. Not empty: every pod's
+    /// VM is made so that it can.
+    pub shared_paths: Vec<SharedPath>,
     /// Where containers log whose sandbox names no log directory.
     pub log_dir: PathBuf,
     /// cgroup of VMMs whose sandbox names no parent, relative to each hierarchy's root.
@@ -23,6 +28,15 @@ pub struct CriConfig {
     pub vm: VmSizes,
     /// Who may have pods on the node's own kernel.
     pub host: HostHandler,
+}
+
+/// A directory of the host for pods.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SharedPath {
+    /// Absolute.
+    pub path: PathBuf,
+    /// Pods can only mount it, and what is in it, read-only.
+    pub read_only: bool,
 }
 
 /// How large VMs are.
@@ -36,6 +50,10 @@ pub struct VmSizes {
     pub vcpus: u32,
     /// Most virtual CPUs.
     pub max_vcpus: u32,
+    /// Virtual CPUs that a running VM can be given; 0 = those that it starts with.
+    pub resize_vcpus: u32,
+    /// Memory for containers that a running VM can be given; 0 = what it starts with.
+    pub resize_memory_mib: u32,
     /// Size limit of the scratch disk: container layers and emptyDirs.
     pub scratch_mib: u64,
 }
@@ -47,18 +65,28 @@ impl Default for VmSizes {
             overhead_mib: 64,
             vcpus: 1,
             max_vcpus: 64,
+            resize_vcpus: 0,
+            resize_memory_mib: 0,
             scratch_mib: 10 * 1024,
         }
     }
 }
 
 impl CriConfig {
+    /// Virtual CPUs, memory in MiB and extras of the VM of a pod without limits.
+    pub fn usual_vm(&self) -> (u32, u32, VmExtras) {
+        let size = resources::vm_size(&v1::LinuxPodSandboxConfig::default(), &self.vm);
+        let extras = resources::vm_extras(size, self);
+        (size.vcpus, size.memory_mib, extras)
+    }
+
     /// The usual values for a node with this state directory.
     pub fn new(state_dir: PathBuf) -> Self {
         Self {
             stream_address: SocketAddr::from(([127, 0, 0, 1], 0)),
             kubelet_dir: PathBuf::from("/var/lib/kubelet"),
             copied_paths: Vec::new(),
+            shared_paths: Vec::new(),
             log_dir: state_dir.join("logs"),
             cgroup_root: "hypernetes".to_owned(),
             state_dir,

@@ -198,6 +198,21 @@ fn groups(user: &ContainerUser) -> Vec<i64> {
     groups
 }
 
+/// As asked, with the ids of images that are mounted.
+fn mounts(mut mounts: Vec<v1::Mount>, status: &ContainerStatus) -> Vec<v1::Mount> {
+    for mount in &mut mounts {
+        let path = &mount.container_path;
+        let Some(image) = &mut mount.image else {
+            continue;
+        };
+        let mut made = status.config.mounts.iter();
+        if let Some(made) = made.find(|made| made.destination == *path && !made.image.is_empty()) {
+            image.image_ref.clone_from(&made.image);
+        }
+    }
+    mounts
+}
+
 /// All that is shown of a container.
 pub(crate) fn full(status: &ContainerStatus) -> v1::ContainerStatus {
     let asked = memo::container(&status.config.memo);
@@ -235,7 +250,7 @@ pub(crate) fn full(status: &ContainerStatus) -> v1::ContainerStatus {
             ),
             windows: None,
         }),
-        mounts: asked.mounts,
+        mounts: mounts(asked.mounts, status),
         log_path,
         image_id: status.image_id.clone(),
         user,

@@ -7,8 +7,9 @@
 use std::path::PathBuf;
 
 use hypernetes_runtime::{
-    ContainerConfig, HostContainer, HostDevice, HostLimits, HostMount, HostMountSource, HostPod,
-    PidNamespace, Propagation, SandboxConfig, SandboxStatus, Seccomp,
+    ContainerConfig, ContainerStatus, ContainerUpdate, HostContainer, HostDevice, HostLimits,
+    HostMount, HostMountSource, HostPod, PidNamespace, Propagation, SandboxConfig, SandboxStatus,
+    Seccomp,
 };
 
 use crate::{
@@ -18,7 +19,8 @@ use crate::{
     lookup::shown,
     memo, mounts,
     network::PodNetwork,
-    sandbox,
+    resources, sandbox,
+    service::Service,
     status::CriError,
     v1::{self, NamespaceMode, security_profile::ProfileType},
 };
@@ -238,7 +240,7 @@ fn strip(context: &mut v1::LinuxContainerSecurityContext) {
 }
 
 /// Those limits that a VM has too.
-pub(crate) fn guest_limits(resources: &v1::LinuxContainerResources) -> v1::LinuxContainerResources {
+fn guest_limits(resources: &v1::LinuxContainerResources) -> v1::LinuxContainerResources {
     v1::LinuxContainerResources {
         cpuset_cpus: String::new(),
         cpuset_mems: String::new(),
@@ -395,7 +397,7 @@ fn apparmor(context: &v1::LinuxContainerSecurityContext) -> Result<Option<String
 }
 
 /// Limits as the host's cgroups take them.
-pub(crate) fn limits(resources: &v1::LinuxContainerResources) -> Result<HostLimits, CriError> {
+fn limits(resources: &v1::LinuxContainerResources) -> Result<HostLimits, CriError> {
     for (field, value) in [
         ("cpu_period", resources.cpu_period),
         ("cpu_shares", resources.cpu_shares),
@@ -421,6 +423,29 @@ pub(crate) fn limits(resources: &v1::LinuxContainerResources) -> Result<HostLimi
             .collect(),
         unified: resources.unified.clone().into_iter().collect(),
     })
+}
+
+impl Service {
+    /// New limits of a container on the host, in its cgroups.
+    pub(crate) async fn update_on_host(
+        &self,
+        status: &ContainerStatus,
+        update: &v1::LinuxContainerResources,
+    ) -> Result<(), CriError> {
+        let mut asked = memo::container(&status.config.memo);
+        let linux = asked.linux.get_or_insert_default();
+        let old = linux.resources.take().unwrap_or_default();
+        let merged = resources::merged(&old, update);
+        let config = resources::of_container("linux", &guest_limits(&merged))?;
+        let limits = limits(&merged)?;
+        linux.resources = Some(merged);
+        let update = ContainerUpdate {
+            resources: config,
+            memo: memo::of_container(&asked),
+            host: Some(limits),
+        };
+        Ok(self.runtime.update_container(&status.id, update).await?)
+    }
 }
 
 #[cfg(test)]

@@ -7,17 +7,20 @@
 //! | `pods/UID/etc-hosts` | that file |
 //! | `pods/UID/containers/NAME/…` (termination log) | a file of the container's own; see [`crate::termination`] |
 //! | `pods/UID/volume-subpaths/VOLUME/…` | the part of the emptyDir, or the file, that is bound there |
-//! | what the node's configuration lists | a read-only copy |
+//! | what the node's configuration lists | the path itself, or a read-only copy |
+//!
+//! A mount of an image has no host path: the image's files, read-only.
 //!
 //! Everything else is refused.
 
 use std::path::{Component, Path, PathBuf};
 
-use hypernetes_runtime::{MountConfig, VolumeConfig, VolumeKind};
+use hypernetes_runtime::{HostShare, MountConfig, SHARED_VOLUME, VolumeConfig, VolumeKind};
 
 use crate::{
     config::CriConfig,
     files::{self, Content, ReadError},
+    hostpath,
     lookup::shown,
     status::CriError,
     subpath, v1,
@@ -25,6 +28,10 @@ use crate::{
 
 /// Name of the setting that an operator changes for a refused path.
 const SETTING: &str = "hostPaths.copied";
+/// The same, for the path itself.
+const SHARED: &str = "hostPaths.shared";
+
+const PRIVATE: v1::MountPropagation = v1::MountPropagation::PropagationPrivate;
 
 /// What a container's mounts need.
 #[derive(Debug, Default)]
@@ -35,6 +42,8 @@ pub(crate) struct Plan {
     pub(crate) mounts: Vec<MountConfig>,
     /// Where the container says why it ended; empty = nowhere.
     pub(crate) termination_path: String,
+    /// What of the host is to be shared with the guest, and which of `mounts` shows it.
+    pub(crate) shares: Vec<(usize, HostShare)>,
 }
 
 /// What a host path stands for.
@@ -92,13 +101,23 @@ pub(crate) fn plan(
     for (index, mount) in mounts.iter().enumerate() {
         let field = |name: &str| format!("config.mounts[{index}].{name}");
         check(mount, field)?;
+        if let Some(image) = &mount.image {
+            plan.mounts.push(of_image(mount, image, field)?);
+            continue;
+        }
         if is_termination_log(mount, owner.pod_uid, &node.kubelet_dir) {
             plan.termination_path.clone_from(&mount.container_path);
+            continue;
+        }
+        if let Some(share) = shared(mount, owner, node, field)? {
+            plan.shares.push((plan.mounts.len(), share.0));
+            plan.mounts.push(share.1);
             continue;
         }
         let (volume, sub_path) = source(index, mount, owner, node)?;
         plan.mounts.push(MountConfig {
             volume: volume.name.clone(),
+            image: String::new(),
             destination: mount.container_path.clone(),
             sub_path,
             readonly: mount.readonly,
@@ -113,28 +132,34 @@ pub(crate) fn plan(
 /// Refuses what mounts of the guest cannot be.
 fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriError> {
     let refused = |name: &str, rule: &str| Err(CriError::invalid(field(name), rule));
-    if mount.image.is_some() {
-        if !mount.readonly {
-            return refused("readonly", "an image can only be mounted read-only");
-        }
-        return Err(CriError::Unsupported {
-            field: field("image"),
-            rule: "image volumes are not served by this node".to_owned(),
-        });
+    if mount.image.is_some() && !mount.readonly {
+        return refused("readonly", "an image can only be mounted read-only");
     }
-    if mount.propagation() != v1::MountPropagation::PropagationPrivate {
-        let rule = "no mount of the host is seen in a microVM: only PROPAGATION_PRIVATE";
+    if mount.image.is_some() && !mount.host_path.is_empty() {
+        return refused("host_path", "must be empty beside an image");
+    }
+    if mount.image.is_none() && !mount.image_sub_path.is_empty() {
+        return refused("image_sub_path", "needs an image beside it");
+    }
+    if mount.propagation() == v1::MountPropagation::PropagationBidirectional {
+        let rule = "what a container mounts is in its microVM and not on the host";
+        return refused("propagation", rule);
+    }
+    if mount.recursive_read_only && mount.propagation() != PRIVATE {
+        let rule = "must be PROPAGATION_PRIVATE beside recursive_read_only";
         return refused("propagation", rule);
     }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return refused("uidMappings", "user namespaces are not served by this node");
     }
-    // A volume of the guest has no mounts below it: read-only is so to the bottom.
     if mount.recursive_read_only && !mount.readonly {
         return refused("recursive_read_only", "needs readonly beside it");
     }
     if !mount.container_path.starts_with('/') {
         return refused("container_path", "must be absolute");
+    }
+    if mount.image.is_some() {
+        return Ok(());
     }
     let path = Path::new(&mount.host_path);
     let plain = |part| matches!(part, Component::RootDir | Component::Normal(_));
@@ -142,6 +167,59 @@ fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriErr
         return refused("host_path", "must be an absolute path without ..");
     }
     Ok(())
+}
+
+/// A mount of an image, as it was named.
+fn of_image(
+    mount: &v1::Mount,
+    image: &v1::ImageSpec,
+    field: impl Fn(&str) -> String,
+) -> Result<MountConfig, CriError> {
+    if image.image.is_empty() {
+        return Err(CriError::invalid(field("image.image"), "must be given"));
+    }
+    let plain = |part| matches!(part, Component::Normal(_) | Component::CurDir);
+    let sub_path = &mount.image_sub_path;
+    if !Path::new(sub_path).components().all(plain) || sub_path.contains('\0') {
+        let rule = "must be relative and without ..";
+        return Err(CriError::invalid(field("image_sub_path"), rule));
+    }
+    Ok(MountConfig {
+        volume: String::new(),
+        image: image.image.clone(),
+        destination: mount.container_path.clone(),
+        sub_path: sub_path.clone(),
+        readonly: true,
+    })
+}
+
+/// What a mount shares of the host, and the mount without the name that the share is given later.
+fn shared(
+    mount: &v1::Mount,
+    owner: Owner<'_>,
+    node: &CriConfig,
+    field: impl Fn(&str) -> String,
+) -> Result<Option<(HostShare, MountConfig)>, CriError> {
+    let path = Path::new(&mount.host_path);
+    match classify(path, owner.pod_uid, &node.kubelet_dir) {
+        Source::Foreign | Source::TerminationLog => {}
+        _ => return Ok(None),
+    }
+    let opened = hostpath::open_share(mount, &node.shared_paths);
+    let opened = opened.map_err(|error| {
+        let rule = hypernetes_telemetry::chain(&error).to_string();
+        CriError::invalid(field("host_path"), rule)
+    })?;
+    Ok(opened.map(|(share, readonly)| {
+        let config = MountConfig {
+            volume: SHARED_VOLUME.to_owned(),
+            image: String::new(),
+            destination: mount.container_path.clone(),
+            sub_path: String::new(),
+            readonly,
+        };
+        (share, config)
+    }))
 }
 
 /// The volume that a mount shows, and the path inside it.
@@ -154,6 +232,14 @@ fn source(
     let path = Path::new(&mount.host_path);
     let refused =
         |rule: String| CriError::invalid(format!("config.mounts[{index}].host_path"), rule);
+    if mount.propagation() != PRIVATE {
+        let rule = format!(
+            "only a host path that the node's setting {SHARED} names shows later mounts of the host: \
+             otherwise only PROPAGATION_PRIVATE"
+        );
+        let field = format!("config.mounts[{index}].propagation");
+        return Err(CriError::invalid(field, rule));
+    }
     let unreadable = |error: ReadError| {
         let rule = hypernetes_telemetry::chain(&error).to_string();
         refused(rule)
@@ -192,7 +278,7 @@ fn source(
             if !allowed {
                 return Err(refused(format!(
                     "{} is on the host, whose file system no microVM sees; the node's setting \
-                     {SETTING} can allow a read-only copy of it",
+                     {SHARED} can allow it, and {SETTING} a read-only copy of it",
                     shown(&mount.host_path)
                 )));
             }
@@ -392,6 +478,7 @@ mod tests {
     #[test]
     fn what_a_mount_cannot_be_is_refused_by_name() {
         let bed = Bed::new();
+        fs::write(bed.pod("etc-hosts"), "").unwrap();
         let base = mount(&bed.pod("etc-hosts"), "/x", true);
         for (mount, name) in [
             (
@@ -403,10 +490,44 @@ mod tests {
             ),
             (
                 v1::Mount {
+                    propagation: v1::MountPropagation::PropagationHostToContainer.into(),
+                    ..base.clone()
+                },
+                "propagation",
+            ),
+            (
+                v1::Mount {
                     image: Some(v1::ImageSpec::default()),
                     ..base.clone()
                 },
-                "image",
+                "host_path",
+            ),
+            (
+                v1::Mount {
+                    image: Some(v1::ImageSpec::default()),
+                    host_path: String::new(),
+                    ..base.clone()
+                },
+                "image.image",
+            ),
+            (
+                v1::Mount {
+                    image: Some(v1::ImageSpec {
+                        image: "a".into(),
+                        ..Default::default()
+                    }),
+                    host_path: String::new(),
+                    image_sub_path: "a/../../b".into(),
+                    ..base.clone()
+                },
+                "image_sub_path",
+            ),
+            (
+                v1::Mount {
+                    image_sub_path: "a".into(),
+                    ..base.clone()
+                },
+                "image_sub_path",
             ),
             (
                 v1::Mount {
@@ -448,12 +569,32 @@ mod tests {
             ),
         ] {
             match bed.plan(&[mount]).unwrap_err() {
-                CriError::Invalid { field, .. } | CriError::Unsupported { field, .. } => {
+                CriError::Invalid { field, .. } => {
                     assert_eq!(field, format!("config.mounts[0].{name}"));
                 }
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn a_shared_path_is_seen_and_not_copied() {
+        let mut bed = Bed::new();
+        let data = bed.temp.path().join("data");
+        fs::create_dir(&data).unwrap();
+        bed.node.shared_paths.push(crate::config::SharedPath {
+            path: data.clone(),
+            read_only: false,
+        });
+        fs::write(bed.pod("etc-hosts"), "").unwrap();
+        let hosts = mount(&bed.pod("etc-hosts"), "/etc/hosts", false);
+        let plan = bed.plan(&[hosts, mount(&data, "/data", true)]).unwrap();
+        let [(1, share)] = plan.shares.as_slice() else {
+            panic!("{plan:?}");
+        };
+        assert!(share.read_only);
+        assert_eq!(plan.mounts[1].volume, SHARED_VOLUME);
+        assert_eq!(plan.volumes.len(), 1, "nothing is carried for it");
     }
 
     #[test]

@@ -1,8 +1,12 @@
 //! Amounts: a container's limits, and the size of the VM around them.
 
-use hypernetes_runtime::ResourceConfig;
+use hypernetes_runtime::{ResourceConfig, VmExtras};
 
-use crate::{config::VmSizes, status::CriError, v1};
+use crate::{
+    config::{CriConfig, VmSizes},
+    status::CriError,
+    v1,
+};
 
 const MIB: i64 = 1 << 20;
 /// What the kernel takes when nothing is said, in microseconds.
@@ -127,6 +131,22 @@ pub(crate) fn vm_size(linux: &v1::LinuxPodSandboxConfig, sizes: &VmSizes) -> VmS
     }
 }
 
+/// What a VM of this size can be given later.
+pub(crate) fn vm_extras(size: VmSize, node: &CriConfig) -> VmExtras {
+    let vm = &node.vm;
+    VmExtras {
+        max_vcpus: match vm.resize_vcpus {
+            0 => size.vcpus,
+            most => most.min(vm.max_vcpus).max(size.vcpus),
+        },
+        max_memory_mib: match vm.resize_memory_mib {
+            0 => size.memory_mib,
+            most => most.saturating_add(vm.overhead_mib).max(size.memory_mib),
+        },
+        shares: !node.shared_paths.is_empty(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -225,6 +245,8 @@ mod tests {
             overhead_mib: 64,
             vcpus: 1,
             max_vcpus: 4,
+            resize_vcpus: 0,
+            resize_memory_mib: 0,
             scratch_mib: 1,
         };
         let linux = |memory_limit_in_bytes, cpu_quota| v1::LinuxPodSandboxConfig {

@@ -89,6 +89,7 @@ pub(crate) fn plan(
         kernel: kernel(&config.annotations)?,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
+        extras: resources::vm_extras(size, node),
         scratch_mib: node.vm.scratch_mib,
         dns: config
             .dns_config

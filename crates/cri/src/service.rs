@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
-    ContainerConfig, ContainerState, ContainerStatus, ContainerUpdate, PodRuntime, SandboxState,
+    ContainerConfig, ContainerState, ContainerStatus, PodRuntime, RuntimeError, SandboxState,
     SandboxStatus,
 };
 use hypernetes_streaming::ProcessRequest;
@@ -18,9 +18,9 @@ use crate::{
     carried::Carried,
     config::CriConfig,
     container::{self, Asked},
-    host, lookup, memo, mounts,
+    host, lookup, mounts,
     network::NodeNetwork,
-    resources, sandbox, stats,
+    sandbox, stats,
     status::CriError,
     streams::{Stream, Streams},
     termination, v1,
@@ -147,7 +147,11 @@ impl Service {
         container::plan(&asked, &sandbox, &mounts::Plan::default())?;
         let ledger = self.carried.of(&sandbox.id);
         let mut ledger = ledger.lock().await;
-        let mounts = self.plan_mounts(&asked, &sandbox).await?;
+        let mut mounts = self.plan_mounts(&asked, &sandbox).await?;
+        self.name_images(&mut mounts).await?;
+        for (index, share) in std::mem::take(&mut mounts.shares) {
+            mounts.mounts[index].sub_path = self.runtime.share(&sandbox.id, share).await?;
+        }
         let config = container::plan(&asked, &sandbox, &mounts)?;
         for volume in mounts.volumes {
             ledger.write(self.runtime(), &sandbox.id, volume).await?;
@@ -175,6 +179,20 @@ impl Service {
         }
     }
 
+    /// Puts ids in the place of names, so that a container's status tells what is mounted even if the
+    /// name means something else later.
+    async fn name_images(&self, plan: &mut mounts::Plan) -> Result<(), CriError> {
+        let images = plan.mounts.iter_mut().map(|mount| &mut mount.image);
+        for image in images.filter(|image| !image.is_empty()) {
+            let found = self.runtime.image(image).await.ok_or_else(|| {
+                let missing = format!("{:?} is not on this node", lookup::shown(image));
+                CriError::Runtime(RuntimeError::ImageVolume(missing))
+            })?;
+            *image = found.id.to_string();
+        }
+        Ok(())
+    }
+
     async fn plan_mounts(
         &self,
         asked: &Asked<'_>,
@@ -193,92 +211,6 @@ impl Service {
         tokio::task::spawn_blocking(read)
             .await
             .map_err(|_panic| CriError::Lost("reading the mounts' files was lost"))?
-    }
-
-    pub(crate) async fn update_resources(
-        &self,
-        request: v1::UpdateContainerResourcesRequest,
-    ) -> Result<(), CriError> {
-        let status = self.container(&request.container_id).await?;
-        let update = request
-            .linux
-            .ok_or_else(|| CriError::invalid("linux", "must be given"))?;
-        let mut asked = memo::container(&status.config.memo);
-        let linux = asked.linux.get_or_insert_default();
-        let old = linux.resources.take().unwrap_or_default();
-        let resources = resources::merged(&old, &update);
-        if status.config.host.is_some() {
-            let update = ContainerUpdate {
-                resources: resources::of_container("linux", &host::guest_limits(&resources))?,
-                host: Some(host::limits(&resources)?),
-                memo: {
-                    linux.resources = Some(resources);
-                    memo::of_container(&asked)
-                },
-            };
-            return Ok(self.runtime.update_container(&status.id, update).await?);
-        }
-        let config = resources::of_container("linux", &resources)?;
-        let room = self.room_of(&status.sandbox).await;
-        if let Some(room) = room.filter(|room| config.memory_limit > *room) {
-            return Err(CriError::invalid(
-                "linux.memory_limit_in_bytes",
-                format!(
-                    "{} is more than the {room} bytes of the pod's VM, which does not grow",
-                    config.memory_limit
-                ),
-            ));
-        }
-        linux.resources = Some(resources);
-        let update = ContainerUpdate {
-            resources: config,
-            memo: memo::of_container(&asked),
-            host: None,
-        };
-        Ok(self.runtime.update_container(&status.id, update).await?)
-    }
-
-    /// Nothing is to be done for new limits of a whole pod: the containers' own hold inside the VM,
-    /// and the kubelet sets those of the cgroup around it. But the VM must have what they promise.
-    pub(crate) async fn check_pod_resources(
-        &self,
-        request: &v1::UpdatePodSandboxResourcesRequest,
-    ) -> Result<(), CriError> {
-        let status = self.sandbox(&request.pod_sandbox_id).await?;
-        if status.config.host.is_some() {
-            // The pod's cgroup is the kubelet's.
-            return Ok(());
-        }
-        let resources = request.resources.clone().unwrap_or_default();
-        let asked = resources::of_container("resources", &resources)?;
-        let room = self.room_of(&status.id).await;
-        if let Some(room) = room.filter(|room| asked.memory_limit > *room) {
-            return Err(CriError::invalid(
-                "resources.memory_limit_in_bytes",
-                format!(
-                    "{} is more than the {room} bytes of the pod's VM, which does not grow",
-                    asked.memory_limit
-                ),
-            ));
-        }
-        let vcpus = i64::from(status.config.vcpus);
-        if asked.cpu_limit_milli > vcpus * 1000 {
-            return Err(CriError::invalid(
-                "resources.cpu_quota",
-                format!("is more than the {vcpus} CPUs of the pod's VM, which does not grow"),
-            ));
-        }
-        Ok(())
-    }
-
-    /// Bytes that a VM has for its containers.
-    async fn room_of(&self, sandbox: &SandboxId) -> Option<i64> {
-        let status = self.runtime.sandbox(sandbox).await?;
-        let mib = status
-            .config
-            .memory_mib
-            .saturating_sub(self.config.vm.overhead_mib);
-        Some(i64::from(mib) << 20)
     }
 
     pub(crate) async fn exec_url(&self, request: v1::ExecRequest) -> Result<String, CriError> {
@@ -376,6 +308,7 @@ impl Service {
             "stateDir": self.config.state_dir,
             "kubeletDir": self.config.kubelet_dir,
             "copiedHostPaths": self.config.copied_paths,
+            "sharedHostPaths": self.config.shared_paths.iter().map(|shared| &shared.path).collect::<Vec<_>>(),
             "streamAddress": self.config.stream_address.to_string(),
             "handlers": self.handlers(),
             "network": self.network.info(),

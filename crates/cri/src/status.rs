@@ -13,9 +13,6 @@ pub(crate) enum CriError {
     /// The request is wrong, or asks for what this node does not do.
     #[error("{field}: {rule}")]
     Invalid { field: String, rule: String },
-    /// The request asks for a feature that this node does not have at all.
-    #[error("{field}: {rule}")]
-    Unsupported { field: String, rule: String },
     #[error("{kind} {id:?} does not exist")]
     NotFound { kind: &'static str, id: String },
     #[error("{kind} {id} exists already and was asked for otherwise")]
@@ -54,7 +51,6 @@ impl From<CriError> for Status {
     fn from(error: CriError) -> Self {
         let code = match &error {
             CriError::Invalid { .. } => Code::InvalidArgument,
-            CriError::Unsupported { .. } => Code::Unimplemented,
             CriError::NotFound { .. } => Code::NotFound,
             CriError::Exists { .. } => Code::AlreadyExists,
             CriError::State { .. } => Code::FailedPrecondition,
@@ -75,6 +71,11 @@ fn of_runtime(error: &RuntimeError) -> Status {
         RuntimeError::State { .. } => Code::FailedPrecondition,
         RuntimeError::Invalid { .. } => Code::InvalidArgument,
         RuntimeError::Image(error) => return of_image(error),
+        RuntimeError::ImageVolume(_) => {
+            // The kubelet looks for this word and shows it as the pod's reason.
+            let message = format!("ImageVolumeMountFailed: {error}");
+            return Status::new(Code::FailedPrecondition, message);
+        }
         // Not the deadline of a command: that has its own code, which probes understand.
         RuntimeError::GuestSilent { .. } => Code::Unavailable,
         _ => Code::Internal,
@@ -123,6 +124,13 @@ mod tests {
         };
         let status = Status::from(CriError::from(RuntimeError::from(error)));
         assert!(status.message().starts_with("RegistryUnavailable"));
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_mounted_has_the_kubelet_s_word_too() {
+        let error = RuntimeError::ImageVolume("no such file".into());
+        let status = Status::from(CriError::from(error));
+        assert!(status.message().starts_with("ImageVolumeMountFailed"));
     }
 
     #[test]

@@ -45,6 +45,11 @@ struct Node {
 
 impl Node {
     fn start() -> Self {
+        Self::start_with(|_| String::new(), "")
+    }
+
+    /// With more lines in its configuration, and more below `vm`.
+    fn start_with(more: impl Fn(&Path) -> String, vm: &str) -> Self {
         let temp = tempfile::tempdir().unwrap();
         // Socket paths are limited to 107 bytes.
         let run_dir = tempfile::Builder::new()
@@ -53,9 +58,11 @@ impl Node {
             .unwrap();
         let config = format!(
             "socket: {0}/cri.sock\nrunDir: {0}\nkubeletDir: {1}/kubelet\n\
-             network:\n  cidr: 10.89.0.0/24\nvm:\n  memoryMiB: 192\n  scratchMiB: 512\n",
+             network:\n  cidr: 10.89.0.0/24\nvm:\n  memoryMiB: 192\n  scratchMiB: 512\n{2}{3}",
             run_dir.path().display(),
             temp.path().display(),
+            vm,
+            more(temp.path()),
         );
         fs::write(temp.path().join("node.yaml"), config).unwrap();
         let mut node = Self {
@@ -705,4 +712,253 @@ async fn a_pod_lives_through_the_runtime_interface() {
     assert!(node.picture().is_clean(), "{:?}", node.picture());
     let left = fs::read_dir(node.state().join("runtime/sandboxes"));
     assert_eq!(left.map_or(0, Iterator::count), 0);
+}
+
+/// Memory of the VMM that is resident, in MiB.
+fn resident(node: &Node) -> u64 {
+    let [vmm] = node.vmms()[..] else {
+        panic!("not one VM");
+    };
+    let path = format!("/proc/{}/smaps_rollup", vmm.as_raw_nonzero());
+    let text = fs::read_to_string(path).unwrap();
+    let line = text.lines().find(|line| line.starts_with("Rss:")).unwrap();
+    let kib = line.split_whitespace().nth(1).unwrap();
+    kib.parse::<u64>().unwrap() / 1024
+}
+
+/// Processes of the server of the only VM's host directories: the one that waits, the one that serves.
+fn servers(node: &Node) -> Vec<i64> {
+    let vm = fs::read_dir(node.run_dir.path().join("vm")).unwrap();
+    let record = vm
+        .flatten()
+        .find_map(|entry| fs::read_to_string(entry.path().join("server.json")).ok());
+    let Some(record) = record else {
+        return Vec::new();
+    };
+    let record: serde_json::Value = serde_json::from_str(&record).unwrap();
+    let first = record["pid"].as_i64().unwrap();
+    let below = fs::read_to_string(format!("/proc/{first}/task/{first}/children"));
+    let below = below.unwrap_or_default();
+    let below = below.split_whitespace().map(|pid| pid.parse().unwrap());
+    std::iter::once(first).chain(below).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_is_given_images_directories_and_a_larger_vm() {
+    if !can_run_pods() {
+        return;
+    }
+    let registry = Registry::start();
+    let shared = |temp: &Path| {
+        format!(
+            "hostPaths:\n  shared:\n    - path: {0}/data\n    - {{path: {0}/fixed, readOnly: true}}\n",
+            temp.display()
+        )
+    };
+    let mut node = Node::start_with(shared, "  resizeVCPUs: 2\n  resizeMemoryMiB: 1024\n");
+    let temp = node.temp.path().to_owned();
+    let at = |name: &str| temp.join(name).to_str().unwrap().to_owned();
+    for name in ["data", "fixed", "outside"] {
+        fs::create_dir(at(name)).unwrap();
+        fs::write(Path::new(&at(name)).join("file"), name).unwrap();
+    }
+    symlink(at("outside"), at("data/way-out")).unwrap();
+    let (kubelet, logs) = (node.temp.path().join("kubelet"), at("logs"));
+    let logs = Path::new(&logs);
+    prepare(&kubelet);
+    let mut client = Client::of(&node).await;
+    let image = Some(v1::ImageSpec {
+        image: registry.image("busybox:1"),
+        ..Default::default()
+    });
+    let request = v1::PullImageRequest {
+        image: image.clone(),
+        ..Default::default()
+    };
+    let pulled = client.images.pull_image(request).await.unwrap();
+    let image_id = pulled.into_inner().image_ref;
+    let request = v1::RunPodSandboxRequest {
+        config: Some(sandbox(logs)),
+        runtime_handler: String::new(),
+    };
+    let pod = client.runtime.run_pod_sandbox(request).await.unwrap();
+    let pod = pod.into_inner().pod_sandbox_id;
+    assert_eq!(servers(&node), [] as [i64; 0], "nobody has asked for one");
+
+    let create = async |client: &mut Client, name: &str, mounts: &[v1::Mount]| {
+        let mut config = container(&kubelet, &image_id);
+        config.metadata.as_mut().unwrap().name = name.into();
+        config.log_path = format!("{name}/0.log");
+        config.command[2] = "sleep 100000".into();
+        config.mounts = mounts.to_vec();
+        let linux = config.linux.as_mut().unwrap();
+        linux.resources = Some(v1::LinuxContainerResources {
+            memory_limit_in_bytes: 192 << 20,
+            ..Default::default()
+        });
+        let request = v1::CreateContainerRequest {
+            pod_sandbox_id: pod.clone(),
+            config: Some(config),
+            sandbox_config: Some(sandbox(logs)),
+        };
+        let created = client.runtime.create_container(request).await?;
+        let container_id = created.into_inner().container_id;
+        let request = v1::StartContainerRequest {
+            container_id: container_id.clone(),
+        };
+        client.runtime.start_container(request).await.unwrap();
+        Ok::<_, tonic::Status>(container_id)
+    };
+    let of_image = |sub_path: &str| v1::Mount {
+        container_path: "/image".into(),
+        readonly: true,
+        image: image.clone(),
+        image_sub_path: sub_path.into(),
+        ..Default::default()
+    };
+    let of_host = |path: &str, to: &str, readonly| v1::Mount {
+        container_path: to.into(),
+        host_path: at(path),
+        readonly,
+        ..Default::default()
+    };
+
+    // What cannot be mounted is refused, with the reason that a kubelet looks for.
+    for sub_path in ["no/such", "proc/../../etc"] {
+        let refused = create(&mut client, "refused", &[of_image(sub_path)]).await;
+        let status = refused.unwrap_err();
+        let named = status.message().starts_with("ImageVolumeMountFailed: ");
+        assert!(
+            named || status.message().contains("image_sub_path"),
+            "{status:?}"
+        );
+    }
+    for path in ["outside", "data/way-out"] {
+        let refused = create(&mut client, "refused", &[of_host(path, "/x", true)]).await;
+        assert_eq!(refused.unwrap_err().code(), Code::InvalidArgument, "{path}");
+    }
+    let writable = of_host("fixed", "/fixed", false);
+    assert!(create(&mut client, "refused", &[writable]).await.is_err());
+
+    let mounts = [
+        of_image("bin"),
+        of_host("data", "/data", false),
+        of_host("fixed", "/fixed", true),
+        of_host("data/file", "/one", true),
+    ];
+    let id = create(&mut client, "main", &mounts).await.unwrap();
+    let (text, code) = client
+        .exec(&id, "/image/busybox echo ran; touch /image/x")
+        .await;
+    assert!(
+        text.starts_with("ran\n") && text.contains("Read-only"),
+        "{text}"
+    );
+    assert_eq!(code, 1);
+    let (text, _) = client.exec(&id, "cat /data/file /fixed/file /one").await;
+    assert_eq!(text, "datafixeddata");
+    let script = "echo new > /data/new; chown 1234:77 /data/new; mknod /data/disk b 8 0; \
+                  touch /fixed/x; echo x > /one";
+    let (text, _) = client.exec(&id, script).await;
+    assert!(text.contains("not permitted"), "no devices: {text}");
+    assert_eq!(text.matches("Read-only").count(), 2, "{text}");
+    {
+        use std::os::unix::fs::MetadataExt;
+        let meta = fs::metadata(at("data/new")).unwrap();
+        assert_eq!((meta.uid(), meta.gid()), (1234, 77));
+    }
+    assert!(!Path::new(&at("data/disk")).exists());
+
+    // The server is locked up: it sees what is shared, and root there is nobody here.
+    let server = *servers(&node).last().unwrap();
+    let seen = fs::read_to_string(format!("/proc/{server}/mountinfo")).unwrap();
+    assert_eq!(seen.lines().count(), 4, "{seen}");
+    let status = fs::read_to_string(format!("/proc/{server}/status")).unwrap();
+    for line in ["NoNewPrivs:\t1", "Seccomp:\t2", "CapBnd:\t0000000000000000"] {
+        assert!(status.contains(line), "{line}: {status}");
+    }
+    for namespace in ["user", "mnt", "pid", "net", "ipc", "uts"] {
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{namespace}")).unwrap();
+        assert_ne!(of(&server.to_string()), of("self"), "{namespace}");
+    }
+
+    // The VM grows with its container, and goes back.
+    let resize = async |client: &mut Client, memory_limit_in_bytes, cpu_quota| {
+        let request = v1::UpdateContainerResourcesRequest {
+            container_id: id.clone(),
+            linux: Some(v1::LinuxContainerResources {
+                memory_limit_in_bytes,
+                cpu_quota,
+                cpu_period: 100_000,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        client.runtime.update_container_resources(request).await
+    };
+    let numbers = async |client: &mut Client| {
+        let script = "nproc; sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo";
+        let (text, _) = client.exec(&id, script).await;
+        let mut lines = text.lines().map(|line| line.parse::<u64>().unwrap());
+        (lines.next().unwrap(), lines.next().unwrap() >> 10)
+    };
+    let (cpus, small) = numbers(&mut client).await;
+    assert_eq!(cpus, 1);
+    let cores = std::thread::available_parallelism().unwrap().get().min(2) as u64;
+    resize(&mut client, 1024 << 20, 200_000).await.unwrap();
+    let (cpus, large) = numbers(&mut client).await;
+    assert_eq!(cpus, cores);
+    assert!(large >= small + 700, "{small} to {large} MiB");
+    let before = resident(&node);
+    let (text, code) = client
+        .exec(&id, "dd if=/dev/zero of=/dev/null bs=600M count=1")
+        .await;
+    assert_eq!(code, 0, "{text}");
+    assert!(resident(&node) > before + 300, "the memory was used");
+    node.kill();
+    node.spawn();
+    let mut client = Client::of(&node).await;
+    assert_eq!(*servers(&node).last().unwrap(), server, "it lives on");
+    assert_eq!(numbers(&mut client).await, (cores, large));
+    resize(&mut client, 192 << 20, 100_000).await.unwrap();
+    assert_eq!(numbers(&mut client).await, (1, small));
+    eventually("the host has its memory back", PATIENCE, || {
+        let now = resident(&node);
+        (now < before + 200)
+            .then_some(())
+            .ok_or(format!("{now} MiB, {before} before"))
+    });
+    let refused = resize(&mut client, 1 << 40, 0).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+
+    // What is shared already is found again, and more can be shared.
+    fs::create_dir(at("data/more")).unwrap();
+    let mounts = [
+        of_host("data", "/data", false),
+        of_host("data/more", "/more", false),
+    ];
+    let second = create(&mut client, "second", &mounts).await.unwrap();
+    let (text, _) = client.exec(&second, "cat /data/new; touch /more/x").await;
+    assert_eq!(text, "new\n");
+    assert!(Path::new(&at("data/more/x")).exists());
+    let seen = fs::read_to_string(format!("/proc/{server}/mountinfo")).unwrap();
+    assert_eq!(seen.lines().count(), 5, "{seen}");
+
+    // A pod without its server is ended.
+    let pid = rustix::process::Pid::from_raw(i32::try_from(server).unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let ended = client.ended(&id).await;
+    assert_eq!(ended.reason, "VmmDied");
+    assert!(
+        ended.message.contains("host directories"),
+        "{}",
+        ended.message
+    );
+    let request = v1::RemovePodSandboxRequest {
+        pod_sandbox_id: pod,
+    };
+    client.runtime.remove_pod_sandbox(request).await.unwrap();
+    assert!(node.picture().is_clean(), "{:?}", node.picture());
+    drop(client);
+    node.stop();
 }

@@ -7,9 +7,10 @@ use hypernetes_image::{Credentials, Image, ImageError};
 use hypernetes_runtime::{
     Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
     PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxStats,
-    SandboxStatus, Session, VolumeConfig,
+    SandboxStatus, SandboxUpdate, Session, VolumeConfig,
 };
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_vmm::HostShare;
 use tokio::sync::broadcast::{self, error::RecvError};
 
 use crate::runtime::HostRuntime;
@@ -111,6 +112,18 @@ impl PodRuntime for JointRuntime {
 
     async fn write_volume(&self, id: &SandboxId, volume: VolumeConfig) -> Result<(), RuntimeError> {
         self.of_sandbox(id).write_volume(id, volume).await
+    }
+
+    async fn share(&self, id: &SandboxId, share: HostShare) -> Result<String, RuntimeError> {
+        self.of_sandbox(id).share(id, share).await
+    }
+
+    async fn resize_sandbox(
+        &self,
+        id: &SandboxId,
+        update: SandboxUpdate,
+    ) -> Result<(), RuntimeError> {
+        self.of_sandbox(id).resize_sandbox(id, update).await
     }
 
     async fn create_container(

@@ -177,6 +177,8 @@ impl SandboxRecord {
                 SandboxPhase::Removing => SandboxState::Removing,
             },
             created_unix_nanos: self.created_unix_nanos,
+            vcpus: 0,
+            memory_mib: 0,
             address: lease.map(|lease| lease.address),
             more_addresses: lease.map_or_else(Vec::new, |lease| lease.more_addresses().collect()),
             kernel_release: Some(

@@ -13,9 +13,10 @@ use hypernetes_image::{Credentials, Image};
 use hypernetes_runtime::{
     Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
     FilesystemUsage, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig,
-    SandboxStats, SandboxStatus, Session, VolumeConfig,
+    SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
 };
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_vmm::HostShare;
 use tokio::sync::{Mutex as AsyncMutex, broadcast, watch};
 
 use crate::{
@@ -334,6 +335,17 @@ impl PodRuntime for HostRuntime {
         self.inner.sandbox(id)?;
         let has = "on the host, whose own files its containers mount";
         Err(state("carry a volume", "sandbox", id, has))
+    }
+
+    async fn share(&self, id: &SandboxId, _: HostShare) -> Result<String, RuntimeError> {
+        self.inner.sandbox(id)?;
+        let has = "on the host, whose own files its containers mount";
+        Err(state("share a path", "sandbox", id, has))
+    }
+
+    async fn resize_sandbox(&self, id: &SandboxId, _: SandboxUpdate) -> Result<(), RuntimeError> {
+        self.inner.sandbox(id)?;
+        Err(state("resize", "sandbox", id, "on the host and has no VM"))
     }
 
     async fn create_container(

@@ -261,6 +261,7 @@ impl Bed {
             network: None,
             requested_address: None,
             host_ports: Vec::new(),
+            extras: Default::default(),
             kernel: None,
             vcpus: 1,
             memory_mib: 256,

@@ -195,6 +195,7 @@ async fn verify(
             origin: hypernetes_vmm::Origin::Kernel,
             vcpus: 1,
             memory_mib: 256,
+            extras: hypernetes_vmm::VmExtras::default(),
             net: None,
             disks: Vec::new(),
             run_dir: run_dir.path().join("vm"),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use hypernetes_cri::{CriConfig, HostHandler, PodNetwork, TenantNetwork, VmSizes};
+use hypernetes_cri::{CriConfig, HostHandler, PodNetwork, SharedPath, TenantNetwork, VmSizes};
 use hypernetes_network::NetworkSpec;
 use hypernetes_runtime::TemplateConfig;
 use hypernetes_types::NetworkId;
@@ -110,6 +110,16 @@ impl Host {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct HostPaths {
     copied: Vec<PathBuf>,
+    shared: Vec<Shared>,
+    virtiofsd: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Shared {
+    path: PathBuf,
+    #[serde(default)]
+    read_only: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -169,6 +179,10 @@ struct Vm {
     vcpus: u32,
     #[serde(rename = "maxVCPUs")]
     max_vcpus: u32,
+    #[serde(rename = "resizeVCPUs")]
+    resize_vcpus: u32,
+    #[serde(rename = "resizeMemoryMiB")]
+    resize_memory_mib: u32,
     #[serde(rename = "scratchMiB")]
     scratch_mib: u64,
 }
@@ -241,6 +255,8 @@ impl Default for Vm {
             overhead_mib: sizes.overhead_mib,
             vcpus: sizes.vcpus,
             max_vcpus: 0,
+            resize_vcpus: sizes.resize_vcpus,
+            resize_memory_mib: sizes.resize_memory_mib,
             scratch_mib: sizes.scratch_mib,
         }
     }
@@ -273,6 +289,8 @@ impl NodeConfig {
             .chain(&config.host_paths.copied)
             .chain([&config.network.cni.conf_dir])
             .chain(&config.network.cni.bin_dirs)
+            .chain(config.host_paths.shared.iter().map(|shared| &shared.path))
+            .chain(some(&config.host_paths.virtiofsd).as_ref())
         {
             config.host_handler.check()?;
             ensure!(
@@ -281,6 +299,22 @@ impl NodeConfig {
                 path.display()
             );
         }
+        ensure!(
+            !config
+                .host_paths
+                .shared
+                .iter()
+                .any(|shared| shared.path.parent().is_none()),
+            "hostPaths.shared must not be the whole host"
+        );
+        ensure!(
+            config.vm.resize_vcpus <= 64,
+            "vm.resizeVCPUs must be at most 64"
+        );
+        ensure!(
+            config.vm.resize_memory_mib <= 1 << 20,
+            "vm.resizeMemoryMiB must be at most 1048576"
+        );
         ensure!(
             config.network.cidr.prefix_len() <= 30,
             "network.cidr must have room for pods"
@@ -336,10 +370,8 @@ impl NodeConfig {
             uid_base: self.uid_base,
             templates: self.templates,
             host_pods: self.host_pods(),
-            usual_vm: (
-                self.vm.vcpus,
-                self.vm.memory_mib.saturating_add(self.vm.overhead_mib),
-            ),
+            virtiofsd: some(&self.host_paths.virtiofsd),
+            usual_vm: self.cri(PathBuf::new(), "").usual_vm(),
         }
     }
 
@@ -360,6 +392,15 @@ impl NodeConfig {
             stream_address: self.stream_address,
             kubelet_dir: self.kubelet_dir.clone(),
             copied_paths: self.host_paths.copied.clone(),
+            shared_paths: self
+                .host_paths
+                .shared
+                .iter()
+                .map(|shared| SharedPath {
+                    path: shared.path.clone(),
+                    read_only: shared.read_only,
+                })
+                .collect(),
             log_dir: state_dir.join("logs"),
             cgroup_root: format!("hypernetes-{instance}"),
             state_dir,
@@ -372,6 +413,8 @@ impl NodeConfig {
                     0 => cpus,
                     most => most,
                 },
+                resize_vcpus: self.vm.resize_vcpus,
+                resize_memory_mib: self.vm.resize_memory_mib,
                 scratch_mib: self.vm.scratch_mib,
             },
         }
@@ -432,6 +475,10 @@ mod tests {
             "socket: relative",
             "network: {cidr: 10.0.0.0/32}",
             "hostPaths: {copied: [etc]}",
+            "hostPaths: {shared: [/srv]}",
+            "hostPaths: {shared: [{path: srv}]}",
+            "hostPaths: {shared: [{path: /}]}",
+            "vm: {resizeVCPUs: 65}",
             "vm: {memory: 1}",
             "hostHandler: {namespaces: ['*']}",
             "hostHandler: {namespaces: [Kube]}",

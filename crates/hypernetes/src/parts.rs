@@ -25,7 +25,7 @@ use hypernetes_runtime::{
 };
 use hypernetes_store::{Store, StoreConfig};
 use hypernetes_vmm::{
-    Vmm,
+    VmExtras, Vmm,
     qemu::{QemuConfig, QemuDriver},
 };
 use tracing::info;
@@ -53,7 +53,9 @@ pub(crate) struct PartsOptions {
     /// Pods on the node's own kernel.
     pub(crate) host_pods: HostPodsOptions,
     /// Virtual CPUs and memory in MiB of most pods' VMs: a template of them is made at once.
-    pub(crate) usual_vm: (u32, u32),
+    pub(crate) usual_vm: (u32, u32, VmExtras),
+    /// The program that serves host directories to guests, if not QEMU's.
+    pub(crate) virtiofsd: Option<PathBuf>,
 }
 
 /// Name of the network by CNI plugins.
@@ -157,7 +159,11 @@ impl Parts {
             )),
         };
 
-        let vmm = QemuDriver::detect(QemuConfig::new(paths.state().to_owned())).await?;
+        let mut qemu = QemuConfig::new(paths.state().to_owned());
+        if let Some(program) = &options.virtiofsd {
+            qemu.virtiofsd.clone_from(program);
+        }
+        let vmm = QemuDriver::detect(qemu).await?;
         let probe = vmm.probe();
         info!(qemu = probe.version, accelerator = %probe.accelerator, why = probe.why, "virtual machines");
         let vmm: Arc<dyn Vmm> = Arc::new(vmm);
@@ -188,8 +194,8 @@ impl Parts {
         })
         .await
         .context("cannot open the runtime")?;
-        let (vcpus, memory_mib) = options.usual_vm;
-        runtime.make_template(vcpus, memory_mib).await?;
+        let (vcpus, memory_mib, extras) = options.usual_vm;
+        runtime.make_template(vcpus, memory_mib, extras).await?;
         info!(report = ?runtime.recovery_report(), "pods found again");
         let vms: Arc<dyn PodRuntime> = Arc::new(runtime);
         // A node that has them no longer still has those of before to look after.

@@ -72,7 +72,11 @@ impl Node {
             uid_base: options.uid_base,
             templates: options.templates,
             host_pods: HostPodsOptions::default(),
-            usual_vm: hypernetes_nodelet::USUAL_VM,
+            usual_vm: {
+                let (vcpus, memory_mib) = hypernetes_nodelet::USUAL_VM;
+                (vcpus, memory_mib, hypernetes_vmm::VmExtras::default())
+            },
+            virtiofsd: None,
         };
         let parts = Parts::open(paths, &parts).await?;
         Ok(Self { authority, parts })

@@ -33,6 +33,8 @@ pub(crate) mod dir {
     pub(crate) const VOLUMES: &str = "/volumes";
     /// emptyDirs that have a disk of their own.
     pub(crate) const DISKS: &str = "/disks";
+    /// File systems of the host, by volume.
+    pub(crate) const SHARED: &str = "/shared";
     /// The pod's hosts, resolv.conf, hostname.
     pub(crate) const FILES: &str = "/files";
     /// The pod's shared memory.
@@ -95,11 +97,13 @@ pub(crate) fn prepare() -> Result<(), GuestError> {
         dir::SCRATCH,
         dir::VOLUMES,
         dir::DISKS,
+        dir::SHARED,
         dir::FILES,
         dir::SHM,
     ] {
         step("make the agent's directories", fs::create_dir_all(path))?;
     }
+    crate::resize::prepare();
     // For the agent's own descriptors; containers get limits of their own.
     let files = Rlimit {
         current: Some(1_048_576),

@@ -91,9 +91,7 @@ pub(crate) async fn create(
     let places = Places::of(&request.id);
     let spec = pod.plan(&request, &places)?;
     let limits = request::limits(request.resources.as_ref())?;
-    let mut slots = request.layer_slots.clone();
-    slots.sort_unstable();
-    slots.dedup();
+    let slots = request::slots(&request);
     pod.layers().acquire(&slots).await?;
 
     let result = async {

@@ -19,6 +19,7 @@ mod pod;
 mod port;
 mod reaper;
 mod request;
+mod resize;
 mod ring;
 mod sandbox;
 mod service;

@@ -202,6 +202,10 @@ impl Pod {
         if let Some(disk) = disk {
             disk.mount().await?;
         }
+        let share = self.lock().volumes.new_share(&volume)?;
+        if let Some(share) = share {
+            share.mount().await?;
+        }
         self.lock().volumes.write(volume, gid)
     }
 

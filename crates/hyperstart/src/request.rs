@@ -47,6 +47,40 @@ fn check_place(what: &str, path: &str) -> Result<(), GuestError> {
     Ok(())
 }
 
+fn check_slots(slots: &[u32]) -> Result<(), GuestError> {
+    match slots.iter().find(|slot| !disks::SLOTS.contains(slot)) {
+        Some(slot) => Err(GuestError::Invalid(format!("there is no slot {slot}"))),
+        None => Ok(()),
+    }
+}
+
+fn names(slots: &[u32]) -> Vec<String> {
+    slots.iter().map(|slot| disks::layer_name(*slot)).collect()
+}
+
+/// The slots of all layers that a container shows: its root's and those of images that it mounts.
+pub(crate) fn slots(request: &v1::CreateContainerRequest) -> Vec<u32> {
+    let mounted = request.mounts.iter().flat_map(|mount| match &mount.source {
+        Some(Source::Image(layers)) => layers.slots.as_slice(),
+        _ => &[],
+    });
+    let mut slots: Vec<u32> = request.layer_slots.iter().chain(mounted).copied().collect();
+    slots.sort_unstable();
+    slots.dedup();
+    slots
+}
+
+/// A path inside what is mounted.
+fn check_sub_path(path: &str) -> Result<(), GuestError> {
+    let inside = |part| matches!(part, Component::Normal(_) | Component::CurDir);
+    if Path::new(path).components().all(inside) && !path.contains('\0') {
+        return Ok(());
+    }
+    Err(GuestError::Invalid(format!(
+        "sub path {path:?} leads out of its volume"
+    )))
+}
+
 /// Where one container keeps its own things.
 #[derive(Debug, Clone)]
 pub(crate) struct Places {
@@ -82,9 +116,7 @@ pub(crate) fn init(
             "a container needs 1 to {MAX_LAYERS} layers"
         )));
     }
-    if let Some(slot) = layers.iter().find(|slot| !disks::SLOTS.contains(slot)) {
-        return Err(GuestError::Invalid(format!("there is no slot {slot}")));
-    }
+    check_slots(layers)?;
     if request.mounts.len() > MAX_MOUNTS {
         return Err(GuestError::Invalid(format!(
             "more than {MAX_MOUNTS} mounts"
@@ -110,7 +142,7 @@ pub(crate) fn init(
     Ok(InitSpec {
         rootfs: RootfsSpec {
             layers_dir: dir::LAYERS.into(),
-            layers: layers.iter().map(|slot| disks::layer_name(*slot)).collect(),
+            layers: names(layers),
             writable: places.writable.clone(),
             target: places.root.clone(),
             readonly: request.readonly_rootfs,
@@ -141,18 +173,25 @@ fn mount(spec: &v1::Mount, volumes: &Volumes) -> Result<MountSpec, GuestError> {
     check_place("mount destination", &destination)?;
     let source = match &spec.source {
         Some(Source::Volume(name)) => {
-            let inside = |part| matches!(part, Component::Normal(_) | Component::CurDir);
-            if !Path::new(&spec.sub_path).components().all(inside) || spec.sub_path.contains('\0') {
-                return Err(GuestError::Invalid(format!(
-                    "sub path {:?} leads out of its volume",
-                    spec.sub_path
-                )));
-            }
+            check_sub_path(&spec.sub_path)?;
             let directory = volumes.directory(name);
             let directory = directory
                 .ok_or_else(|| GuestError::Invalid(format!("there is no volume {name}")))?;
             MountSource::Volume {
                 directory: directory.to_owned(),
+                sub_path: spec.sub_path.clone(),
+            }
+        }
+        Some(Source::Image(layers)) => {
+            check_sub_path(&spec.sub_path)?;
+            check_slots(&layers.slots)?;
+            if layers.slots.is_empty() || layers.slots.len() > MAX_LAYERS {
+                return Err(GuestError::Invalid(format!(
+                    "the image on {destination} needs 1 to {MAX_LAYERS} layers"
+                )));
+            }
+            MountSource::Image {
+                layers: names(&layers.slots),
                 sub_path: spec.sub_path.clone(),
             }
         }
@@ -310,6 +349,8 @@ mod tests {
             ("relative", tmpfs()),
             ("/a/../b", tmpfs()),
             ("/a", None),
+            ("/a", Some(Source::Image(v1::Layers::default()))),
+            ("/a", Some(Source::Image(v1::Layers { slots: vec![0] }))),
             ("/a", Some(Source::Volume("unknown".into()))),
         ] {
             let mounts = vec![v1::Mount {
@@ -344,6 +385,40 @@ mod tests {
         for bad in ["/", "/proc/x", "relative", "/a/../b"] {
             assert!(refused(&asks(bad)), "{bad}");
         }
+    }
+
+    #[test]
+    fn layers_of_mounted_images_are_a_container_s_too() {
+        let image = |slots: &[u32], sub_path: &str| v1::Mount {
+            destination: "/image".into(),
+            source: Some(Source::Image(v1::Layers {
+                slots: slots.to_vec(),
+            })),
+            sub_path: sub_path.into(),
+            readonly: true,
+        };
+        let request = v1::CreateContainerRequest {
+            layer_slots: vec![3, 2],
+            mounts: vec![image(&[5, 2], "etc"), image(&[4], "")],
+            ..request()
+        };
+        assert_eq!(slots(&request), [2, 3, 4, 5]);
+        let spec = init(&request, &Places::of("c"), &Volumes::default(), &[]).unwrap();
+        let MountSource::Image { layers, sub_path } = &spec.mounts[0].source else {
+            panic!("{spec:?}");
+        };
+        assert_eq!(
+            (layers.as_slice(), sub_path.as_str()),
+            (&names(&[5, 2])[..], "etc")
+        );
+        assert!(refused(&v1::CreateContainerRequest {
+            mounts: vec![image(&[5], "../etc")],
+            ..request
+        }));
+        assert_eq!(
+            hypernetes_agent_api::IMAGE_VOLUME_FAILED,
+            hypernetes_container::IMAGE_VOLUME_FAILED
+        );
     }
 
     #[test]

@@ -13,7 +13,8 @@ use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    console::log, container, error::GuestError, exec, forward, pod::Pod, request, sandbox, stats,
+    console::log, container, error::GuestError, exec, forward, pod::Pod, request, resize, sandbox,
+    stats,
 };
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -125,6 +126,10 @@ impl Agent for Pod {
         let limits = request::limits(resources.as_ref())?;
         self.container(&id)?.update(&limits)?;
         Ok(Response::new(v1::UpdateContainerResponse {}))
+    }
+
+    async fn resize(&self, request: Request<v1::ResizeRequest>) -> Answer<v1::ResizeResponse> {
+        to_the_end(resize::apply(request.into_inner().vcpus)).await
     }
 
     async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {

@@ -6,6 +6,14 @@ use hypernetes_agent_api::v1;
 
 use crate::pod::Pod;
 
+/// Bytes that the kernel manages.
+pub(crate) fn memory_total() -> u64 {
+    field(
+        &fs::read_to_string("/proc/meminfo").unwrap_or_default(),
+        "MemTotal:",
+    )
+}
+
 pub(crate) fn collect(pod: &Pod) -> v1::StatsResponse {
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let containers = pod.containers().into_iter().map(|container| {

@@ -6,17 +6,20 @@
 //! | emptyDir with a disk of its own | `/disks/NAME/data`, with `/disks/NAME/ballast` beside it |
 //! | emptyDir in memory | `/volumes/NAME`, a tmpfs |
 //! | files | `/volumes/NAME` |
+//! | directories of the host | `/shared/NAME` |
 
 use std::{
     collections::{BTreeSet, HashMap},
     fs, io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, symlink},
     path::{Component, Path, PathBuf},
+    time::Duration,
 };
 
 use hypernetes_agent_api::v1::{self, volume::Kind};
 use nix::mount::{MsFlags, mount};
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
+use tokio::time::{Instant, sleep};
 
 use crate::{
     boot::dir,
@@ -26,6 +29,8 @@ use crate::{
 };
 
 const MAX_VOLUMES: usize = 256;
+/// How long a plugged file system may take to appear.
+const APPEAR: Duration = Duration::from_secs(10);
 const MAX_FILES: usize = 1024;
 const MAX_FILE: usize = 1024 * 1024;
 const MAX_TOTAL: usize = 3 * 1024 * 1024;
@@ -41,6 +46,7 @@ const BALLAST: &str = "ballast";
 enum Sort {
     Empty { memory: bool, slot: u32 },
     Files,
+    Shared,
 }
 
 impl Sort {
@@ -48,6 +54,7 @@ impl Sort {
         match self {
             Self::Empty { slot: 1.., .. } => own_disk(name).join(ROOT),
             Self::Empty { memory: false, .. } => Path::new(dir::SCRATCH).join("volumes").join(name),
+            Self::Shared => Path::new(dir::SHARED).join(name),
             Self::Empty { memory: true, .. } | Self::Files => Path::new(dir::VOLUMES).join(name),
         }
     }
@@ -108,6 +115,50 @@ fn leave_room(target: &Path, limit: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// A file system of the host's that a new volume is.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Shared {
+    volume: String,
+    tag: String,
+}
+
+impl Shared {
+    /// Mounts it. Idempotent.
+    pub(crate) async fn mount(&self) -> Result<(), GuestError> {
+        let target = Path::new(dir::SHARED).join(&self.volume);
+        if sandbox::is_mounted(&target.to_string_lossy()) {
+            return Ok(());
+        }
+        let (tag, deadline) = (self.tag.clone(), Instant::now() + APPEAR);
+        loop {
+            let (tag, target) = (tag.clone(), target.clone());
+            let mounted = disks::blocking(move || {
+                fs::create_dir_all(&target)?;
+                let flags = MsFlags::MS_NODEV;
+                mount(
+                    Some(tag.as_str()),
+                    &target,
+                    Some("virtiofs"),
+                    flags,
+                    None::<&str>,
+                )
+                .map_err(io::Error::from)
+            })
+            .await;
+            match mounted {
+                // The kernel does not know the tag yet: the device was plugged a moment ago.
+                Err(error)
+                    if error.raw_os_error() == Some(rustix::io::Errno::INVAL.raw_os_error())
+                        && Instant::now() < deadline =>
+                {
+                    sleep(Duration::from_millis(10)).await;
+                }
+                result => return result.attempt(format!("mount volume {}", self.volume)),
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Volume {
     sort: Sort,
@@ -137,6 +188,8 @@ impl Volumes {
             None => return Err(no_kind(&name)),
             // What is in it belongs to the containers.
             Some(Kind::EmptyDir(_)) if known => return Ok(()),
+            // Mounted before.
+            Some(Kind::Shared(_)) => {}
             Some(Kind::EmptyDir(empty)) => {
                 make_empty(&path, &empty, gid).attempt(format!("make volume {name}"))?;
             }
@@ -165,6 +218,17 @@ impl Volumes {
         }
     }
 
+    /// The file system that must be mounted before this volume can be written.
+    pub(crate) fn new_share(&self, volume: &v1::Volume) -> Result<Option<Shared>, GuestError> {
+        match (self.examine(volume)?, &volume.kind) {
+            ((Sort::Shared, false), Some(Kind::Shared(shared))) => Ok(Some(Shared {
+                volume: volume.name.clone(),
+                tag: shared.tag.clone(),
+            })),
+            _ => Ok(None),
+        }
+    }
+
     /// What a volume is, and whether it is there already.
     fn examine(&self, volume: &v1::Volume) -> Result<(Sort, bool), GuestError> {
         let name = &volume.name;
@@ -183,6 +247,15 @@ impl Volumes {
                 Sort::Empty { memory, slot }
             }
             Some(Kind::Files(_)) => Sort::Files,
+            Some(Kind::Shared(shared)) => {
+                if !request::is_plain_name(&shared.tag) || shared.tag.len() > 36 {
+                    let tag = &shared.tag;
+                    return Err(GuestError::Invalid(format!(
+                        "{tag:?} is no tag of a device"
+                    )));
+                }
+                Sort::Shared
+            }
         };
         match self.by_name.get(name) {
             Some(known) if known.sort != sort => Err(GuestError::AlreadyExists(format!(

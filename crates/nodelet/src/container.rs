@@ -69,6 +69,7 @@ fn mounts(container: &Container) -> Vec<MountConfig> {
         .flatten()
         .map(|mount| MountConfig {
             volume: mount.name.clone(),
+            image: String::new(),
             destination: mount.mount_path.clone(),
             sub_path: mount.sub_path.clone().unwrap_or_default(),
             readonly: mount.read_only.unwrap_or(false),

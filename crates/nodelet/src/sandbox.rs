@@ -67,6 +67,7 @@ pub(crate) fn config(
         kernel,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
+        extras: Default::default(),
         scratch_mib: node.scratch_mib,
         dns: dns(pod, network, &node.cluster_domain),
         hosts,

@@ -9,6 +9,7 @@
 
 mod boot;
 mod containers;
+mod extras;
 mod guest;
 mod release;
 mod volumes;
@@ -20,7 +21,7 @@ use std::{
 
 use hypernetes_agent_api::AgentClient;
 use hypernetes_types::{ContainerId, SandboxId};
-use hypernetes_vmm::{Vm, VmExit};
+use hypernetes_vmm::{HostShare, Vm, VmExit};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
@@ -30,7 +31,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::Instrument;
 
 use crate::{
-    api::{ContainerConfig, ContainerUpdate, RuntimeEvent, VolumeConfig},
+    api::{ContainerConfig, ContainerUpdate, RuntimeEvent, SandboxUpdate, VolumeConfig},
     container,
     error::RuntimeError,
     link::{GuestEvent, Link},
@@ -57,6 +58,8 @@ pub(crate) enum Request {
     Stop(Reply<()>),
     Remove(Reply<()>),
     WriteVolume(Box<VolumeConfig>, Reply<()>),
+    Share(HostShare, Reply<String>),
+    Resize(SandboxUpdate, Reply<()>),
     Create(Box<ContainerConfig>, Reply<ContainerId>),
     Start(ContainerId, Reply<()>),
     Signal {
@@ -313,6 +316,12 @@ impl Actor {
             Request::Remove(reply) => drop(reply.send(self.remove().await)),
             Request::WriteVolume(volume, reply) => {
                 drop(reply.send(self.write_volume(*volume).await));
+            }
+            Request::Share(share, reply) => {
+                drop(reply.send(Box::pin(self.share(share)).await));
+            }
+            Request::Resize(update, reply) => {
+                drop(reply.send(Box::pin(self.resize(update)).await));
             }
             Request::Create(config, reply) => {
                 drop(reply.send(Box::pin(self.create(*config)).await));

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use hypernetes_network::HostPort;
 use hypernetes_types::{ContainerId, ImageReference, KernelName, NetworkId, SandboxId};
+use hypernetes_vmm::{HostShare, VmExtras};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
@@ -47,6 +48,9 @@ pub struct SandboxConfig {
     pub vcpus: u32,
     /// Guest memory in MiB, the guest's own overhead included.
     pub memory_mib: u32,
+    /// What the VM can be given later: more CPUs and memory, directories of the host.
+    #[serde(default)]
+    pub extras: VmExtras,
     /// Size limit of the pod's scratch disk in MiB (sparse): container layers and emptyDirs.
     pub scratch_mib: u64,
     /// Name servers, search list and options; empty servers = the network's own.
@@ -92,6 +96,9 @@ pub struct HostAlias {
     /// Names.
     pub names: Vec<String>,
 }
+
+/// The volume that holds all that [`PodRuntime::share`] has shared.
+pub const SHARED_VOLUME: &str = "host";
 
 /// A volume that all containers of a sandbox can mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,11 +190,15 @@ pub struct ContainerConfig {
     pub host: Option<HostContainer>,
 }
 
-/// One mount of a volume.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// One mount of a volume, or of an image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MountConfig {
-    /// Volume of the sandbox.
+    /// Volume of the sandbox; empty if `image` is not.
     pub volume: String,
+    /// An image in the store, mounted read-only: any reference or id that resolves there. What is
+    /// at `sub_path` in it must exist, and no link may lead out of the image.
+    #[serde(default)]
+    pub image: String,
     /// Absolute path in the container.
     pub destination: String,
     /// Path inside the volume.
@@ -287,6 +298,10 @@ pub struct SandboxStatus {
     pub state: SandboxState,
     /// Nanoseconds since 1970.
     pub created_unix_nanos: i64,
+    /// Virtual CPUs that the VM has now.
+    pub vcpus: u32,
+    /// Memory in MiB that the VM has now.
+    pub memory_mib: u32,
     /// Pod address.
     pub address: Option<IpAddr>,
     /// Further ones, of the other family.
@@ -477,6 +492,17 @@ pub struct ContainerStats {
     pub pids: u64,
 }
 
+/// A new size of a sandbox's VM, and the note that goes with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SandboxUpdate {
+    /// Virtual CPUs, at most [`VmExtras::max_vcpus`].
+    pub vcpus: u32,
+    /// Guest memory in MiB, from what the VM was started with up to [`VmExtras::max_memory_mib`].
+    pub memory_mib: u32,
+    /// Replaces [`SandboxConfig::memo`], if it is there.
+    pub memo: Option<String>,
+}
+
 /// New limits of a container, and the note that goes with them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContainerUpdate {
@@ -508,6 +534,17 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     async fn list_sandboxes(&self) -> Vec<SandboxStatus>;
     /// Creates or replaces a volume of the sandbox.
     async fn write_volume(&self, id: &SandboxId, volume: VolumeConfig) -> Result<(), RuntimeError>;
+    /// Lets the sandbox's guest see a directory or file of the host, of a sandbox whose
+    /// [`VmExtras::shares`] is set. Returns the name by which it is a sub path of the volume
+    /// [`SHARED_VOLUME`]; it stays until the sandbox is stopped.
+    async fn share(&self, id: &SandboxId, share: HostShare) -> Result<String, RuntimeError>;
+    /// Makes the VM of a sandbox that is up larger or smaller, at once. A guest that does not give
+    /// memory back is an error, and keeps what it has.
+    async fn resize_sandbox(
+        &self,
+        id: &SandboxId,
+        update: SandboxUpdate,
+    ) -> Result<(), RuntimeError>;
     /// Prepares a container. The same name and attempt again gives the same container.
     async fn create_container(
         &self,

@@ -55,6 +55,9 @@ pub enum RuntimeError {
     /// An image is missing or broken.
     #[error(transparent)]
     Image(#[from] hypernetes_image::ImageError),
+    /// An image cannot be mounted in a container.
+    #[error("cannot mount an image: {0}")]
+    ImageVolume(String),
     /// The network refused.
     #[error(transparent)]
     Network(#[from] hypernetes_network::NetworkError),

@@ -17,13 +17,14 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use hypernetes_image::{Credentials, Image, ImageConfig, ImageError};
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_vmm::HostShare;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::{
     Connection, ContainerConfig, ContainerState, ContainerStats, ContainerStatus, ContainerUpdate,
     ContainerUser, DiskUsage, ExecConfig, Failure, FilesystemUsage, InterfaceStats, Output,
     PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState,
-    SandboxStats, SandboxStatus, Session, VolumeConfig,
+    SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
     actor::not_found,
     logs::{
         fanout::Fanout,
@@ -59,6 +60,7 @@ struct State {
 struct FakeSandbox {
     status: SandboxStatus,
     volumes: BTreeMap<String, VolumeConfig>,
+    shares: Vec<HostShare>,
 }
 
 struct FakeContainer {
@@ -384,6 +386,8 @@ impl PodRuntime for FakeRuntime {
             id: id.clone(),
             address: config.network.is_some().then_some(address),
             more_addresses: Vec::new(),
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
             config,
             state: SandboxState::Ready,
             created_unix_nanos: now_nanos(),
@@ -395,6 +399,7 @@ impl PodRuntime for FakeRuntime {
             FakeSandbox {
                 status,
                 volumes: BTreeMap::new(),
+                shares: Vec::new(),
             },
         );
         drop(state);
@@ -454,6 +459,36 @@ impl PodRuntime for FakeRuntime {
         Ok(())
     }
 
+    async fn share(&self, id: &SandboxId, share: HostShare) -> Result<String, RuntimeError> {
+        self.enter("share", id.as_str())?;
+        self.ready(id, "share a host path")?;
+        let mut state = self.lock();
+        let sandbox = state
+            .sandboxes
+            .get_mut(id)
+            .ok_or_else(|| not_found("sandbox", id))?;
+        sandbox.shares.push(share);
+        Ok(format!("d{:02}", sandbox.shares.len() - 1))
+    }
+
+    async fn resize_sandbox(
+        &self,
+        id: &SandboxId,
+        update: SandboxUpdate,
+    ) -> Result<(), RuntimeError> {
+        self.enter("resize_sandbox", id.as_str())?;
+        self.ready(id, "resize the sandbox")?;
+        if let Some(sandbox) = self.lock().sandboxes.get_mut(id) {
+            let status = &mut sandbox.status;
+            (status.vcpus, status.memory_mib) = (update.vcpus, update.memory_mib);
+            if let Some(memo) = update.memo {
+                status.config.memo = memo;
+            }
+        }
+        self.emit(RuntimeEvent::Sandbox(id.clone()));
+        Ok(())
+    }
+
     async fn create_container(
         &self,
         sandbox: &SandboxId,
@@ -463,6 +498,12 @@ impl PodRuntime for FakeRuntime {
         self.ready(sandbox, "create a container")?;
         let image = self.image(&config.image).await;
         let image = image.ok_or_else(|| ImageError::NotFound(config.image.clone()))?;
+        for mount in config.mounts.iter().filter(|mount| !mount.image.is_empty()) {
+            if self.image(&mount.image).await.is_none() {
+                let missing = format!("{} does not exist", mount.image);
+                return Err(RuntimeError::ImageVolume(missing));
+            }
+        }
         let mut state = self.lock();
         let same = |container: &&FakeContainer| {
             let status = &container.status;

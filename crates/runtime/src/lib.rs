@@ -45,6 +45,8 @@ mod timing;
 mod usage;
 
 pub use api::*;
+pub use hypernetes_vmm::{HostShare, VmExtras};
+
 pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;
 pub use host::*;

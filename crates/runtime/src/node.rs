@@ -9,6 +9,7 @@ use std::{
 use async_trait::async_trait;
 use hypernetes_agent_api::{AgentClient, v1};
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_vmm::{HostShare, VmExtras};
 use tokio::{
     sync::{broadcast, oneshot},
     time::timeout,
@@ -19,7 +20,7 @@ use crate::{
     api::{
         Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
         PodRuntime, PullProgress, RuntimeEvent, SandboxConfig, SandboxStats, SandboxStatus,
-        Session, VolumeConfig,
+        SandboxUpdate, Session, VolumeConfig,
     },
     config::RuntimeConfig,
     container,
@@ -90,7 +91,12 @@ impl NodeRuntime {
     ///
     /// # Errors
     /// If there is no default kernel. A template that cannot be made is logged.
-    pub async fn make_template(&self, vcpus: u32, memory_mib: u32) -> Result<(), RuntimeError> {
+    pub async fn make_template(
+        &self,
+        vcpus: u32,
+        memory_mib: u32,
+        extras: VmExtras,
+    ) -> Result<(), RuntimeError> {
         let config = &self.shared.config;
         let kernel = config.kernels.prepare(None, &config.hyperstart).await?;
         self.shared.templates.make_ahead(Wish {
@@ -98,6 +104,7 @@ impl NodeRuntime {
             vcpus,
             memory_mib,
             nic: true,
+            extras,
         });
         Ok(())
     }
@@ -117,7 +124,8 @@ impl NodeRuntime {
                 snapshot
                     .containers
                     .values()
-                    .filter_map(|record| record.image_id.parse().ok()),
+                    .flat_map(|record| record.image_ids())
+                    .filter_map(|id| id.parse::<Digest>().ok()),
             );
         }
         ids
@@ -309,6 +317,20 @@ impl PodRuntime for NodeRuntime {
         handle
             .ask(|reply| Request::WriteVolume(Box::new(volume), reply))
             .await
+    }
+
+    async fn share(&self, id: &SandboxId, share: HostShare) -> Result<String, RuntimeError> {
+        let handle = self.handle(id)?;
+        handle.ask(|reply| Request::Share(share, reply)).await
+    }
+
+    async fn resize_sandbox(
+        &self,
+        id: &SandboxId,
+        update: SandboxUpdate,
+    ) -> Result<(), RuntimeError> {
+        let handle = self.handle(id)?;
+        handle.ask(|reply| Request::Resize(update, reply)).await
     }
 
     async fn create_container(

@@ -22,6 +22,8 @@ const CONTAINERS: &str = "/node/containers/";
 const VERSION: u32 = 1;
 /// Of a sandbox with disks for volumes, which an older runtime would unplug.
 const VERSION_WITH_DISKS: u32 = 2;
+/// Of a container that mounts images, whose disks an older runtime would unplug.
+const VERSION_WITH_IMAGES: u32 = 3;
 
 /// A sandbox on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +46,16 @@ pub(crate) struct SandboxRecord {
     /// Disks of volumes, plugged or about to be.
     #[serde(default)]
     pub(crate) disks: Vec<VolumeDisk>,
+    /// Size of the VM, where it is not as configured any more.
+    #[serde(default)]
+    pub(crate) size: Option<VmSize>,
+}
+
+/// What a VM has after it was resized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct VmSize {
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
 }
 
 /// A disk that a volume has for itself, and its slot.
@@ -76,7 +88,16 @@ impl SandboxRecord {
             kernel_release: None,
             failure: None,
             disks: Vec::new(),
+            size: None,
         }
+    }
+
+    /// Size of the VM as it is.
+    pub(crate) fn vm_size(&self) -> VmSize {
+        self.size.unwrap_or(VmSize {
+            vcpus: self.config.vcpus,
+            memory_mib: self.config.memory_mib,
+        })
     }
 
     pub(crate) fn set_disks(&mut self, disks: Vec<VolumeDisk>) {
@@ -95,6 +116,14 @@ pub(crate) struct LayerSlot {
     pub(crate) slot: u32,
 }
 
+/// An image that a container mounts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MountedImage {
+    pub(crate) image_id: String,
+    /// Lowest first.
+    pub(crate) layers: Vec<LayerSlot>,
+}
+
 /// A container on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ContainerRecord {
@@ -111,6 +140,9 @@ pub(crate) struct ContainerRecord {
     pub(crate) stop_signal: u32,
     /// Lowest first.
     pub(crate) layers: Vec<LayerSlot>,
+    /// Images that it mounts, in the order of the mounts.
+    #[serde(default)]
+    pub(crate) images: Vec<MountedImage>,
     pub(crate) created_unix_nanos: i64,
     pub(crate) started_unix_nanos: i64,
     pub(crate) finished_unix_nanos: i64,
@@ -124,6 +156,26 @@ pub(crate) struct ContainerRecord {
 }
 
 impl ContainerRecord {
+    pub(crate) fn set_images(&mut self, images: Vec<MountedImage>) {
+        self.version = match images.is_empty() {
+            true => VERSION,
+            false => VERSION_WITH_IMAGES,
+        };
+        self.images = images;
+    }
+
+    /// All layers that it shows: of its root, and of the images that it mounts.
+    pub(crate) fn all_layers(&self) -> impl Iterator<Item = &LayerSlot> {
+        let mounted = self.images.iter().flat_map(|image| &image.layers);
+        self.layers.iter().chain(mounted)
+    }
+
+    /// Ids of the images that must stay for it.
+    pub(crate) fn image_ids(&self) -> impl Iterator<Item = &str> {
+        let mounted = self.images.iter().map(|image| image.image_id.as_str());
+        std::iter::once(self.image_id.as_str()).chain(mounted)
+    }
+
     pub(crate) fn new(id: ContainerId, sandbox: SandboxId, config: ContainerConfig) -> Self {
         Self {
             version: VERSION,
@@ -136,6 +188,7 @@ impl ContainerRecord {
             user: None,
             stop_signal: 15,
             layers: Vec::new(),
+            images: Vec::new(),
             created_unix_nanos: 0,
             started_unix_nanos: 0,
             finished_unix_nanos: 0,
@@ -246,10 +299,10 @@ impl Records {
         let parse = |entry: hypernetes_store::Entry| {
             let unreadable = |error| storage(format!("read record {}", entry.key), error);
             let Versioned { version } = serde_json::from_slice(&entry.value).map_err(unreadable)?;
-            if !(VERSION..=VERSION_WITH_DISKS).contains(&version) {
+            if !(VERSION..=VERSION_WITH_IMAGES).contains(&version) {
                 // Going on without it would leak a VM, or lose a pod.
                 let rule = format!(
-                    "must be {VERSION} to {VERSION_WITH_DISKS}, not {version}: made by another release"
+                    "must be {VERSION} to {VERSION_WITH_IMAGES}, not {version}: made by another release"
                 );
                 return Err(RuntimeError::Invalid {
                     field: format!("version of record {}", entry.key),
@@ -330,7 +383,7 @@ mod tests {
     #[tokio::test]
     async fn another_release_s_records_are_not_guessed_at() {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let value = Value::Bytes(r#"{"version":3}"#.into());
+        let value = Value::Bytes(r#"{"version":4}"#.into());
         store
             .txn(
                 vec![],

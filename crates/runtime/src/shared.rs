@@ -147,6 +147,8 @@ impl Snapshot {
             config: record.config.clone(),
             state: record.phase.state(),
             created_unix_nanos: record.created_unix_nanos,
+            vcpus: record.vm_size().vcpus,
+            memory_mib: record.vm_size().memory_mib,
             address: record.lease.as_ref().map(|lease| lease.address),
             more_addresses: match &record.lease {
                 Some(lease) => lease.more_addresses().collect(),

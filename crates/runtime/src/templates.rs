@@ -18,7 +18,7 @@ use std::{
 };
 
 use hypernetes_types::SandboxId;
-use hypernetes_vmm::{GuestKernel, NetDevice, Origin, Template, Vm, VmSpec};
+use hypernetes_vmm::{GuestKernel, NetDevice, Origin, Template, Vm, VmExtras, VmSpec};
 use tokio::{sync::mpsc, time::Instant};
 
 use crate::{config::TemplateConfig, error::RuntimeError, link, scratch::blocking, shared::Shared};
@@ -43,6 +43,7 @@ pub(crate) struct Key {
     vcpus: u32,
     memory_mib: u32,
     nic: bool,
+    extras: VmExtras,
 }
 
 /// A file as it is now: another content has another identity.
@@ -73,6 +74,7 @@ pub(crate) struct Wish {
     pub(crate) vcpus: u32,
     pub(crate) memory_mib: u32,
     pub(crate) nic: bool,
+    pub(crate) extras: VmExtras,
 }
 
 impl Wish {
@@ -84,6 +86,7 @@ impl Wish {
             vcpus: self.vcpus,
             memory_mib: self.memory_mib,
             nic: self.nic,
+            extras: self.extras,
         })
     }
 }
@@ -334,6 +337,7 @@ impl<'a> Maker<'a> {
             origin,
             vcpus: self.wish.vcpus,
             memory_mib: self.wish.memory_mib,
+            extras: self.wish.extras,
             net,
             disks: Vec::new(),
             run_dir,

@@ -25,8 +25,8 @@ use hypernetes_network::{
 use hypernetes_store::{Store, StoreConfig};
 use hypernetes_types::{ContainerId, Digest, ImageReference, KernelName, NetworkId, SandboxId};
 use hypernetes_vmm::{
-    Channel, Disk, GuestKernel, Machine, Vm, VmEvent, VmExit, VmRecord, VmSpec, Vmm, VmmError,
-    fake::FakeVmm,
+    Channel, Disk, GuestKernel, HostShare, Machine, Vm, VmEvent, VmExit, VmExtras, VmRecord,
+    VmSpec, Vmm, VmmError, fake::FakeVmm,
 };
 use tokio::{
     io::{DuplexStream, copy_bidirectional},
@@ -110,6 +110,7 @@ pub(crate) fn sandbox_config(name: &str) -> SandboxConfig {
         kernel: None,
         vcpus: 1,
         memory_mib: 128,
+        extras: VmExtras::default(),
         scratch_mib: 16,
         dns: DnsConfig::default(),
         hosts: Vec::new(),
@@ -720,6 +721,17 @@ impl Vm for GatedVm {
             });
         }
         let result = self.inner.plug_disk(disk).await;
+        self.gate.step().await;
+        result
+    }
+
+    async fn share(&self, share: HostShare) -> Result<String, VmmError> {
+        self.inner.share(share).await
+    }
+
+    async fn set_extra_memory(&self, mib: u32) -> Result<u32, VmmError> {
+        self.gate.step().await;
+        let result = self.inner.set_extra_memory(mib).await;
         self.gate.step().await;
         result
     }

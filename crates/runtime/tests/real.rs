@@ -234,6 +234,7 @@ impl Bed {
             kernel: None,
             vcpus: 1,
             memory_mib: 256,
+            extras: Default::default(),
             scratch_mib: 256,
             dns: DnsConfig::default(),
             hosts: Vec::new(),
@@ -299,6 +300,7 @@ fn container(name: &str, script: &str) -> ContainerConfig {
         working_dir: String::new(),
         mounts: vec![MountConfig {
             volume: "shared".into(),
+            image: String::new(),
             destination: "/shared".into(),
             sub_path: String::new(),
             readonly: false,
@@ -392,6 +394,7 @@ async fn write_empty(
 fn mount_of(volume: &str, destination: &str, sub_path: &str) -> MountConfig {
     MountConfig {
         volume: volume.into(),
+        image: String::new(),
         destination: destination.into(),
         sub_path: sub_path.into(),
         readonly: false,

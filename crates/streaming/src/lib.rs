@@ -4,6 +4,8 @@
 //! [`PodStreams`], which the node implements; this crate knows nothing of pods' insides.
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod fuzz;
 pub mod port_forward;
 pub mod remote_command;
 pub mod spdy;

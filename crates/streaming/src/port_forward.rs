@@ -66,7 +66,8 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
     let (driver, mut streams) = spdy::connection(io);
-    let work = async {
+    // It owns the streams: the driver ends once they and all connections are gone.
+    let work = async move {
         let mut pairs: HashMap<String, Pair> = HashMap::new();
         let mut connections = JoinSet::new();
         loop {
@@ -96,14 +97,15 @@ where
             } else {
                 header("requestid")
             };
+            let kind = header("streamtype");
+            if !["data", "error"].contains(&kind.as_str()) {
+                stream.writer.reset().await;
+                continue;
+            }
             let pair = pairs.entry(id.clone()).or_default();
-            match header("streamtype").as_str() {
+            match kind.as_str() {
                 "data" => pair.data = Some(stream),
-                "error" => pair.error = Some(stream),
-                _ => {
-                    stream.writer.reset().await;
-                    continue;
-                }
+                _ => pair.error = Some(stream),
             }
             if pair.data.is_some() && pair.error.is_some() {
                 let pair = pairs.remove(&id);
@@ -116,6 +118,7 @@ where
                 }
             }
         }
+        drop(pairs);
         // The client half-closed: connections that are under way finish.
         while connections.join_next().await.is_some() {}
     };

@@ -12,6 +12,7 @@
 
 mod daemon;
 mod host;
+mod node;
 mod registry;
 mod scenario;
 
@@ -23,6 +24,7 @@ use std::{
 
 pub use daemon::{Daemon, DaemonOptions};
 pub use host::HostPicture;
+pub use node::Node;
 pub use registry::Registry;
 pub use scenario::{Scenario, ScenarioReport};
 

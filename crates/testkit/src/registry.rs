@@ -16,9 +16,22 @@ pub struct Registry {
 impl Registry {
     /// Starts a registry and pushes the test images into it.
     pub fn start() -> Self {
+        Self::start_in(None)
+    }
+
+    /// Starts one in a network namespace below `/run/netns`.
+    pub fn start_in(namespace: Option<&str>) -> Self {
         let root = workspace_root().join("tests/images");
         let dir = TempDir::new().unwrap();
-        run(Command::new(root.join("registry"))
+        let command = |program: PathBuf| match namespace {
+            None => Command::new(program),
+            Some(name) => {
+                let mut command = Command::new("nsenter");
+                command.arg(format!("--net=/run/netns/{name}")).arg(program);
+                command
+            }
+        };
+        run(command(root.join("registry"))
             .args(["up", "--dir"])
             .arg(dir.path()));
         let address = fs::read_to_string(dir.path().join("address"))
@@ -31,7 +44,8 @@ impl Registry {
             .arg(root.join("build_images.py"))
             .args(["build", "--out"])
             .arg(&images));
-        run(Command::new(root.join("build_images.py"))
+        run(command(root.join("build_images.py"))
+            .env_remove("http_proxy")
             .args(["push", "--out"])
             .arg(&images)
             .args(["--registry", &format!("http://{address}")]));

@@ -22,7 +22,8 @@ use tokio::{
 };
 
 use crate::{
-    Channel, Disk, Origin, Template, Vm, VmEvent, VmExit, VmRecord, VmSpec, Vmm, VmmError,
+    Channel, Disk, HostShare, Origin, Template, Vm, VmEvent, VmExit, VmRecord, VmSpec, Vmm,
+    VmmError,
     template::{self, Shape},
 };
 
@@ -81,6 +82,19 @@ impl FakeVmm {
         self.running(sandbox).map(|state| state.restored)
     }
 
+    /// MiB that a running VM has beyond its first memory.
+    pub fn extra_memory(&self, sandbox: &SandboxId) -> Option<u32> {
+        let state = self.running(sandbox)?;
+        Some(state.extra_memory.load(Ordering::Relaxed))
+    }
+
+    /// How many different paths of the host a running VM can see.
+    pub fn shares(&self, sandbox: &SandboxId) -> Option<usize> {
+        let state = self.running(sandbox)?;
+        let shares = state.shares.lock().expect("no holder of this lock panics");
+        Some(shares.len())
+    }
+
     /// Sandboxes that have a running VM.
     pub fn sandboxes(&self) -> Vec<SandboxId> {
         let vms = self.lock();
@@ -115,6 +129,10 @@ struct State {
     savable: Mutex<Option<Shape>>,
     /// Started from a template.
     restored: bool,
+    /// Device, inode, read-only, with later mounts.
+    shares: Mutex<Vec<(u64, u64, bool, bool)>>,
+    /// MiB.
+    extra_memory: AtomicU32,
     channel: Mutex<Option<AbortHandle>>,
     exit: watch::Sender<Option<VmExit>>,
     events: broadcast::Sender<VmEvent>,
@@ -216,6 +234,38 @@ impl Vm for FakeVm {
             sandbox: self.state.record.sandbox.clone(),
             message: "the slot is occupied".to_owned(),
         })
+    }
+
+    async fn share(&self, share: HostShare) -> Result<String, VmmError> {
+        self.running()?;
+        let stat = rustix::fs::fstat(&share.source).map_err(|e| VmmError::Io {
+            action: "share",
+            path: self.state.record.run_dir.clone(),
+            source: e.into(),
+        })?;
+        let mut shares = self
+            .state
+            .shares
+            .lock()
+            .expect("no holder of this lock panics");
+        let key = (
+            stat.st_dev,
+            stat.st_ino,
+            share.read_only,
+            share.follow_mounts,
+        );
+        let place = shares.iter().position(|known| *known == key);
+        let place = place.unwrap_or_else(|| {
+            shares.push(key);
+            shares.len() - 1
+        });
+        Ok(format!("d{place:02}"))
+    }
+
+    async fn set_extra_memory(&self, mib: u32) -> Result<u32, VmmError> {
+        self.running()?;
+        self.state.extra_memory.store(mib, Ordering::Relaxed);
+        Ok(mib)
     }
 
     async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError> {
@@ -352,6 +402,8 @@ impl Vmm for FakeVmm {
             disks: Mutex::new(slots),
             savable: Mutex::new(savable),
             restored,
+            shares: Mutex::default(),
+            extra_memory: AtomicU32::new(0),
             channel: Mutex::default(),
             exit: watch::Sender::new(None),
             events: broadcast::Sender::new(16),
@@ -409,6 +461,7 @@ mod tests {
             origin: Origin::Kernel,
             vcpus: 1,
             memory_mib: 64,
+            extras: crate::VmExtras::default(),
             net: None,
             disks: Vec::new(),
             uid: 1,

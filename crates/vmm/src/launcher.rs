@@ -14,6 +14,9 @@
 //!    Its own seccomp filter follows.
 
 pub(crate) mod cgroup;
+mod jail;
+
+pub(crate) use jail::{Jail, PLACES, Place, SHARED};
 
 use std::{
     fs::File,
@@ -74,6 +77,8 @@ pub(crate) struct LaunchSpec {
     pub(crate) keep_holes_out_of: Option<RawFd>,
     /// The VMM never outlives the parent.
     pub(crate) ephemeral: bool,
+    /// The process serves host directories and is locked up otherwise than a VMM.
+    pub(crate) jail: Option<Jail>,
 }
 
 /// Becomes the VMM that the specification at descriptor `spec` asks for. Returns only on failure.
@@ -116,9 +121,13 @@ fn prepare(fd: RawFd) -> io::Result<Command> {
         rustix::process::set_parent_process_death_signal(None)?;
     }
 
+    if let Some(jail) = &spec.jail {
+        return jail::enter(jail, &spec);
+    }
     new_namespaces().map_err(step("enter new namespaces"))?;
     let rules = rules(&spec).map_err(step("prepare Landlock"))?;
 
+    be_no_dearer_than_others().map_err(step("set the OOM score"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     setrlimit(Resource::RLIMIT_NOFILE, 4096, 4096)?;
     rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
@@ -175,6 +184,17 @@ fn close_others(keep: &[RawFd]) -> io::Result<()> {
             // EBADF: the directory handle of the listing itself.
             nix::unistd::close(fd).ok();
         }
+    }
+    Ok(())
+}
+
+/// A service manager protects the daemon from the host's OOM killer; a tenant's VM does not inherit
+/// that (proc_pid_oom_score_adj(5)).
+fn be_no_dearer_than_others() -> io::Result<()> {
+    const SCORE: &str = "/proc/self/oom_score_adj";
+    let score = std::fs::read_to_string(SCORE)?;
+    if score.trim_start().starts_with('-') {
+        std::fs::write(SCORE, "0")?;
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ pub mod launcher;
 mod process;
 pub mod qemu;
 mod run_dir;
+mod share;
 mod template;
 
 use std::{fs::File, os::fd::OwnedFd, path::PathBuf, sync::Arc};
@@ -23,6 +24,7 @@ use hypernetes_types::SandboxId;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
+pub use share::HostShare;
 pub use template::Template;
 
 /// How the guest's devices are attached: decided by what the kernel can drive.
@@ -82,6 +84,42 @@ pub enum Origin {
     Template(Arc<Template>),
 }
 
+/// What a VM can be given after its start.
+///
+/// Memory and host directories need [`Machine::Q35`], whatever the kernel prefers, because nothing can
+/// be plugged into the other.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct VmExtras {
+    /// Virtual CPUs at most; those beyond [`VmSpec::vcpus`] are there, and the guest leaves them off
+    /// until it is told otherwise. Less than that: no more.
+    #[serde(default)]
+    pub max_vcpus: u32,
+    /// Guest memory in MiB at most. Less than [`VmSpec::memory_mib`]: no more.
+    #[serde(default)]
+    pub max_memory_mib: u32,
+    /// Whether [`Vm::share`] can be called: the guest's memory can be seen by the process that serves
+    /// directories, and is the VM's own, also if it comes from a template.
+    #[serde(default)]
+    pub shares: bool,
+}
+
+impl VmExtras {
+    /// Memory in MiB that a VM of this size can be given later: whole blocks of the guest's memory.
+    pub(crate) fn growth_mib(&self, memory_mib: u32) -> u32 {
+        const BLOCK_MIB: u32 = 128;
+        let more = self.max_memory_mib.saturating_sub(memory_mib);
+        more.div_ceil(BLOCK_MIB).saturating_mul(BLOCK_MIB)
+    }
+
+    /// The machine of a VM of this size, for a kernel that prefers `machine`.
+    pub(crate) fn machine(&self, machine: Machine, memory_mib: u32) -> Machine {
+        match self.shares || self.growth_mib(memory_mib) > 0 {
+            true => Machine::Q35,
+            false => machine,
+        }
+    }
+}
+
 /// What to start.
 #[derive(Debug)]
 pub struct VmSpec {
@@ -95,6 +133,8 @@ pub struct VmSpec {
     pub vcpus: u32,
     /// Guest memory in MiB, at least 64.
     pub memory_mib: u32,
+    /// What it can be given later.
+    pub extras: VmExtras,
     /// The NIC, if the pod has a network.
     pub net: Option<NetDevice>,
     /// Disks that are there at boot.
@@ -107,6 +147,13 @@ pub struct VmSpec {
     pub cgroup: Option<String>,
     /// The VM does not outlive this process, however that ends.
     pub ephemeral: bool,
+}
+
+impl VmSpec {
+    /// The machine that it becomes.
+    pub(crate) fn machine(&self) -> Machine {
+        self.extras.machine(self.kernel.machine, self.memory_mib)
+    }
 }
 
 /// What a restarted daemon needs to find a VM again. Stored before the VM is used.
@@ -165,6 +212,12 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError>;
     /// Slots that the VM has disks in, boot disks included.
     async fn list_disks(&self) -> Result<Vec<u32>, VmmError>;
+    /// Lets the guest see a directory or file of the host, by the tag [`SHARE_TAG`]. Returns the name
+    /// that it has there. What is shared already has the same name again. It stays until the VM ends.
+    async fn share(&self, share: HostShare) -> Result<String, VmmError>;
+    /// Gives the guest more memory than it was started with, in MiB, or takes that back. Returns how
+    /// much more it has after a while: a guest may take its time to give memory back, or not do it.
+    async fn set_extra_memory(&self, mib: u32) -> Result<u32, VmmError>;
     /// Opens the raw byte stream to the agent. One at a time: a new one ends the former.
     async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError>;
     /// Events from now on; [`Vm::exit`] tells what was missed.
@@ -181,6 +234,9 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     /// Kills the VMM and waits until it is gone. Idempotent.
     async fn kill(&self) -> Result<(), VmmError>;
 }
+
+/// The name of the file system in the guest that holds what [`Vm::share`] shows.
+pub const SHARE_TAG: &str = "hypernetes";
 
 /// Starts and owns virtual machines of one kind.
 #[async_trait]

@@ -119,12 +119,33 @@ impl Process {
         Ok(Some(process))
     }
 
+    /// Its children, as far as they can be told.
+    pub(crate) fn children(&self) -> Vec<Self> {
+        let path = format!("/proc/{0}/task/{0}/children", self.pid);
+        let list = std::fs::read_to_string(path).unwrap_or_default();
+        let pids = list
+            .split_ascii_whitespace()
+            .filter_map(|pid| pid.parse().ok());
+        pids.filter_map(|pid| Self::open(pid, None).ok().flatten())
+            .collect()
+    }
+
     /// Sends SIGKILL. A process that has ended is no error.
     pub(crate) fn kill(&self) -> io::Result<()> {
         match pidfd_send_signal(&*self.pidfd, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(e) => Err(e.into()),
         }
+    }
+
+    /// Waits until the process has ended, and leaves the reaping to others. Cancel-safe.
+    pub(crate) async fn ended(&self) -> io::Result<()> {
+        #[allow(
+            deprecated,
+            reason = "the replacement is unsafe, which this crate forbids; an OwnedFd keeps what it asks for"
+        )]
+        let fd = AsyncFd::with_interest(Arc::clone(&self.pidfd), Interest::READABLE)?;
+        fd.readable().await.map(drop)
     }
 
     /// Waits until the process has ended, and reaps it if it is our child. Cancel-safe.

@@ -23,7 +23,12 @@ use tokio::net::UnixStream;
 pub(crate) const AGENT: &str = "agent.sock";
 pub(crate) const QMP: &str = "qmp.sock";
 pub(crate) const CONSOLE: &str = "console.sock";
+/// Where the server of host directories waits for the VMM.
+pub(crate) const SHARE: &str = "share.sock";
 const MESSAGES: &str = "vmm.err";
+/// The root of that server's process.
+const JAIL: &str = "jail";
+const SERVER_RECORD: &str = "server.json";
 const RECORD: &str = "launch.json";
 const CONSOLE_LOG: &str = "console.log";
 
@@ -51,6 +56,19 @@ impl RunDir {
 
     pub(crate) fn record(&self) -> PathBuf {
         self.0.join(RECORD)
+    }
+
+    pub(crate) fn server_record(&self) -> PathBuf {
+        self.0.join(SERVER_RECORD)
+    }
+
+    /// Makes the directory that becomes the root of the server of host directories.
+    pub(crate) fn make_jail(&self) -> io::Result<PathBuf> {
+        let path = self.0.join(JAIL);
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+            _ => Ok(path),
+        }
     }
 
     pub(crate) fn console_log(&self) -> PathBuf {
@@ -95,6 +113,16 @@ impl RunDir {
         Ok(rustix::fs::open(&path, flags, Mode::empty())?)
     }
 
+    /// Opens the writers' end of that pipe once more.
+    pub(crate) fn messages_end(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(
+            self.0.join(MESSAGES),
+            flags,
+            Mode::empty(),
+        )?)
+    }
+
     /// Opens our end of that pipe.
     pub(crate) fn open_messages(&self) -> io::Result<File> {
         std::fs::OpenOptions::new()
@@ -105,10 +133,13 @@ impl RunDir {
 
     /// Removes what is of no use without the VMM. Logs stay, for whoever asks why.
     pub(crate) fn remove_live_files(&self) -> io::Result<()> {
-        for name in [AGENT, QMP, CONSOLE, MESSAGES, RECORD] {
+        for name in [AGENT, QMP, CONSOLE, SHARE, MESSAGES, RECORD, SERVER_RECORD] {
             remove(&self.0.join(name))?;
         }
-        Ok(())
+        match std::fs::remove_dir(self.0.join(JAIL)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -10,13 +10,16 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, OwnedFd, RawFd},
+        unix::fs::FileExt,
+    },
     sync::OnceLock,
 };
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
 
-use crate::{Machine, VmSpec, VmmError};
+use crate::{Machine, VmExtras, VmSpec, VmmError};
 
 /// What VMs must have in common with the VM that the template was made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,15 +28,17 @@ pub(crate) struct Shape {
     pub(crate) vcpus: u32,
     pub(crate) memory_mib: u32,
     pub(crate) nic: bool,
+    pub(crate) extras: VmExtras,
 }
 
 impl Shape {
     pub(crate) fn of(spec: &VmSpec) -> Self {
         Self {
-            machine: spec.kernel.machine,
+            machine: spec.machine(),
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
             nic: spec.net.is_some(),
+            extras: spec.extras,
         }
     }
 }
@@ -73,6 +78,34 @@ impl Template {
         self.memory.try_clone()
     }
 
+    /// A copy of the memory, for a VM whose memory others may write too.
+    pub(crate) fn copy_memory(&self) -> io::Result<OwnedFd> {
+        let from = File::from(self.memory.try_clone()?);
+        let to = File::from(memory(self.shape.memory_mib)?);
+        let length = from.metadata()?.len();
+        let mut buffer = vec![0; 1 << 20];
+        let mut position = 0;
+        while position < length {
+            let start = match rustix::fs::seek(&from, SeekFrom::Data(position)) {
+                Err(rustix::io::Errno::NXIO) => break,
+                other => other?,
+            };
+            let end = rustix::fs::seek(&from, SeekFrom::Hole(start))?;
+            position = start;
+            while position < end {
+                let room = usize::try_from(end - position).unwrap_or(usize::MAX);
+                let room = room.min(buffer.len());
+                let read = from.read_at(&mut buffer[..room], position)?;
+                if read == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                to.write_all_at(&buffer[..read], position)?;
+                position += read as u64;
+            }
+        }
+        Ok(to.into())
+    }
+
     /// Refuses a VM that this template does not fit.
     pub(crate) fn check(&self, spec: &VmSpec) -> Result<(), VmmError> {
         let wanted = Shape::of(spec);
@@ -106,6 +139,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_copy_has_the_content_and_the_holes() {
+        let memory = memory(8).unwrap();
+        let file = File::from(memory.try_clone().unwrap());
+        file.write_all_at(b"x", 5 << 20).unwrap();
+        let shape = Shape {
+            machine: Machine::Q35,
+            vcpus: 1,
+            memory_mib: 8,
+            nic: false,
+            extras: VmExtras::default(),
+        };
+        let template = Template::new(shape, memory, Vec::new()).unwrap();
+        let copy = File::from(template.copy_memory().unwrap());
+        let mut byte = [0];
+        copy.read_exact_at(&mut byte, 5 << 20).unwrap();
+        assert_eq!(&byte, b"x");
+        let stat = rustix::fs::fstat(&copy).unwrap();
+        assert_eq!(stat.st_size, 8 << 20);
+        assert!(stat.st_blocks * 512 < 1 << 20);
+        copy.write_all_at(b"y", 5 << 20).unwrap();
+        file.read_exact_at(&mut byte, 5 << 20).unwrap();
+        assert_eq!(&byte, b"x");
+    }
+
+    #[test]
     fn a_template_cannot_be_written() {
         let memory = memory(1).unwrap();
         let shape = Shape {
@@ -113,6 +171,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 1,
             nic: false,
+            extras: VmExtras::default(),
         };
         let template = Template::new(shape, memory, vec![1, 2]).unwrap();
         let mut file = File::from(template.share_memory().unwrap());

@@ -32,6 +32,7 @@ pub enum Method {
     CreateContainer,
     StartContainer,
     UpdateContainer,
+    Resize,
     Signal,
     RemoveContainer,
     ListContainers,

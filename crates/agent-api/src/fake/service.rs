@@ -166,6 +166,15 @@ impl Agent for FakeAgent {
         Ok(Response::new(Default::default()))
     }
 
+    async fn resize(&self, request: Request<v1::ResizeRequest>) -> Answer<v1::ResizeResponse> {
+        self.enter(Method::Resize).await?;
+        let vcpus = request.into_inner().vcpus;
+        Ok(Response::new(v1::ResizeResponse {
+            vcpus,
+            memory_total: 0,
+        }))
+    }
+
     async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {
         self.enter(Method::Signal).await?;
         let v1::SignalRequest { id, signal, .. } = request.into_inner();

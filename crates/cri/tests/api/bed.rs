@@ -23,6 +23,7 @@ use tonic::{
 };
 
 pub(crate) struct Bed {
+    adjust: Adjust,
     pub(crate) temp: tempfile::TempDir,
     pub(crate) runtime: FakeRuntime,
     pub(crate) networks: Arc<FakeDriver>,
@@ -57,7 +58,11 @@ pub(crate) async fn connect(socket: PathBuf) -> Channel {
         .unwrap()
 }
 
+/// Changes the node's configuration of a test.
+pub(crate) type Adjust = fn(&mut CriConfig);
+
 async fn serve(
+    adjust: Adjust,
     directory: &Path,
     runtime: &FakeRuntime,
     networks: &Arc<FakeDriver>,
@@ -65,6 +70,7 @@ async fn serve(
 ) -> JoinHandle<()> {
     let mut config = CriConfig::new(directory.join("state"));
     config.kubelet_dir = directory.join("kubelet");
+    adjust(&mut config);
     let driver: Arc<dyn NetworkDriver> = networks.clone();
     let network = NodeNetwork::new(driver, PodNetwork::Own(network()), Vec::new());
     let server = CriServer::new(config, Arc::new(runtime.clone()), network)
@@ -76,14 +82,20 @@ async fn serve(
 
 impl Bed {
     pub(crate) async fn new() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// With another configuration of the node.
+    pub(crate) async fn with(adjust: Adjust) -> Self {
         let temp = tempfile::tempdir().unwrap();
         let runtime = FakeRuntime::new();
         runtime.add_image("web", hypernetes_image::ImageConfig::default());
         let networks = Arc::new(FakeDriver::new());
         let stop = CancellationToken::new();
-        let server = serve(temp.path(), &runtime, &networks, stop.clone()).await;
+        let server = serve(adjust, temp.path(), &runtime, &networks, stop.clone()).await;
         let channel = connect(temp.path().join("run/cri.sock")).await;
         Self {
+            adjust,
             temp,
             runtime,
             networks,
@@ -103,7 +115,15 @@ impl Bed {
         self.stop = CancellationToken::new();
         self._guard = self.stop.clone().drop_guard();
         let stop = self.stop.clone();
-        let server = serve(self.temp.path(), &self.runtime, &self.networks, stop).await;
+        let adjust = self.adjust;
+        let server = serve(
+            adjust,
+            self.temp.path(),
+            &self.runtime,
+            &self.networks,
+            stop,
+        )
+        .await;
         self.server = Some(server);
         let channel = connect(self.temp.path().join("run/cri.sock")).await;
         self.client = RuntimeServiceClient::new(channel.clone());

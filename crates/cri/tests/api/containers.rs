@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::symlink, time::Duration};
 
 use hypernetes_cri::v1;
-use hypernetes_runtime::{Output, VolumeKind};
+use hypernetes_runtime::{Output, PodRuntime, VolumeKind};
 use tonic::Code;
 
 use crate::bed::{Bed, refused};
@@ -283,23 +283,52 @@ async fn what_cannot_be_had_is_refused_with_its_field() {
         Code::NotFound,
         "none",
     );
-    // A feature that is not there at all has the code that says so.
     let mut config = Bed::container("x");
-    config.mounts.push(v1::Mount {
-        container_path: "/image".into(),
-        readonly: true,
-        image: Some(v1::ImageSpec::default()),
-        ..Default::default()
-    });
+    config.mounts.push(image_mount("gone", ""));
     refused(
         bed.create(&sandbox, config).await,
-        Code::Unimplemented,
-        "config.mounts[0].image",
+        Code::FailedPrecondition,
+        "ImageVolumeMountFailed: ",
     );
     let mut config = Bed::container("x");
     config.image.as_mut().unwrap().image = "gone".into();
     refused(bed.create(&sandbox, config).await, Code::NotFound, "gone");
     assert!(bed.runtime.volumes(&sandbox.parse().unwrap()).is_empty());
+}
+
+fn image_mount(image: &str, sub_path: &str) -> v1::Mount {
+    v1::Mount {
+        container_path: "/image".into(),
+        readonly: true,
+        image: Some(v1::ImageSpec {
+            image: image.into(),
+            ..Default::default()
+        }),
+        image_sub_path: sub_path.into(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn an_image_is_mounted_by_its_id_and_shown_with_it() {
+    let mut bed = Bed::new().await;
+    let sandbox = bed.run(bed.pod("a")).await.unwrap();
+    let mut config = Bed::container("c");
+    config.mounts.push(image_mount("web", "etc"));
+    let id = bed.create(&sandbox, config.clone()).await.unwrap();
+    assert_eq!(bed.create(&sandbox, config).await.unwrap(), id);
+    let status = bed.status(&id).await.unwrap();
+    let shown = status.mounts[0].image.clone().unwrap();
+    assert_eq!(shown.image, "web");
+    assert_eq!(shown.image_ref, status.image_id);
+    assert_eq!(status.mounts[0].image_sub_path, "etc");
+    let made = bed.runtime.container(&id.parse().unwrap()).await.unwrap();
+    let mount = &made.config.mounts[0];
+    assert_eq!(
+        (&mount.image, mount.sub_path.as_str()),
+        (&shown.image_ref, "etc")
+    );
+    assert!(mount.readonly && mount.volume.is_empty());
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use hypernetes_cri::v1;
 use hypernetes_network::NetworkDriver;
-use hypernetes_runtime::RuntimeError;
+use hypernetes_runtime::{PodRuntime, RuntimeError};
 use tonic::Code;
 
 use crate::bed::{Bed, refused};
@@ -323,6 +323,96 @@ async fn a_pod_s_limits_may_be_what_its_vm_has() {
     let late = update(&id, 0, 100_100).await;
     refused(late, Code::InvalidArgument, "resources.cpu_quota: ");
     refused(update("0123456789ab", 0, 0).await, Code::NotFound, "0123");
+}
+
+#[tokio::test]
+async fn a_vm_grows_and_shrinks_with_its_containers() {
+    let mut bed = Bed::with(|config| {
+        config.vm.resize_vcpus = 3;
+        config.vm.resize_memory_mib = 1024;
+    })
+    .await;
+    let sandbox = bed.run(bed.pod("a")).await.unwrap();
+    let mut containers = Vec::new();
+    for name in ["c", "d"] {
+        containers.push(bed.create(&sandbox, Bed::container(name)).await.unwrap());
+    }
+    let size = async |bed: &Bed| {
+        let status = bed
+            .runtime
+            .sandbox(&sandbox.parse().unwrap())
+            .await
+            .unwrap();
+        (status.vcpus, status.memory_mib)
+    };
+    assert_eq!(size(&bed).await, (1, 320));
+    let update =
+        |container: &str, memory_limit_in_bytes, cpu_quota| v1::UpdateContainerResourcesRequest {
+            container_id: container.into(),
+            linux: Some(v1::LinuxContainerResources {
+                memory_limit_in_bytes,
+                cpu_quota,
+                cpu_period: 100_000,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+    for (container, memory, quota, expected) in [
+        (0, 512 << 20, 150_000, (2, 576)),
+        (1, 256 << 20, 100_000, (3, 832)),
+        // More than the VM can have in all is shared.
+        (1, 1024 << 20, 400_000, (3, 1088)),
+        (1, 64 << 20, 50_000, (2, 640)),
+        (0, 64 << 20, 50_000, (1, 320)),
+    ] {
+        let request = update(&containers[container], memory, quota);
+        bed.client
+            .update_container_resources(request)
+            .await
+            .unwrap();
+        assert_eq!(size(&bed).await, expected);
+        let shown = bed.status(&containers[container]).await.unwrap().resources;
+        let shown = shown.unwrap().linux.unwrap();
+        assert_eq!(
+            (shown.memory_limit_in_bytes, shown.cpu_quota),
+            (memory, quota)
+        );
+    }
+    let late = update(&containers[0], (1024 << 20) + 1, 0);
+    refused(
+        bed.client.update_container_resources(late).await,
+        Code::InvalidArgument,
+        "linux.memory_limit_in_bytes: ",
+    );
+
+    // The pod's own limits hold the VM too, until they are lowered.
+    let pod = async |bed: &mut Bed, memory_limit_in_bytes, cpu_quota| {
+        let request = v1::UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: sandbox.clone(),
+            resources: Some(v1::LinuxContainerResources {
+                memory_limit_in_bytes,
+                cpu_quota,
+                ..Default::default()
+            }),
+            overhead: None,
+        };
+        bed.client.update_pod_sandbox_resources(request).await
+    };
+    pod(&mut bed, 700 << 20, 300_000).await.unwrap();
+    assert_eq!(size(&bed).await, (3, 764));
+    let request = update(&containers[0], 128 << 20, 60_000);
+    bed.client
+        .update_container_resources(request)
+        .await
+        .unwrap();
+    assert_eq!(size(&bed).await, (3, 764));
+    refused(
+        pod(&mut bed, 0, 301_000).await,
+        Code::InvalidArgument,
+        "resources.cpu_quota: ",
+    );
+    pod(&mut bed, 200 << 20, 100_000).await.unwrap();
+    assert_eq!(size(&bed).await, (2, 320));
 }
 
 #[tokio::test]

@@ -69,6 +69,7 @@ impl World {
             kernel: None,
             vcpus: 1,
             memory_mib: 192,
+            extras: Default::default(),
             scratch_mib: 1,
             dns: DnsConfig::default(),
             hosts: vec![],
@@ -83,6 +84,8 @@ impl World {
         };
         self.sandboxes.push(SandboxStatus {
             id,
+            vcpus: config.vcpus,
+            memory_mib: config.memory_mib,
             config,
             state,
             created_unix_nanos: nanos(-100),

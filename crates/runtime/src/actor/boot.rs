@@ -164,6 +164,7 @@ impl Actor {
             vcpus: or(config.vcpus, defaults.vcpus),
             memory_mib: or(config.memory_mib, defaults.memory_mib),
             nic: parts.attachment.is_some(),
+            extras: config.extras,
         }
     }
 
@@ -263,6 +264,7 @@ impl Actor {
             origin,
             vcpus,
             memory_mib,
+            extras: config.extras,
             net,
             disks: disks.into_iter().collect(),
             run_dir: self.shared.run_dir(&self.record.id),

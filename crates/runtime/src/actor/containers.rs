@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use hypernetes_agent_api::{AgentClient, defaults, v1};
+use hypernetes_agent_api::{AgentClient, IMAGE_VOLUME_FAILED, defaults, v1};
 use hypernetes_image::{Image, ImageError};
 use hypernetes_types::{ContainerId, Digest};
 use hypernetes_vmm::{Disk, Vm};
@@ -26,7 +26,7 @@ use crate::{
         pump::{Pump, PumpSpec, Reopener},
     },
     process::{container_process, resources, signal_number},
-    records::{ContainerRecord, LayerSlot, StoredProcess},
+    records::{ContainerRecord, LayerSlot, MountedImage, StoredProcess},
     sandbox,
     scratch::blocking,
 };
@@ -46,6 +46,49 @@ pub(super) fn invalid(field: &str, rule: impl Into<String>) -> RuntimeError {
     RuntimeError::Invalid {
         field: field.to_owned(),
         rule: rule.into(),
+    }
+}
+
+/// Layers of an image, lowest first, and their open disks.
+type OpenLayers = Vec<(Digest, File)>;
+
+/// Which layer has which slot, while a container is planned.
+struct Slots {
+    known: BTreeMap<Digest, u32>,
+    taken: BTreeSet<u32>,
+    plugged: BTreeSet<u32>,
+    /// Disks that are to be plugged.
+    files: BTreeMap<u32, File>,
+}
+
+impl Slots {
+    /// Gives every layer a slot: the one that it has already, or a free one.
+    fn give(&mut self, layers: OpenLayers) -> Result<Vec<LayerSlot>, RuntimeError> {
+        let mut slots: Vec<LayerSlot> = Vec::new();
+        // From the top: of a layer that is there twice only the upper one can be seen.
+        for (diff_id, file) in layers.into_iter().rev() {
+            if slots.iter().any(|layer| layer.diff_id == diff_id) {
+                continue;
+            }
+            let slot = match self.known.get(&diff_id) {
+                Some(slot) => *slot,
+                None => LAYER_SLOTS
+                    .clone()
+                    .find(|slot| !self.taken.contains(slot))
+                    .ok_or_else(|| {
+                        let rule = format!("a sandbox can have {} in all", LAYER_SLOTS.count());
+                        invalid("image layers", rule)
+                    })?,
+            };
+            self.taken.insert(slot);
+            self.known.insert(diff_id.clone(), slot);
+            if !self.plugged.contains(&slot) {
+                self.files.insert(slot, file);
+            }
+            slots.push(LayerSlot { diff_id, slot });
+        }
+        slots.reverse();
+        Ok(slots)
     }
 }
 
@@ -83,15 +126,16 @@ impl Actor {
                 format!("must be at most {MAX_CONTAINERS} per sandbox"),
             ));
         }
-        let images = &self.shared.config.images;
-        let image = images.get(&config.image).await?;
-        let files = images.open_layers(&image).await?;
-        let diff_ids = image.layers.iter().map(|layer| layer.diff_id.clone());
-        let layers: Vec<_> = diff_ids.zip(files).collect();
-        if layers.len() != image.layers.len() {
-            return Err(ImageError::NotFound(config.image.clone()).into());
+        let (image, layers) = self.open_image(&config.image).await?;
+        let mut mounted = Vec::new();
+        for mount in config.mounts.iter().filter(|mount| !mount.image.is_empty()) {
+            let opened = self.open_image(&mount.image).await;
+            mounted.push(opened.map_err(|error| {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                RuntimeError::ImageVolume(error)
+            })?);
         }
-        let (record, request, layers) = self.plan(config, &image, layers)?;
+        let (record, request, layers) = self.plan(config, &image, layers, mounted)?;
         let id = record.id.clone();
         self.shared.records.put_container(&record).await?;
         self.members.insert(id.clone(), Member::new(record));
@@ -104,6 +148,18 @@ impl Actor {
         Ok(id)
     }
 
+    async fn open_image(&self, name: &str) -> Result<(Image, OpenLayers), RuntimeError> {
+        let images = &self.shared.config.images;
+        let image = images.get(name).await?;
+        let files = images.open_layers(&image).await?;
+        let diff_ids = image.layers.iter().map(|layer| layer.diff_id.clone());
+        let layers: Vec<_> = diff_ids.zip(files).collect();
+        if layers.len() != image.layers.len() {
+            return Err(ImageError::NotFound(name.to_owned()).into());
+        }
+        Ok((image, layers))
+    }
+
     /// What will be done, without doing any of it.
     #[allow(
         clippy::type_complexity,
@@ -113,7 +169,8 @@ impl Actor {
         &self,
         config: ContainerConfig,
         image: &Image,
-        layers: Vec<(Digest, File)>,
+        layers: OpenLayers,
+        mounted: Vec<(Image, OpenLayers)>,
     ) -> Result<
         (
             ContainerRecord,
@@ -139,7 +196,15 @@ impl Actor {
             (None, "") => 15,
             (None, text) => signal_number(text).unwrap_or(15),
         };
-        let (layers, files) = self.plan_layers(layers)?;
+        let mut slots = self.slots();
+        let layers = slots.give(layers)?;
+        let mut images = Vec::with_capacity(mounted.len());
+        for (image, layers) in mounted {
+            images.push(MountedImage {
+                image_id: image.id.to_string(),
+                layers: slots.give(layers)?,
+            });
+        }
         let user = process.user.clone().unwrap_or_default();
         let mut record =
             ContainerRecord::new(ContainerId::random(), self.record.id.clone(), config);
@@ -147,6 +212,7 @@ impl Actor {
         record.image_ref = image_ref(image);
         record.stop_signal = stop_signal;
         record.layers = layers;
+        record.set_images(images);
         record.created_unix_nanos = now_nanos();
         record.process = StoredProcess {
             env: process.env.clone(),
@@ -154,58 +220,29 @@ impl Actor {
             username: user.username,
         };
         let request = create_request(&record, process)?;
-        Ok((record, request, files))
+        Ok((record, request, slots.files))
     }
 
-    /// Gives every layer a slot: the one that it has already, or a free one.
-    #[allow(
-        clippy::type_complexity,
-        reason = "a name for this pair would say no more"
-    )]
-    fn plan_layers(
-        &self,
-        layers: Vec<(Digest, File)>,
-    ) -> Result<(Vec<LayerSlot>, BTreeMap<u32, File>), RuntimeError> {
-        let known: BTreeMap<&Digest, u32> = self
-            .members
-            .values()
-            .flat_map(|member| &member.record.layers)
-            .map(|layer| (&layer.diff_id, layer.slot))
+    /// The slots as they are taken now.
+    fn slots(&self) -> Slots {
+        let layers = self.members.values();
+        let layers = layers.flat_map(|member| member.record.all_layers());
+        let known: BTreeMap<Digest, u32> = layers
+            .map(|layer| (layer.diff_id.clone(), layer.slot))
             .collect();
         // A slot that is plugged and in no record is on its way out.
-        let mut taken: BTreeSet<u32> = known
+        let taken = known
             .values()
             .copied()
             .chain(self.plugged.iter().copied())
             .chain(self.record.disks.iter().map(|disk| disk.slot))
             .collect();
-        let (mut slots, mut files) = (Vec::new(), BTreeMap::new());
-        // From the top: of a layer that is there twice only the upper one can be seen.
-        for (diff_id, file) in layers.into_iter().rev() {
-            if slots
-                .iter()
-                .any(|layer: &LayerSlot| layer.diff_id == diff_id)
-            {
-                continue;
-            }
-            let slot = match known.get(&diff_id) {
-                Some(slot) => *slot,
-                None => LAYER_SLOTS
-                    .clone()
-                    .find(|slot| !taken.contains(slot))
-                    .ok_or_else(|| {
-                        let rule = format!("a sandbox can have {} in all", LAYER_SLOTS.count());
-                        invalid("image layers", rule)
-                    })?,
-            };
-            taken.insert(slot);
-            if !self.plugged.contains(&slot) {
-                files.insert(slot, file);
-            }
-            slots.push(LayerSlot { diff_id, slot });
+        Slots {
+            known,
+            taken,
+            plugged: self.plugged.clone(),
+            files: BTreeMap::new(),
         }
-        slots.reverse();
-        Ok((slots, files))
     }
 
     async fn prepare_container(
@@ -252,7 +289,7 @@ impl Actor {
         let created = self
             .with_vm(action, vm, async {
                 let created = Box::pin(client.create_container(request, deadline)).await;
-                created.map_err(|error| crate::guest::error(&sandbox, action, &error))
+                created.map_err(|error| image_volume(crate::guest::error(&sandbox, action, &error)))
             })
             .await?;
         let Some(member) = self.members.get_mut(id) else {
@@ -340,7 +377,7 @@ impl Actor {
         let used: BTreeSet<u32> = self
             .members
             .values()
-            .flat_map(|member| member.record.layers.iter().map(|layer| layer.slot))
+            .flat_map(|member| member.record.all_layers().map(|layer| layer.slot))
             .chain(self.record.disks.iter().map(|disk| disk.slot))
             .chain([SCRATCH_SLOT])
             .collect();
@@ -579,6 +616,17 @@ async fn listed_as_started(
     .then_some(())
 }
 
+/// Tells apart why a guest could not make a container, by the word that the protocol has for it.
+fn image_volume(error: RuntimeError) -> RuntimeError {
+    match &error {
+        RuntimeError::Guest { message, .. } => match message.strip_prefix(IMAGE_VOLUME_FAILED) {
+            Some(why) => RuntimeError::ImageVolume(why.trim_start_matches(": ").to_owned()),
+            None => error,
+        },
+        _ => error,
+    }
+}
+
 /// `repository@digest` if the image has such a name, else its id.
 fn image_ref(image: &Image) -> String {
     image
@@ -600,6 +648,7 @@ fn create_request(
         }
     };
     let mut mounts = Vec::with_capacity(config.mounts.len());
+    let mut images = record.images.iter();
     for mount in &config.mounts {
         if !mount.destination.starts_with('/') || mount.destination.contains('\0') {
             return Err(invalid(
@@ -612,7 +661,16 @@ fn create_request(
         }
         mounts.push(v1::Mount {
             destination: mount.destination.clone(),
-            source: Some(v1::mount::Source::Volume(mount.volume.clone())),
+            source: Some(match mount.image.is_empty() {
+                true => v1::mount::Source::Volume(mount.volume.clone()),
+                false => {
+                    let image = images.next().map(|image| image.layers.as_slice());
+                    let layers = image.unwrap_or_default().iter();
+                    v1::mount::Source::Image(v1::Layers {
+                        slots: layers.map(|layer| layer.slot).collect(),
+                    })
+                }
+            }),
             sub_path: mount.sub_path.clone(),
             readonly: mount.readonly,
         });

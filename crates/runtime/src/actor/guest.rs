@@ -48,7 +48,9 @@ impl Actor {
         let used = self
             .members
             .values()
-            .flat_map(|member| &member.record.layers);
+            .flat_map(|member| member.record.all_layers())
+            .map(|layer| layer.slot);
+        let used: Vec<u32> = used.collect();
         self.plugged = match vm.list_disks().await {
             Ok(slots) => slots.into_iter().collect(),
             // Believed to be as recorded; a wrong belief shows as a refused plug.
@@ -56,8 +58,10 @@ impl Actor {
                 let error = hypernetes_telemetry::chain(&error).to_string();
                 tracing::warn!(error, "cannot list the disks of an adopted VM");
                 let volumes = self.record.disks.iter().map(|disk| disk.slot);
-                let layers = used.map(|layer| layer.slot);
-                layers.chain(volumes).chain([SCRATCH_SLOT]).collect()
+                used.into_iter()
+                    .chain(volumes)
+                    .chain([SCRATCH_SLOT])
+                    .collect()
             }
         };
         self.vm = Some(Arc::clone(&vm));

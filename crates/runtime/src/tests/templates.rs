@@ -62,7 +62,10 @@ async fn one_is_made_ahead_and_adopted_pods_keep_running() {
     let mut world = World::new().await;
     world.templates = 4;
     let runtime = world.open().await;
-    runtime.make_template(1, 128).await.unwrap();
+    runtime
+        .make_template(1, 128, VmExtras::default())
+        .await
+        .unwrap();
     settled(&runtime).await;
     let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
     assert_eq!(world.vmm.is_restored(&sandbox), Some(true));
@@ -82,7 +85,10 @@ async fn a_template_that_fails_is_no_reason_for_a_pod_to_fail() {
     let mut world = World::new().await;
     world.templates = 4;
     let runtime = world.open().await;
-    runtime.make_template(1, 128).await.unwrap();
+    runtime
+        .make_template(1, 128, VmExtras::default())
+        .await
+        .unwrap();
     settled(&runtime).await;
     world.vmm.refuse_launch(VmmError::Spec {
         field: "x",
@@ -103,7 +109,10 @@ async fn a_guest_that_does_not_answer_becomes_no_template() {
     world.deadlines.boot = std::time::Duration::from_millis(300);
     world.script_agents(Method::Hello, Behaviour::Stall);
     let runtime = world.open().await;
-    runtime.make_template(1, 128).await.unwrap();
+    runtime
+        .make_template(1, 128, VmExtras::default())
+        .await
+        .unwrap();
     settled(&runtime).await;
     world.assert_clean().await;
 }

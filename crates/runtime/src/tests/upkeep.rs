@@ -157,3 +157,102 @@ async fn an_image_in_use_stays() {
     runtime.remove_image(&image).await.unwrap();
     assert!(runtime.image(&image).await.is_none());
 }
+
+fn larger(vcpus: u32, memory_mib: u32) -> SandboxUpdate {
+    SandboxUpdate {
+        vcpus,
+        memory_mib,
+        memo: None,
+    }
+}
+
+#[tokio::test]
+async fn a_vm_changes_its_size_within_what_was_planned_and_the_record_tells() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let mut config = world.sandbox("a");
+    let (vcpus, memory_mib) = (config.vcpus, config.memory_mib);
+    config.extras = VmExtras {
+        max_vcpus: vcpus + 2,
+        max_memory_mib: memory_mib + 512,
+        shares: false,
+    };
+    let sandbox = runtime.run_sandbox(config).await.unwrap();
+    let most = larger(vcpus + 2, memory_mib + 512);
+    for (bad, name) in [
+        (larger(0, memory_mib), "vcpus"),
+        (larger(vcpus + 3, memory_mib), "vcpus"),
+        (larger(vcpus, memory_mib + 513), "memory_mib"),
+    ] {
+        let refused = runtime.resize_sandbox(&sandbox, bad).await;
+        assert!(
+            matches!(&refused, Err(RuntimeError::Invalid { field, .. }) if field == name),
+            "{refused:?}"
+        );
+    }
+    runtime
+        .resize_sandbox(&sandbox, most.clone())
+        .await
+        .unwrap();
+    assert_eq!(world.vmm.extra_memory(&sandbox), Some(512));
+    assert!(world.agent(&sandbox).calls().contains(&Method::Resize));
+
+    drop(runtime);
+    let runtime = world.open().await;
+    let status = runtime.sandbox(&sandbox).await.unwrap();
+    assert_eq!(
+        (status.vcpus, status.memory_mib),
+        (vcpus + 2, memory_mib + 512)
+    );
+    assert_eq!(status.config.memory_mib, memory_mib, "as it was asked for");
+    let resizes = || {
+        let calls = world.agent(&sandbox).calls();
+        calls.iter().filter(|call| **call == Method::Resize).count()
+    };
+    let before = resizes();
+    // What is so already is not asked of the guest again.
+    runtime.resize_sandbox(&sandbox, most).await.unwrap();
+    assert_eq!(resizes(), before);
+    let memo = SandboxUpdate {
+        memo: Some("new".into()),
+        ..larger(vcpus, memory_mib)
+    };
+    runtime.resize_sandbox(&sandbox, memo).await.unwrap();
+    assert_eq!(world.vmm.extra_memory(&sandbox), Some(0));
+    assert_eq!(runtime.sandbox(&sandbox).await.unwrap().config.memo, "new");
+}
+
+#[tokio::test]
+async fn a_path_of_the_host_is_shared_once_and_only_where_that_was_planned() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let plain = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
+    let share = || HostShare {
+        source: std::fs::File::open("/").unwrap().into(),
+        read_only: false,
+        recursive: false,
+        follow_mounts: false,
+    };
+    let refused = runtime.share(&plain, share()).await;
+    assert!(
+        matches!(refused, Err(RuntimeError::Invalid { field, .. }) if field == "extras.shares")
+    );
+    let mut config = world.sandbox("b");
+    config.extras.shares = true;
+    let sandbox = runtime.run_sandbox(config).await.unwrap();
+    let name = runtime.share(&sandbox, share()).await.unwrap();
+    drop(runtime);
+    let runtime = world.open().await;
+    assert_eq!(runtime.share(&sandbox, share()).await.unwrap(), name);
+    let other = HostShare {
+        read_only: true,
+        ..share()
+    };
+    assert_ne!(runtime.share(&sandbox, other).await.unwrap(), name);
+    assert_eq!(world.vmm.shares(&sandbox), Some(2));
+    let volume = &world.agent(&sandbox).volumes()[SHARED_VOLUME];
+    assert!(matches!(
+        volume.kind,
+        Some(hypernetes_agent_api::v1::volume::Kind::Shared(_))
+    ));
+}

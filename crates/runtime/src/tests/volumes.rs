@@ -24,6 +24,43 @@ fn limited(name: &str, size_limit: u64) -> VolumeConfig {
     }
 }
 
+#[tokio::test]
+async fn a_mounted_image_is_in_use_and_shares_layers() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
+    let image = |name: &str| MountConfig {
+        image: name.into(),
+        destination: format!("/{name}"),
+        readonly: true,
+        ..Default::default()
+    };
+    let mut config = container_config("c");
+    config.mounts = vec![image("box"), image("gone")];
+    let missing = runtime.create_container(&sandbox, config.clone()).await;
+    assert!(matches!(missing, Err(RuntimeError::ImageVolume(_))));
+    config.mounts.pop();
+    let container = runtime.create_container(&sandbox, config).await.unwrap();
+    let agent = world.agent(&sandbox);
+    let request = agent.containers()[container.as_str()].clone();
+    let Some(v1::mount::Source::Image(layers)) = &request.mounts[0].source else {
+        panic!("{request:?}");
+    };
+    assert_eq!(layers.slots.len(), 2);
+    assert_eq!(layers.slots[0], request.layer_slots[0], "the common layer");
+    assert_eq!(world.vmm.disks(&sandbox).unwrap(), [1, 2, 3, 4]);
+
+    // Also after a restart of the node.
+    drop(runtime);
+    let runtime = world.open().await;
+    let id = runtime.image("box").await.unwrap().id;
+    assert!(runtime.images_in_use().contains(&id));
+    assert!(runtime.remove_image("box").await.is_err());
+    runtime.remove_container(&container).await.unwrap();
+    assert_eq!(world.vmm.disks(&sandbox).unwrap(), [1]);
+    assert!(!runtime.images_in_use().contains(&id));
+}
+
 fn slot_of(world: &World, sandbox: &SandboxId, volume: &str) -> u32 {
     match world.agent(sandbox).volumes()[volume].kind {
         Some(v1::volume::Kind::EmptyDir(empty)) => empty.disk_slot,

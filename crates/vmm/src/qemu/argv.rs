@@ -9,6 +9,11 @@ use std::os::fd::RawFd;
 use super::disk;
 use crate::Machine;
 
+/// Where the server of host directories is plugged.
+pub(crate) const SHARE_PORT: &str = "port-share";
+/// The device that brings more memory.
+pub(crate) const MEMORY_DEVICE: &str = "memory0";
+
 /// What executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -61,6 +66,7 @@ impl CommandLine {
         });
         push(self.sockets.args(machine));
         push(common_devices(machine));
+        push(self.machine.later());
         if let Some(net) = &self.net {
             push(net.args(machine));
         }
@@ -96,6 +102,12 @@ pub(crate) struct MachineArgs {
     pub(crate) vcpus: u32,
     pub(crate) memory_mib: u32,
     pub(crate) memory: Memory,
+    /// Virtual CPUs, those included that the guest leaves off at first.
+    pub(crate) max_vcpus: u32,
+    /// MiB that can be added.
+    pub(crate) growth_mib: u32,
+    /// Whether a server of host directories can be plugged.
+    pub(crate) shares: bool,
 }
 
 /// What the guest's memory is.
@@ -107,6 +119,8 @@ pub(crate) enum Memory {
     Savable(RawFd),
     /// A template's file, of which this VM changes a copy.
     Template(RawFd),
+    /// A copy of a template's file, which other processes may map.
+    Copy(RawFd),
 }
 
 impl Memory {
@@ -116,7 +130,7 @@ impl Memory {
             // memory gets transparent huge pages by QEMU's own madvise, which costs an idle VM 6 MiB.
             // Shared costs the same as private, and another process may map it.
             Self::Own => format!("memory-backend-memfd,id=ram,size={mib}M,share=on"),
-            Self::Savable(fd) => Self::file(mib, fd, "on"),
+            Self::Savable(fd) | Self::Copy(fd) => Self::file(mib, fd, "on"),
             Self::Template(fd) => Self::file(mib, fd, "off"),
         }
     }
@@ -144,16 +158,44 @@ impl MachineArgs {
         };
         let memory = self.memory.arg(self.memory_mib);
         let mut args = strings(["-M", &machine, "-accel", accelerator, "-cpu", cpu]);
-        args.extend(strings(["-smp", &self.vcpus.to_string()]));
         args.extend(strings([
-            "-m",
-            &format!("{}M", self.memory_mib),
-            "-object",
-            &memory,
+            "-smp",
+            &self.max_vcpus.max(self.vcpus).to_string(),
         ]));
+        let size = match self.growth_mib {
+            0 => format!("{}M", self.memory_mib),
+            // The slot is the virtio-mem device's. QEMU wants the region aligned to 1 GiB.
+            growth => format!(
+                "{}M,slots=1,maxmem={}M",
+                self.memory_mib,
+                u64::from(self.memory_mib) + u64::from(growth) + 1024
+            ),
+        };
+        args.extend(strings(["-m", &size, "-object", &memory]));
         if self.machine == Machine::Microvm {
             // The default is virtio 0.9.
             args.extend(strings(["-global", "virtio-mmio.force-legacy=false"]));
+        }
+        args
+    }
+}
+
+impl MachineArgs {
+    /// What is there to be used later.
+    fn later(&self) -> Vec<String> {
+        let mut args = Vec::new();
+        if self.shares {
+            let port = format!("pcie-root-port,id={SHARE_PORT},chassis=1");
+            args.extend(strings(["-device", &port]));
+        }
+        if self.growth_mib > 0 {
+            // Pages of it are there when the guest has them: nothing is set aside.
+            let backend = format!(
+                "memory-backend-memfd,id=more,size={}M,share=on,reserve=off",
+                self.growth_mib
+            );
+            let device = format!("virtio-mem-pci,id={MEMORY_DEVICE},memdev=more,requested-size=0");
+            args.extend(strings(["-object", &backend, "-device", &device]));
         }
         args
     }
@@ -166,6 +208,8 @@ pub(crate) struct Boot {
     pub(crate) initrd: RawFd,
     /// Rate of the host's time stamp counter, which is the guest's under TCG.
     pub(crate) tsc_khz: Option<u32>,
+    /// CPUs that stay up, if they are not all.
+    pub(crate) cpus: Option<u32>,
     pub(crate) extra: String,
 }
 
@@ -182,6 +226,11 @@ impl Boot {
                 // Calibration against the emulated PIT fails on a loaded host, and the guest crawls.
                 line.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
             }
+        }
+        if let Some(cpus) = self.cpus {
+            // HyperStart's word. Not the kernel's maxcpus=: a CPU that comes up for the first time later
+            // is measured then, for more than a second under emulation.
+            line.push_str(&format!(" hyperstart.cpus={cpus}"));
         }
         if !self.extra.is_empty() {
             line.push(' ');
@@ -310,11 +359,15 @@ mod tests {
                 vcpus: 2,
                 memory_mib: 128,
                 memory: Memory::Own,
+                max_vcpus: 2,
+                growth_mib: 0,
+                shares: false,
             },
             boot: Some(Boot {
                 kernel: 4,
                 initrd: 5,
                 tsc_khz: Some(2_600_000),
+                cpus: None,
                 extra: "x=1".to_owned(),
             }),
             sockets: Sockets {
@@ -345,6 +398,41 @@ mod tests {
             Memory::Template(3).arg(64),
             "memory-backend-file,id=ram,size=64M,mem-path=/proc/self/fd/3,share=off"
         );
+    }
+
+    #[test]
+    fn what_comes_later_is_planned() {
+        let machine = MachineArgs {
+            machine: Machine::Q35,
+            accelerator: Accelerator::Kvm,
+            vcpus: 1,
+            memory_mib: 320,
+            memory: Memory::Copy(5),
+            max_vcpus: 4,
+            growth_mib: 768,
+            shares: true,
+        };
+        let args = machine.args().join(" ");
+        assert!(
+            args.contains("-smp 4 -m 320M,slots=1,maxmem=2112M"),
+            "{args}"
+        );
+        assert!(args.contains("size=320M,mem-path=/proc/self/fd/5,share=on"));
+        assert_eq!(
+            machine.later().join(" "),
+            "-device pcie-root-port,id=port-share,chassis=1 \
+             -object memory-backend-memfd,id=more,size=768M,share=on,reserve=off \
+             -device virtio-mem-pci,id=memory0,memdev=more,requested-size=0"
+        );
+        let boot = Boot {
+            kernel: 4,
+            initrd: 5,
+            tsc_khz: None,
+            cpus: Some(1),
+            extra: String::new(),
+        };
+        let line = boot.args(Accelerator::Kvm).pop().unwrap();
+        assert!(line.ends_with(" hyperstart.cpus=1"), "{line}");
     }
 
     #[test]

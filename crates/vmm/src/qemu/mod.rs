@@ -13,9 +13,11 @@
 mod argv;
 mod console;
 mod disk;
+mod memory;
 pub mod probe;
 mod qmp;
 mod restore;
+mod share;
 mod spawn;
 mod vm;
 
@@ -40,6 +42,7 @@ use self::{
     console::Console,
     probe::ProbeError,
     qmp::{Qmp, QmpError, QmpEvent},
+    share::Shares,
     spawn::Handover,
     vm::{Parts, QemuVm, ShutdownReason, clear_up, read_messages},
 };
@@ -62,6 +65,9 @@ pub struct QemuConfig {
     pub qemu: Option<PathBuf>,
     /// A certain accelerator instead of the best that works.
     pub accelerator: Option<Accelerator>,
+    /// The program that serves host directories to guests: QEMU's own virtiofsd, or another that
+    /// takes its options.
+    pub virtiofsd: PathBuf,
     /// User of the VMM that boots the probe guest.
     pub probe_uid: u32,
     /// How long one control command may take.
@@ -78,6 +84,7 @@ impl QemuConfig {
             launcher: Launcher::current_program(),
             qemu: None,
             accelerator: None,
+            virtiofsd: "/usr/lib/qemu/virtiofsd".into(),
             probe_uid: 65534,
             command_deadline: Duration::from_secs(15),
             launch_deadline: Duration::from_secs(60),
@@ -116,7 +123,7 @@ impl QemuDriver {
 
     /// Starts the process. Everything up to here is undone by the caller.
     fn start(&self, spec: VmSpec, run: &RunDir) -> Result<Started, VmmError> {
-        let machine = spec.kernel.machine;
+        let machine = spec.machine();
         let program = self.program(machine)?.to_owned();
         let in_run_dir = |action| {
             move |source| VmmError::Io {
@@ -140,6 +147,7 @@ impl QemuDriver {
                 kernel: handover.add(open_for_all(&spec.kernel.kernel)?.into()),
                 initrd: handover.add(open_for_all(&spec.kernel.initrd)?.into()),
                 tsc_khz: self.probe.tsc_khz,
+                cpus: (spec.extras.max_vcpus > spec.vcpus).then_some(spec.vcpus),
                 extra: spec.kernel.extra_cmdline,
             }),
         };
@@ -152,10 +160,17 @@ impl QemuDriver {
                 savable = Some((shape, file));
                 Memory::Savable(handover.add(copy))
             }
+            // Others cannot map what this VM changes of a private mapping.
+            Origin::Template(found) if spec.extras.shares => {
+                let file = found.copy_memory().map_err(memory_failed)?;
+                let memory = handover.add(file);
+                template = Some((found, None));
+                Memory::Copy(memory)
+            }
             Origin::Template(found) => {
                 let file = found.share_memory().map_err(memory_failed)?;
                 let memory = handover.add(file);
-                template = Some((found, memory));
+                template = Some((found, Some(memory)));
                 Memory::Template(memory)
             }
         };
@@ -200,6 +215,9 @@ impl QemuDriver {
                 vcpus: spec.vcpus,
                 memory_mib: spec.memory_mib,
                 memory,
+                max_vcpus: spec.extras.max_vcpus,
+                growth_mib: spec.extras.growth_mib(spec.memory_mib),
+                shares: spec.extras.shares,
             },
             boot,
             sockets,
@@ -224,7 +242,9 @@ impl QemuDriver {
             read_write,
             keep_holes_out_of: template
                 .as_ref()
+                .filter(|(_, memory)| memory.is_some())
                 .and_then(|(template, _)| template.memory_fd.get().copied()),
+            jail: None,
             ephemeral: spec.ephemeral,
         };
         let vmm_end = run.make_messages().map_err(in_run_dir("make a pipe in"))?;
@@ -295,6 +315,7 @@ impl QemuDriver {
             savable,
             shutdown,
             deadline,
+            shares: Shares::new(self.config.launcher.clone(), self.config.virtiofsd.clone()),
         }))
     }
 }
@@ -311,8 +332,8 @@ struct Started {
 /// What a VM from a template is still to be given.
 struct Restore {
     template: Arc<Template>,
-    /// Number under which the VMM was handed the template's memory.
-    memory: RawFd,
+    /// Number under which the VMM was handed the template's memory, if it maps that itself.
+    memory: Option<RawFd>,
     disks: Vec<Disk>,
 }
 
@@ -360,6 +381,12 @@ fn check_spec(spec: &VmSpec) -> Result<(), VmmError> {
     }
     if !(64..=1 << 20).contains(&spec.memory_mib) {
         return refuse("memory_mib", "must be 64 to 1048576");
+    }
+    if spec.extras.max_vcpus > 64 {
+        return refuse("extras.max_vcpus", "must be at most 64");
+    }
+    if spec.extras.max_memory_mib > 1 << 20 {
+        return refuse("extras.max_memory_mib", "must be at most 1048576");
     }
     let line = &spec.kernel.extra_cmdline;
     if line.len() > 1024 || line.chars().any(char::is_control) {
@@ -529,7 +556,10 @@ impl Vmm for QemuDriver {
             .attach(record.clone(), process, messages, None, deadline)
             .await
         {
-            Ok(vm) => Ok(Box::new(vm)),
+            Ok(vm) => {
+                vm.adopt_server().await?;
+                Ok(Box::new(vm))
+            }
             Err(QmpError::Closed) => Err(gone()),
             Err(QmpError::Timeout(waited)) => Err(VmmError::Timeout {
                 action: "the adoption".to_owned(),

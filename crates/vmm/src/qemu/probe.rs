@@ -320,6 +320,7 @@ async fn boot(
         read_only: spawn::readable(program),
         read_write: vec!["/dev/kvm".into(), "/dev/null".into()],
         keep_holes_out_of: None,
+        jail: None,
         ephemeral: true,
     };
     let mut child = spawn::spawn(

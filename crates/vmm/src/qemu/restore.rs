@@ -142,7 +142,9 @@ impl QemuVm {
                 .map_err(self.failed(action))
         };
         self.in_time(action, work).await?;
-        self.check_memory(&template, memory, action)?;
+        if let Some(memory) = memory {
+            self.check_memory(&template, memory, action)?;
+        }
         for disk in disks {
             self.plug_disk(disk).await?;
         }

@@ -4,7 +4,10 @@ use std::{
     fs::File,
     io::{self, Read},
     os::fd::OwnedFd,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -20,9 +23,10 @@ use super::{
     console::{Console, printable},
     disk,
     qmp::{Qmp, QmpError},
+    share::{self, Shares},
 };
 use crate::{
-    Channel, Disk, Template, Vm, VmEvent, VmExit, VmRecord, VmmError,
+    Channel, Disk, HostShare, Template, Vm, VmEvent, VmExit, VmRecord, VmmError,
     channel::ChannelSlot,
     launcher::cgroup,
     process::{ExitStatus, Process},
@@ -53,13 +57,14 @@ pub(crate) struct Parts {
     pub(crate) savable: Option<(Shape, OwnedFd)>,
     pub(crate) shutdown: ShutdownReason,
     pub(crate) deadline: Duration,
+    pub(crate) shares: Shares,
 }
 
 /// A VM whose VMM is QEMU. Dropping it leaves the VM running.
 #[derive(Debug)]
 pub(crate) struct QemuVm {
-    record: VmRecord,
-    run: RunDir,
+    pub(super) record: VmRecord,
+    pub(super) run: RunDir,
     pub(super) process: Process,
     pub(super) qmp: Arc<Qmp>,
     console: Arc<Console>,
@@ -71,6 +76,7 @@ pub(crate) struct QemuVm {
     events: broadcast::Sender<VmEvent>,
     exit: watch::Receiver<Option<VmExit>>,
     pub(super) deadline: Duration,
+    pub(super) shares: Shares,
     _tasks: JoinSet<()>,
 }
 
@@ -85,6 +91,7 @@ impl QemuVm {
             savable,
             shutdown,
             deadline,
+            shares,
         } = parts;
         let (events, _) = broadcast::channel(16);
         let (exit_out, exit) = watch::channel(None);
@@ -98,6 +105,7 @@ impl QemuVm {
             shutdown,
             run: run.clone(),
             cgroup: record.cgroup.clone(),
+            server_lost: shares.lost(),
             exit: exit_out,
             events: events.clone(),
         };
@@ -115,6 +123,7 @@ impl QemuVm {
             events,
             exit,
             deadline,
+            shares,
             _tasks: tasks,
         }
     }
@@ -260,6 +269,14 @@ impl Vm for QemuVm {
         self.slots().await.map_err(self.failed("list disks"))
     }
 
+    async fn share(&self, share: HostShare) -> Result<String, VmmError> {
+        self.share_host(share).await
+    }
+
+    async fn set_extra_memory(&self, mib: u32) -> Result<u32, VmmError> {
+        self.resize_memory(mib).await
+    }
+
     async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError> {
         if self.exit().is_some() {
             return Err(VmmError::Gone {
@@ -339,6 +356,7 @@ struct Watcher {
     shutdown: ShutdownReason,
     run: RunDir,
     cgroup: Option<String>,
+    server_lost: Arc<AtomicBool>,
     exit: watch::Sender<Option<VmExit>>,
     events: broadcast::Sender<VmEvent>,
 }
@@ -373,6 +391,10 @@ impl Watcher {
     fn judge(&self, status: ExitStatus) -> VmExit {
         if let Some(console_tail) = self.console.panic_tail() {
             return VmExit::Panic { console_tail };
+        }
+        if self.server_lost.load(Ordering::Relaxed) {
+            let status = "the server of its host directories ended".to_owned();
+            return VmExit::VmmDied { status };
         }
         let reason = self
             .shutdown
@@ -412,6 +434,7 @@ pub(crate) fn read_messages(mut messages: &File) -> String {
 
 /// Removes the traces of a VM whose process is dead: sockets, launch record, cgroup.
 pub(crate) async fn clear_up(run: &RunDir, group: Option<&str>) {
+    share::end_server(run).await;
     if let Err(e) = run.remove_live_files() {
         tracing::warn!(path = %run.path().display(), error = %e, "cannot remove sockets");
     }

@@ -81,6 +81,7 @@ impl Bench {
             origin: Origin::Kernel,
             vcpus: 1,
             memory_mib: 64,
+            extras: hypernetes_vmm::VmExtras::default(),
             net: None,
             disks: Vec::new(),
             run_dir: self.temp.path().join(sandbox.short()),
