@@ -12,7 +12,10 @@ use serde_json::Value;
 const FLOORS: &[(u8, &[&str])] = &[
     (1, &["hypernetes", "hyperstart"]),
     (2, &["apiserver", "controllers", "nodelet", "cri"]),
-    (3, &["runtime", "apimachinery", "policy", "streaming"]),
+    (
+        3,
+        &["runtime", "hostpods", "apimachinery", "policy", "streaming"],
+    ),
     (
         4,
         &[
@@ -30,7 +33,11 @@ const FLOORS: &[(u8, &[&str])] = &[
 ];
 
 /// Arrows inside one floor that the design names.
-const SAME_FLOOR: &[(&str, &str)] = &[("policy", "apimachinery"), ("container", "agent-api")];
+const SAME_FLOOR: &[(&str, &str)] = &[
+    ("policy", "apimachinery"),
+    ("container", "agent-api"),
+    ("hostpods", "runtime"),
+];
 
 /// The guest stays small: these rooms may use nothing else of the house.
 const GUEST: &[(&str, &[&str])] = &[

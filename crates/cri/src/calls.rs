@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
 use crate::{
-    HANDLER, RUNTIME_NAME, container, events, exec_sync, filter,
+    RUNTIME_NAME, container, events, exec_sync, filter,
     pages::pages,
     sandbox,
     service::{Service, now_nanos},
@@ -78,7 +78,7 @@ impl RuntimeService for Service {
                 true => self.info(),
                 false => BTreeMap::new(),
             },
-            runtime_handlers: vec![handler(""), handler(HANDLER)],
+            runtime_handlers: self.handlers().into_iter().map(handler).collect(),
             features: Some(v1::RuntimeFeatures {
                 supplemental_groups_policy: true,
                 ..Default::default()

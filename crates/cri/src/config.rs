@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use hypernetes_runtime::VmExtras;
 
-use crate::{resources, v1};
+use crate::{host::HostHandler, resources, v1};
 
 /// Configuration of a [`crate::CriServer`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub struct CriConfig {
     pub state_dir: PathBuf,
     /// How large VMs are.
     pub vm: VmSizes,
+    /// Who may have pods on the node's own kernel.
+    pub host: HostHandler,
 }
 
 /// A directory of the host for pods.
@@ -89,6 +91,7 @@ impl CriConfig {
             cgroup_root: "hypernetes".to_owned(),
             state_dir,
             vm: VmSizes::default(),
+            host: HostHandler::default(),
         }
     }
 }

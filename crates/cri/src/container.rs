@@ -116,6 +116,7 @@ pub(crate) fn plan(
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
         memo: memo::of_container(config),
+        host: None,
     })
 }
 

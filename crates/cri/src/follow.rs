@@ -120,7 +120,9 @@ impl Follower {
     /// Finds which volumes of a sandbox are to be followed.
     async fn find(&self, followed: &mut Followed, sandbox: &SandboxId) {
         let mut wanted = BTreeMap::new();
-        if let Some(status) = self.runtime.sandbox(sandbox).await {
+        // A container on the host mounts the kubelet's own files.
+        let status = self.runtime.sandbox(sandbox).await;
+        if let Some(status) = status.filter(|status| status.config.host.is_none()) {
             for container in self.runtime.list_containers(Some(sandbox)).await {
                 // A guest that does not answer just now may still run it.
                 let runs = [ContainerState::Running, ContainerState::Unknown];

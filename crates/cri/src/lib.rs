@@ -24,6 +24,7 @@ mod exec_sync;
 mod files;
 mod filter;
 mod follow;
+mod host;
 mod hostpath;
 mod images;
 mod lookup;
@@ -49,6 +50,7 @@ mod users;
 mod watch;
 
 pub use config::{CriConfig, SharedPath, VmSizes};
+pub use host::HostHandler;
 pub use network::{NodeNetwork, PodNetwork, TenantNetwork};
 pub use server::{CriServer, ServeError};
 
@@ -71,5 +73,7 @@ pub mod v1 {
 pub const RUNTIME_NAME: &str = "hypernetes";
 /// The handler of microVMs, which is also the default.
 pub const HANDLER: &str = "hyper";
+/// The handler of pods on the node's own kernel.
+pub const HOST_HANDLER: &str = "host";
 /// Largest message in either direction, as clients take it.
 pub const MAX_MESSAGE_SIZE: usize = 16 << 20;

@@ -100,6 +100,9 @@ impl Service {
         let update = request
             .linux
             .ok_or_else(|| CriError::invalid("linux", "must be given"))?;
+        if status.config.host.is_some() {
+            return self.update_on_host(&status, &update).await;
+        }
         let sandbox = self.sandbox(status.sandbox.as_str()).await?;
         // One change of a pod at a time: each is about the sum.
         let ledger = self.carried.of(&sandbox.id);
@@ -134,6 +137,7 @@ impl Service {
         let update = ContainerUpdate {
             resources: config,
             memo: memo::of_container(&asked),
+            host: None,
         };
         self.runtime.update_container(&status.id, update).await?;
         self.shrink(&sandbox, wanted).await;
@@ -147,6 +151,10 @@ impl Service {
         request: &v1::UpdatePodSandboxResourcesRequest,
     ) -> Result<(), CriError> {
         let sandbox = self.sandbox(&request.pod_sandbox_id).await?;
+        if sandbox.config.host.is_some() {
+            // The pod's cgroup is the kubelet's, and nothing else is around its containers.
+            return Ok(());
+        }
         let ledger = self.carried.of(&sandbox.id);
         let _turn = ledger.lock().await;
         let update = request.resources.clone().unwrap_or_default();

@@ -8,7 +8,7 @@ use hypernetes_types::{KernelName, kinds::KERNEL_ANNOTATION};
 use serde_json::json;
 
 use crate::{
-    HANDLER,
+    HANDLER, HOST_HANDLER,
     config::CriConfig,
     filter::{self, metadata},
     lookup::shown,
@@ -111,6 +111,7 @@ pub(crate) fn plan(
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
         memo: memo::of_sandbox(request),
+        host: None,
     })
 }
 
@@ -310,7 +311,10 @@ fn more_addresses(status: &SandboxStatus) -> Vec<v1::PodIp> {
 /// For whoever debugs.
 pub(crate) fn info(status: &SandboxStatus) -> BTreeMap<String, String> {
     let info = json!({
-        "handler": HANDLER,
+        "handler": match status.config.host {
+            Some(_) => HOST_HANDLER,
+            None => HANDLER,
+        },
         "kernelRelease": status.kernel_release,
         "vcpus": status.config.vcpus,
         "memoryMiB": status.config.memory_mib,

@@ -8,7 +8,8 @@ use crate::{seccomp, status::CriError, v1};
 
 /// Why the host's namespaces cannot be had.
 const NO_HOST_NAMESPACE: &str = "NODE is the host's own namespace, which a pod in a microVM (runtime handler \"hyper\") \
-     cannot join; hostNetwork, hostPID and hostIPC are not served by this node";
+     cannot join; hostNetwork, hostPID and hostIPC need a RuntimeClass of handler \"host\", which the \
+     node's setting hostHandler.namespaces allows to the namespaces that it names";
 
 fn invalid(base: &str, field: &str, rule: impl Into<String>) -> CriError {
     CriError::invalid(format!("{base}.{field}"), rule)

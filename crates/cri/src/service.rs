@@ -4,8 +4,8 @@
 use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
-    ContainerState, ContainerStatus, PodRuntime, RuntimeError, SandboxMetadata, SandboxState,
-    SandboxStatus, SeccompProfile,
+    ContainerConfig, ContainerState, ContainerStatus, PodRuntime, RuntimeError, SandboxMetadata,
+    SandboxState, SandboxStatus, SeccompProfile,
 };
 use hypernetes_streaming::ProcessRequest;
 use hypernetes_telemetry::VERSION;
@@ -15,11 +15,11 @@ use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    HANDLER,
+    HANDLER, HOST_HANDLER,
     carried::Carried,
     config::CriConfig,
     container::{self, Asked, Confinement},
-    lookup, mounts,
+    host, lookup, mounts,
     network::NodeNetwork,
     sandbox, seccomp, stats,
     status::CriError,
@@ -93,7 +93,10 @@ impl Service {
         request: v1::RunPodSandboxRequest,
     ) -> Result<SandboxId, CriError> {
         let pod_network = self.network.of(sandbox::namespace(&request));
-        let config = sandbox::plan(&request, &self.config, &pod_network)?;
+        let config = match host::is_asked(&request, &self.config)? {
+            true => host::plan_sandbox(&request, &self.config, &pod_network)?,
+            false => sandbox::plan(&request, &self.config, &pod_network)?,
+        };
         let wanted = config.memo.clone();
         let (network, runtime) = (Arc::clone(&self.network), Arc::clone(&self.runtime));
         // To its end, even if the caller goes: the network must not be taken away under it.
@@ -143,6 +146,10 @@ impl Service {
     ) -> Result<ContainerId, CriError> {
         let sandbox = self.sandbox(&request.pod_sandbox_id).await?;
         let asked = Asked::of(&request)?;
+        if sandbox.config.host.is_some() {
+            let config = host::plan_container(&asked, &sandbox)?;
+            return self.create_as(&sandbox.id, config).await;
+        }
         // Everything that can be refused is, before a file of the host is read.
         let nothing = (mounts::Plan::default(), Confinement::default());
         container::plan(&asked, &sandbox, &nothing.0, nothing.1)?;
@@ -158,12 +165,20 @@ impl Service {
             mounts.mounts[index].sub_path = self.runtime.share(&sandbox.id, share).await?;
         }
         let config = container::plan(&asked, &sandbox, &mounts, confinement)?;
-        let wanted = config.memo.clone();
         for volume in mounts.volumes {
             ledger.write(self.runtime(), &sandbox.id, volume).await?;
         }
         drop(ledger);
-        let id = self.runtime.create_container(&sandbox.id, config).await?;
+        self.create_as(&sandbox.id, config).await
+    }
+
+    async fn create_as(
+        &self,
+        sandbox: &SandboxId,
+        config: ContainerConfig,
+    ) -> Result<ContainerId, CriError> {
+        let wanted = config.memo.clone();
+        let id = self.runtime.create_container(sandbox, config).await?;
         let status = self.runtime.container(&id).await;
         let same = status.is_none_or(|status| status.config.memo == wanted);
         if same {
@@ -325,6 +340,12 @@ impl Service {
         }
     }
 
+    /// Names of the handlers that this node has.
+    pub(crate) fn handlers(&self) -> Vec<&'static str> {
+        let host = self.config.host.is_on().then_some(HOST_HANDLER);
+        ["", HANDLER].into_iter().chain(host).collect()
+    }
+
     pub(crate) fn info(&self) -> BTreeMap<String, String> {
         let config = json!({
             "stateDir": self.config.state_dir,
@@ -332,7 +353,7 @@ impl Service {
             "copiedHostPaths": self.config.copied_paths,
             "sharedHostPaths": self.config.shared_paths.iter().map(|shared| &shared.path).collect::<Vec<_>>(),
             "streamAddress": self.config.stream_address.to_string(),
-            "handlers": [HANDLER],
+            "handlers": self.handlers(),
             "network": self.network.info(),
         });
         BTreeMap::from([

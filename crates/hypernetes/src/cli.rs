@@ -61,6 +61,12 @@ pub(crate) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Hold the shared process namespace of a pod on the host; called by the daemon only
+    #[command(name = "pause-pod", hide = true)]
+    PausePod {
+        /// The pod's sandbox
+        sandbox: String,
+    },
     /// Start a VMM in its jail; called by the daemon only
     #[command(name = "vmm-launch", hide = true)]
     VmmLaunch {
@@ -309,6 +315,9 @@ pub(crate) struct Doctor {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+    /// Also look for what this configuration of `hypernetes node` needs
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -3,10 +3,13 @@
 use std::{env, path::Path, process::ExitCode};
 
 use anyhow::Result;
+use hypernetes_hostpods::Programs;
 use hypernetes_vmm::qemu::{QemuConfig, QemuDriver};
 use serde_json::json;
 
-use crate::{cli::Doctor, paths, paths::Paths, terminal};
+use crate::{
+    cli::Doctor, node_config::NodeConfig, parts::HostPodsOptions, paths, paths::Paths, terminal,
+};
 
 /// Programs that a node calls, with the package that has them and what they are for.
 const PROGRAMS: &[(&str, &str, &str)] = &[
@@ -44,6 +47,10 @@ pub(crate) async fn run(paths: &Paths, options: &Doctor) -> Result<ExitCode> {
         "a built kernel",
         paths::kernel_dir(None).as_deref(),
     ));
+    let config = NodeConfig::load(options.config.as_deref())?.host_pods();
+    if config.on {
+        checks.push(host_pods(&config));
+    }
     let able = checks.iter().all(|check| check.ok);
     if options.json {
         let checks: Vec<_> = checks
@@ -118,6 +125,30 @@ fn program_found(program: &str, package: &str, purpose: &str) -> Check {
         advice: found
             .is_none()
             .then(|| format!("apt-get install {package}")),
+    }
+}
+
+/// The programs that run pods on the node's own kernel.
+fn host_pods(options: &HostPodsOptions) -> Check {
+    let purpose = "pods on the node's own kernel (hostHandler)";
+    match Programs::find(&options.runtime, &options.conmon) {
+        Ok(found) => Check {
+            ok: true,
+            what: format!(
+                "{}, {} ({purpose})",
+                found.oci.display(),
+                found.conmon.display()
+            ),
+            advice: None,
+        },
+        Err(error) => Check {
+            ok: false,
+            what: purpose.to_owned(),
+            advice: Some(format!(
+                "{}; apt-get install runc conmon",
+                hypernetes_telemetry::chain(&error)
+            )),
+        },
     }
 }
 

@@ -31,6 +31,13 @@ fn main() -> ExitCode {
         // Before anything else: this process is about to become the VMM.
         return launch(args);
     }
+    if let Command::PausePod { .. } = &cli.command {
+        // No more than it needs: one such process is in each pod that shares its processes.
+        return match hypernetes_hostpods::pause() {
+            Ok(never) => match never {},
+            Err(error) => fail(&anyhow::Error::new(error)),
+        };
+    }
     let format = match cli.log_format {
         cli::LogFormat::Text => LogFormat::Text,
         cli::LogFormat::Json => LogFormat::Json,
@@ -68,6 +75,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "hypernetes", &mut io::stdout());
         }
+        Command::PausePod { .. } => anyhow::bail!("pause-pod is the daemon's own"),
         Command::VmmLaunch { .. } => anyhow::bail!("vmm-launch is the daemon's own"),
     }
     Ok(ExitCode::SUCCESS)

@@ -9,14 +9,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use hypernetes_cri::{CriConfig, PodNetwork, SharedPath, TenantNetwork, VmSizes};
+use hypernetes_cri::{CriConfig, HostHandler, PodNetwork, SharedPath, TenantNetwork, VmSizes};
 use hypernetes_network::NetworkSpec;
 use hypernetes_runtime::TemplateConfig;
 use hypernetes_types::NetworkId;
 use ipnet::{IpNet, Ipv4Net};
 use serde::Deserialize;
 
-use crate::parts::{CNI_NETWORK, CniOptions, PartsOptions};
+use crate::parts::{CNI_NETWORK, CniOptions, HostPodsOptions, PartsOptions};
 
 /// All settings with their defaults and what they mean.
 pub(crate) const DEFAULT: &str = include_str!("node.yaml");
@@ -37,8 +37,73 @@ pub(crate) struct NodeConfig {
     run_dir: PathBuf,
     uid_base: u32,
     templates: usize,
+    host_handler: Host,
     hyperstart: PathBuf,
     kernel_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Host {
+    namespaces: Vec<String>,
+    default_for: Vec<String>,
+    runtime: PathBuf,
+    conmon: PathBuf,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        let options = HostPodsOptions::default();
+        Self {
+            namespaces: Vec::new(),
+            default_for: Vec::new(),
+            runtime: options.runtime,
+            conmon: options.conmon,
+        }
+    }
+}
+
+impl Host {
+    fn check(&self) -> Result<()> {
+        for (setting, patterns) in [
+            ("namespaces", &self.namespaces),
+            ("defaultFor", &self.default_for),
+        ] {
+            for pattern in patterns {
+                let name = pattern.strip_suffix('*').unwrap_or(pattern);
+                let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+                ensure!(
+                    name.bytes().all(plain) && (1..=63).contains(&name.len()),
+                    "hostHandler.{setting}: {pattern:?} must be the name of a namespace, or the beginning of names and *"
+                );
+            }
+        }
+        let named = |pattern: &&String| self.namespaces.contains(pattern);
+        let known = self.handler();
+        let unknown = self
+            .default_for
+            .iter()
+            .find(|pattern| !named(pattern) && (pattern.ends_with('*') || !known.allows(pattern)));
+        ensure!(
+            unknown.is_none(),
+            "hostHandler.defaultFor: {unknown:?} must be among hostHandler.namespaces"
+        );
+        for (setting, program) in [("runtime", &self.runtime), ("conmon", &self.conmon)] {
+            ensure!(
+                program.is_absolute() || program.components().count() == 1,
+                "hostHandler.{setting}: {} must be the name of a program or an absolute path",
+                program.display()
+            );
+        }
+        Ok(())
+    }
+
+    fn handler(&self) -> HostHandler {
+        HostHandler {
+            namespaces: self.namespaces.clone(),
+            default_for: self.default_for.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -143,6 +208,7 @@ impl Default for NodeConfig {
             run_dir: crate::parts::RUN_DIR.into(),
             uid_base: 0x7000_0000,
             templates: TemplateConfig::default().most,
+            host_handler: Host::default(),
             hyperstart: PathBuf::new(),
             kernel_dir: PathBuf::new(),
         }
@@ -226,6 +292,7 @@ impl NodeConfig {
             .chain(config.host_paths.shared.iter().map(|shared| &shared.path))
             .chain(some(&config.host_paths.virtiofsd).as_ref())
         {
+            config.host_handler.check()?;
             ensure!(
                 path.is_absolute(),
                 "{} must be an absolute path",
@@ -302,8 +369,18 @@ impl NodeConfig {
             run_dir: Some(self.run_dir.clone()),
             uid_base: self.uid_base,
             templates: self.templates,
+            host_pods: self.host_pods(),
             virtiofsd: some(&self.host_paths.virtiofsd),
             usual_vm: self.cri(PathBuf::new(), "").usual_vm(),
+        }
+    }
+
+    /// For pods on the node's own kernel.
+    pub(crate) fn host_pods(&self) -> HostPodsOptions {
+        HostPodsOptions {
+            on: self.host_handler.handler().is_on(),
+            runtime: self.host_handler.runtime.clone(),
+            conmon: self.host_handler.conmon.clone(),
         }
     }
 
@@ -327,6 +404,7 @@ impl NodeConfig {
             log_dir: state_dir.join("logs"),
             cgroup_root: format!("hypernetes-{instance}"),
             state_dir,
+            host: self.host_handler.handler(),
             vm: VmSizes {
                 memory_mib: self.vm.memory_mib,
                 overhead_mib: self.vm.overhead_mib,
@@ -402,6 +480,11 @@ mod tests {
             "hostPaths: {shared: [{path: /}]}",
             "vm: {resizeVCPUs: 65}",
             "vm: {memory: 1}",
+            "hostHandler: {namespaces: ['*']}",
+            "hostHandler: {namespaces: [Kube]}",
+            "hostHandler: {namespaces: [a], defaultFor: [b]}",
+            "hostHandler: {namespaces: [a], defaultFor: ['a*']}",
+            "hostHandler: {namespaces: [a], runtime: bin/runc}",
             "network: {driver: flannel}",
             "network: {cni: {confDir: net.d}}",
         ] {
@@ -452,5 +535,16 @@ mod tests {
             let text = format!("network:\n  tenants:\n  - {bad}\n");
             assert!(NodeConfig::parse(&text).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_host_handler_is_off_until_namespaces_are_named() {
+        assert!(!NodeConfig::default().host_pods().on);
+        let text = "hostHandler: {namespaces: [kube-system, 'net-*'], defaultFor: [net-a], runtime: /opt/crun}";
+        let config = NodeConfig::parse(text).unwrap();
+        assert!(config.host_pods().on);
+        assert_eq!(config.host_pods().runtime, Path::new("/opt/crun"));
+        let handler = config.cri("/state".into(), "x").host;
+        assert!(handler.allows("net-b") && !handler.allows("default"));
     }
 }

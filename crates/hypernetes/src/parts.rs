@@ -1,9 +1,19 @@
 //! What every daemon is made of below its interface: store, images, kernels, networks, VMs, and the
 //! runtime that joins them.
 
-use std::{collections::BTreeMap, fs, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
+use hypernetes_hostpods::{
+    HostConfig, HostRuntime, JointRuntime, Programs, has_pods, known_sandboxes,
+};
 use hypernetes_image::{ImageStore, RegistryConfig, StoreConfig as ImageStoreConfig};
 use hypernetes_kernel::KernelCatalog;
 use hypernetes_network::{
@@ -40,6 +50,8 @@ pub(crate) struct PartsOptions {
     pub(crate) uid_base: u32,
     /// Most VM templates.
     pub(crate) templates: usize,
+    /// Pods on the node's own kernel.
+    pub(crate) host_pods: HostPodsOptions,
     /// Virtual CPUs and memory in MiB of most pods' VMs: a template of them is made at once.
     pub(crate) usual_vm: (u32, u32, VmExtras),
     /// The program that serves host directories to guests, if not QEMU's.
@@ -68,6 +80,32 @@ impl Default for CniOptions {
         }
     }
 }
+
+/// Pods on the node's own kernel.
+#[derive(Debug, Clone)]
+pub(crate) struct HostPodsOptions {
+    /// Whether there may be new ones.
+    pub(crate) on: bool,
+    /// Name or path of the OCI runtime.
+    pub(crate) runtime: PathBuf,
+    /// Name or path of the monitor.
+    pub(crate) conmon: PathBuf,
+}
+
+impl Default for HostPodsOptions {
+    fn default() -> Self {
+        Self {
+            on: false,
+            runtime: "runc".into(),
+            conmon: "conmon".into(),
+        }
+    }
+}
+
+/// The command of this program that [`hypernetes_hostpods::pause`] is.
+pub(crate) const PAUSE: &str = "pause-pod";
+/// How long an OCI runtime may take for one thing.
+const HOST_PATIENCE: Duration = Duration::from_secs(60);
 
 /// The parts below the interface.
 pub(crate) struct Parts {
@@ -133,11 +171,12 @@ impl Parts {
             Some(dir) => std::path::absolute(dir)?,
             None => PathBuf::from(RUN_DIR),
         };
+        let images = Arc::new(images);
         let runtime = NodeRuntime::open(RuntimeConfig {
             state_dir: paths.runtime(),
             run_dir: run_dir.join("vm"),
             store: store.clone(),
-            images: Arc::new(images),
+            images: images.clone(),
             network: networks.clone(),
             vmm,
             kernels: Arc::new(Arc::new(kernels)),
@@ -151,19 +190,55 @@ impl Parts {
             templates: TemplateConfig {
                 most: options.templates,
             },
+            others: known_sandboxes(&store)?,
         })
         .await
         .context("cannot open the runtime")?;
         let (vcpus, memory_mib, extras) = options.usual_vm;
         runtime.make_template(vcpus, memory_mib, extras).await?;
         info!(report = ?runtime.recovery_report(), "pods found again");
+        let vms: Arc<dyn PodRuntime> = Arc::new(runtime);
+        // A node that has them no longer still has those of before to look after.
+        let runtime = match options.host_pods.on || has_pods(&store)? {
+            false => vms,
+            true => {
+                let host = host_pods(paths, options, &run_dir, &store, images, networks.clone());
+                Arc::new(JointRuntime::new(vms, Arc::new(host.await?)))
+            }
+        };
         Ok(Self {
             store,
             networks,
-            runtime: Arc::new(runtime),
+            runtime,
             instance,
         })
     }
+}
+
+/// Opens the runtime of pods on the node's own kernel.
+async fn host_pods(
+    paths: &Paths,
+    options: &PartsOptions,
+    run_dir: &Path,
+    store: &Store,
+    images: Arc<ImageStore>,
+    network: Arc<dyn NetworkDriver>,
+) -> Result<HostRuntime> {
+    let programs = Programs::find(&options.host_pods.runtime, &options.host_pods.conmon)
+        .context("pods on the node's own kernel (hostHandler)")?;
+    info!(runtime = %programs.oci.display(), conmon = %programs.conmon.display(), "pods on the node's own kernel");
+    let this = std::env::current_exe().context("cannot find this program")?;
+    let host = HostRuntime::open(HostConfig {
+        state_dir: paths.host_pods(),
+        run_dir: run_dir.join("host"),
+        store: store.clone(),
+        images,
+        network,
+        programs,
+        pause: vec![this.into(), PAUSE.into()],
+        patience: HOST_PATIENCE,
+    });
+    host.await.context("cannot open the runtime of host pods")
 }
 
 fn cni_config(paths: &Paths, instance: &str, options: Option<&CniOptions>) -> Result<CniConfig> {

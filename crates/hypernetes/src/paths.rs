@@ -55,6 +55,11 @@ impl Paths {
         self.state.join("network")
     }
 
+    /// Pods on the node's own kernel.
+    pub(crate) fn host_pods(&self) -> PathBuf {
+        self.state.join("host")
+    }
+
     /// Pods on the cluster's network.
     pub(crate) fn cni(&self) -> PathBuf {
         self.state.join("cni")

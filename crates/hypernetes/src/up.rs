@@ -29,7 +29,7 @@ use crate::{
     admin,
     cli::Up,
     lock::StateLock,
-    parts::{Parts, PartsOptions},
+    parts::{HostPodsOptions, Parts, PartsOptions},
     paths::Paths,
     terminal,
 };
@@ -71,6 +71,7 @@ impl Node {
             run_dir: options.run_dir.clone(),
             uid_base: options.uid_base,
             templates: options.templates,
+            host_pods: HostPodsOptions::default(),
             usual_vm: {
                 let (vcpus, memory_mib) = hypernetes_nodelet::USUAL_VM;
                 (vcpus, memory_mib, hypernetes_vmm::VmExtras::default())

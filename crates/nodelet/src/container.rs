@@ -59,6 +59,7 @@ pub(crate) fn config(
             container.image.clone().unwrap_or_default(),
         )]),
         memo: String::new(),
+        host: None,
     })
 }
 

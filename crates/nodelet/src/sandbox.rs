@@ -79,6 +79,7 @@ pub(crate) fn config(
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
+        host: None,
         metadata: SandboxMetadata {
             name,
             namespace,

@@ -10,7 +10,11 @@ use hypernetes_vmm::{HostShare, VmExtras};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use crate::{error::RuntimeError, seccomp::SeccompProfile};
+use crate::{
+    error::RuntimeError,
+    host::{HostContainer, HostLimits, HostPod},
+    seccomp::SeccompProfile,
+};
 
 /// Who a sandbox is to its owner. `uid` and `attempt` together are unique.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -72,6 +76,9 @@ pub struct SandboxConfig {
     /// What the owner wants to find again and the runtime does not read. Returned unchanged.
     #[serde(default)]
     pub memo: String,
+    /// Plain containers on the host's kernel instead of a VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostPod>,
 }
 
 /// A user namespace in the guest: whose root the containers' root is.
@@ -203,6 +210,9 @@ pub struct ContainerConfig {
     /// What the owner wants to find again and the runtime does not read. Returned unchanged.
     #[serde(default)]
     pub memo: String,
+    /// Of a container on the host's kernel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostContainer>,
 }
 
 /// One mount of a volume, or of an image.
@@ -528,6 +538,8 @@ pub struct ContainerUpdate {
     pub resources: ResourceConfig,
     /// Replaces [`ContainerConfig::memo`].
     pub memo: String,
+    /// Of a container on the host's kernel: replaces [`HostContainer::limits`].
+    pub host: Option<HostLimits>,
 }
 
 /// Progress of an image pull.

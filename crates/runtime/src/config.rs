@@ -4,6 +4,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use hypernetes_network::NetworkDriver;
 use hypernetes_store::Store;
+use hypernetes_types::SandboxId;
 use hypernetes_vmm::Vmm;
 
 use crate::ports::{Images, Kernels};
@@ -35,6 +36,8 @@ pub struct RuntimeConfig {
     pub deadlines: Deadlines,
     /// VMs that have booted before anybody asked.
     pub templates: TemplateConfig,
+    /// Sandboxes on these networks that somebody else looks after: their places are kept.
+    pub others: Vec<SandboxId>,
 }
 
 /// Templates: see [`NodeRuntime::make_template`](crate::NodeRuntime::make_template).

@@ -64,6 +64,14 @@ pub enum RuntimeError {
     /// The VMM failed.
     #[error(transparent)]
     Vmm(#[from] hypernetes_vmm::VmmError),
+    /// A program of the host's that runs its containers did not do it.
+    #[error("cannot {action}: {message}")]
+    Host {
+        /// What was attempted.
+        action: &'static str,
+        /// Its words, bounded and cleaned.
+        message: String,
+    },
     /// State cannot be kept.
     #[error("cannot {action}")]
     Storage {

@@ -32,6 +32,17 @@ fn is_host_name(text: &str) -> bool {
 
 /// Refuses what cannot become a pod, before anything is done.
 pub(crate) fn check(config: &SandboxConfig) -> Result<(), RuntimeError> {
+    if config.host.is_some() {
+        return Err(invalid("host", "is not for a pod in a VM"));
+    }
+    check_sandbox(config)
+}
+
+/// Refuses what cannot become a pod of any kind.
+///
+/// # Errors
+/// With the field and what it must be.
+pub fn check_sandbox(config: &SandboxConfig) -> Result<(), RuntimeError> {
     let host_name_rule = "must be made of letters, digits, '-', '_' and '.'";
     if !is_host_name(&config.hostname) || config.hostname.len() > 64 {
         return Err(invalid(
@@ -195,7 +206,7 @@ fn interface(lease: &Lease, device_mac: Option<&str>) -> v1::Interface {
 }
 
 /// What a sandbox asks of its network.
-pub(crate) fn network_request(config: &SandboxConfig) -> PodNetworkRequest {
+pub fn network_request(config: &SandboxConfig) -> PodNetworkRequest {
     let SandboxMetadata {
         namespace,
         name,

@@ -22,6 +22,7 @@ mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 mod guest;
+mod host;
 mod identity;
 mod link;
 mod logs;
@@ -49,8 +50,11 @@ pub use hypernetes_vmm::{HostShare, VmExtras};
 
 pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;
+pub use host::*;
+pub use identity::{check_sandbox, network_request};
 pub use node::NodeRuntime;
 pub use ports::{Images, Kernels};
+pub use process::{FirstProcess, first_process, signal_number};
 pub use recovery::RecoveryReport;
 pub use seccomp::{SeccompAction, SeccompArg, SeccompOp, SeccompProfile, SeccompRule};
 pub use timing::Timing;

@@ -102,6 +102,9 @@ pub(crate) fn container_process(
             "must be given: the image names no program",
         ));
     }
+    if config.host.is_some() {
+        return Err(invalid("host", "is not for a container in a VM"));
+    }
     for arg in &args {
         check_text("command", arg)?;
     }
@@ -138,6 +141,38 @@ pub(crate) fn container_process(
         tty: config.tty,
         oom_score_adj: config.resources.oom_score_adj,
         ..privileges(security)
+    })
+}
+
+/// What a container's first process is, without its user and privileges.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FirstProcess {
+    /// Program and arguments.
+    pub args: Vec<String>,
+    /// `NAME=value`, each name once.
+    pub env: Vec<String>,
+    /// Absolute working directory.
+    pub cwd: String,
+}
+
+/// Works out a container's first process from what its image and its owner want.
+///
+/// # Errors
+/// If there is no program, or a text cannot be an argument or a variable.
+pub fn first_process(
+    image: &ImageConfig,
+    config: &ContainerConfig,
+    hostname: &str,
+) -> Result<FirstProcess, RuntimeError> {
+    let config = ContainerConfig {
+        host: None,
+        ..config.clone()
+    };
+    let process = container_process(image, &config, hostname)?;
+    Ok(FirstProcess {
+        args: process.args,
+        env: process.env,
+        cwd: process.cwd,
     })
 }
 
@@ -219,7 +254,7 @@ pub(crate) fn resources(config: &ResourceConfig) -> v1::Resources {
 }
 
 /// The number of a signal by name (`TERM`, `SIGTERM`, `SIGRTMIN+3`) or number, on x86-64.
-pub(crate) fn signal_number(text: &str) -> Option<u32> {
+pub fn signal_number(text: &str) -> Option<u32> {
     const NAMES: [&str; 31] = [
         "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
         "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",

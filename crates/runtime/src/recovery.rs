@@ -72,7 +72,8 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
         shared.reserve_uid(record.uid);
     }
     let with_lease = records.iter().filter(|record| record.phase.keeps_lease());
-    let alive: Vec<SandboxId> = with_lease.map(|record| record.id.clone()).collect();
+    let alive = with_lease.map(|record| record.id.clone());
+    let alive: Vec<SandboxId> = alive.chain(shared.config.others.clone()).collect();
     shared.config.network.recover(&alive).await?;
 
     let mut handles = HashMap::new();

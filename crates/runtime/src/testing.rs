@@ -122,6 +122,7 @@ pub(crate) fn sandbox_config(name: &str) -> SandboxConfig {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
+        host: None,
     }
 }
 
@@ -147,6 +148,7 @@ pub(crate) fn container_config(name: &str) -> ContainerConfig {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
+        host: None,
     }
 }
 
@@ -282,6 +284,7 @@ impl World {
             templates: TemplateConfig {
                 most: self.templates,
             },
+            others: Vec::new(),
         }
     }
 

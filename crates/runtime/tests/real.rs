@@ -210,6 +210,7 @@ impl Bed {
                 ..Deadlines::default()
             },
             templates: TemplateConfig { most: 0 },
+            others: Vec::new(),
         };
         Self { temp, config }
     }
@@ -245,6 +246,7 @@ impl Bed {
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
             memo: String::new(),
+            host: None,
         }
     }
 
@@ -319,6 +321,7 @@ fn container(name: &str, script: &str) -> ContainerConfig {
         labels: BTreeMap::new(),
         annotations: BTreeMap::new(),
         memo: String::new(),
+        host: None,
     }
 }
 

@@ -81,6 +81,7 @@ impl World {
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
             memo: String::new(),
+            host: None,
         };
         self.sandboxes.push(SandboxStatus {
             id,
@@ -133,6 +134,7 @@ impl World {
             resources: ResourceConfig::default(),
             stop_signal: None,
             memo: String::new(),
+            host: None,
             log_path: format!("{name}/{attempt}.log").into(),
             termination_path: String::new(),
             labels: BTreeMap::new(),

@@ -105,6 +105,7 @@ async fn limits_change_in_the_guest_and_in_the_record() {
             ..ResourceConfig::default()
         },
         memo: "new".into(),
+        host: None,
     };
     runtime
         .update_container(&container, update.clone())
