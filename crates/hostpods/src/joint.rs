@@ -177,6 +177,10 @@ impl PodRuntime for JointRuntime {
         self.of_sandbox(id).stats(id).await
     }
 
+    async fn console(&self, id: &SandboxId) -> Result<String, RuntimeError> {
+        self.of_sandbox(id).console(id).await
+    }
+
     fn events(&self) -> broadcast::Receiver<RuntimeEvent> {
         self.events.subscribe()
     }

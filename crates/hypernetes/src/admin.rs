@@ -11,9 +11,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use hypernetes_runtime::PodRuntime;
+use hypernetes_runtime::{PodRuntime, SandboxStatus};
 use hypernetes_store::{Revision, Store};
-use hypernetes_types::Digest;
+use hypernetes_types::{Digest, SandboxId};
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -34,6 +34,8 @@ enum Request {
     ImagesInUse,
     /// Copy the API's state into a new file.
     Backup { path: PathBuf },
+    /// What is on a pod's console.
+    Console { pod: String },
 }
 
 /// What is answered.
@@ -42,6 +44,7 @@ enum Request {
 enum Answer {
     ImagesInUse(HashSet<Digest>),
     Backup(Revision),
+    Console(String),
     Failed(String),
 }
 
@@ -62,6 +65,10 @@ impl Backend {
                     .filter_map(|container| container.image_id.parse().ok());
                 Ok(Answer::ImagesInUse(ids.collect()))
             }
+            Request::Console { pod } => {
+                let sandbox = find(&self.runtime.list_sandboxes().await, &pod)?;
+                Ok(Answer::Console(self.runtime.console(&sandbox).await?))
+            }
             Request::Backup { path } => {
                 if path.exists() {
                     bail!("{} exists already", path.display());
@@ -72,6 +79,25 @@ impl Backend {
                 ))
             }
         }
+    }
+}
+
+/// The sandbox that is meant by the beginning of its id, or by NAMESPACE/NAME.
+fn find(all: &[SandboxStatus], pod: &str) -> Result<SandboxId> {
+    let matches = |status: &&SandboxStatus| match pod.split_once('/') {
+        Some((namespace, name)) => {
+            let metadata = &status.config.metadata;
+            metadata.namespace == namespace && metadata.name == name
+        }
+        None => !pod.is_empty() && status.id.as_str().starts_with(pod),
+    };
+    let mut found: Vec<_> = all.iter().filter(matches).collect();
+    // Of a pod that was made anew the latest one is meant.
+    found.sort_by_key(|status| status.created_unix_nanos);
+    match found.as_slice() {
+        [] => bail!("no pod {pod:?} is on this node"),
+        [.., last] if pod.contains('/') || found.len() == 1 => Ok(last.id.clone()),
+        several => bail!("{pod:?} is the beginning of {} ids", several.len()),
     }
 }
 
@@ -158,6 +184,15 @@ pub(crate) async fn images_in_use(path: &Path) -> Result<HashSet<Digest>> {
         Some(Answer::ImagesInUse(ids)) => Ok(ids),
         Some(other) => bail!("the daemon answered something else: {other:?}"),
         None => Ok(HashSet::new()),
+    }
+}
+
+/// What is on a pod's console.
+pub(crate) async fn console(path: &Path, pod: String) -> Result<String> {
+    match ask(path, &Request::Console { pod }).await? {
+        Some(Answer::Console(text)) => Ok(text),
+        Some(other) => bail!("the daemon answered something else: {other:?}"),
+        None => bail!("no daemon answers on {}", path.display()),
     }
 }
 

@@ -56,6 +56,8 @@ pub(crate) enum Command {
     Doctor(Doctor),
     /// Write a consistent copy of the API's state to a file
     Backup(Backup),
+    /// Print what a pod's kernel has written on its console
+    Console(Console),
     /// Print a completion script for a shell
     Completion {
         /// The shell
@@ -318,6 +320,12 @@ pub(crate) struct Doctor {
     /// Also look for what this configuration of `hypernetes node` needs
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Console {
+    /// NAMESPACE/NAME of the pod, or the beginning of its sandbox's id
+    pub(crate) pod: String,
 }
 
 #[derive(Debug, Args)]

@@ -71,6 +71,10 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Kernel(command) => return kernel::run(&paths, command).await,
         Command::Image(command) => image::run(&paths, command).await?,
         Command::Doctor(options) => return doctor::run(&paths, &options).await,
+        Command::Console(options) => {
+            let text = admin::console(&paths.admin_socket(), options.pod).await?;
+            terminal::line(text.trim_end());
+        }
         Command::Backup(options) => backup(&paths, options).await?,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "hypernetes", &mut io::stdout());

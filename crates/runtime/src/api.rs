@@ -605,6 +605,14 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     async fn list_containers(&self, sandbox: Option<&SandboxId>) -> Vec<ContainerStatus>;
     /// What a sandbox that is up and its containers use.
     async fn stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError>;
+    /// What the kernel and the guest's program have written on the console of a sandbox's VM: the
+    /// last 512 KiB at most, without control characters. Gone with the VM.
+    async fn console(&self, id: &SandboxId) -> Result<String, RuntimeError> {
+        Err(RuntimeError::Invalid {
+            field: "sandbox".to_owned(),
+            rule: format!("{id} is no VM and has no console"),
+        })
+    }
     /// Changes from now on.
     fn events(&self) -> broadcast::Receiver<RuntimeEvent>;
     /// Runs a process in a running container.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    io::Read,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -31,6 +32,7 @@ use crate::{
     records::{SandboxRecord, storage},
     recovery::RecoveryReport,
     sandbox,
+    scratch::blocking,
     sessions::{self, AttachInput, Place},
     shared::{Shared, Snapshot},
     stats,
@@ -38,6 +40,12 @@ use crate::{
     timing::{Stopwatch, Timing},
     usage,
 };
+
+/// Console of a VM, in its directory; the VMM's driver starts a new file at 256 KiB.
+const CONSOLE_LOG: &str = "console.log";
+/// Most that is read of a file, and shown.
+const MAX_CONSOLE: u64 = 512 << 10;
+const CONSOLE_TEXT: usize = 512 << 10;
 
 /// [`PodRuntime`] on VMs.
 ///
@@ -461,6 +469,25 @@ impl PodRuntime for NodeRuntime {
         let snapshot = handle.snapshot.borrow();
         let known = |id: &ContainerId| snapshot.containers.contains_key(id);
         Ok(stats::of_guest(answer, unix_nanos, known))
+    }
+
+    async fn console(&self, id: &SandboxId) -> Result<String, RuntimeError> {
+        let path = self.shared.run_dir(&self.handle(id)?.id).join(CONSOLE_LOG);
+        let action = format!("read {}", path.display());
+        let text = blocking(action, move || {
+            let mut bytes = Vec::new();
+            // The older of the two files that take turns comes first.
+            for path in [path.with_extension("log.1"), path] {
+                match std::fs::File::open(path) {
+                    Ok(file) => drop(file.take(MAX_CONSOLE).read_to_end(&mut bytes)?),
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(bytes)
+        });
+        let text = String::from_utf8_lossy(&text.await?).into_owned();
+        Ok(crate::guest::clean_console(&text, CONSOLE_TEXT))
     }
 
     fn events(&self) -> broadcast::Receiver<RuntimeEvent> {

@@ -95,6 +95,13 @@ impl Node {
         });
     }
 
+    /// The command for this node's state.
+    pub fn hypernetes(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(release_dir().join("hypernetes"));
+        command.arg("--state-dir").arg(self.state()).args(args);
+        command
+    }
+
     /// SIGKILL, as a crash.
     pub fn kill(&mut self) {
         let mut child = self.child.take().unwrap();

@@ -39,6 +39,10 @@ async fn a_pod_s_life_with_a_crash_after_each_call() {
     let status = client.sandbox_status(&pod).await;
     assert_eq!(status.state(), v1::PodSandboxState::SandboxReady);
 
+    // What its kernel said is there, also after a crash.
+    let console = hypernetes_testkit::stdout(&mut node.hypernetes(&["console", "default/phoenix"]));
+    assert!(console.contains("Linux version 6."), "{console}");
+
     let script = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done";
     let container = shell("main", &image, script);
     let id = client.create(&pod, &config, &container).await;
