@@ -18,7 +18,7 @@ use std::path::{Component, Path, PathBuf};
 use hypernetes_runtime::{HostShare, MountConfig, SHARED_VOLUME, VolumeConfig, VolumeKind};
 
 use crate::{
-    config::CriConfig,
+    config::{CriConfig, SharedPath},
     files::{self, Content, ReadError},
     hostpath,
     lookup::shown,
@@ -191,6 +191,21 @@ fn of_image(
     })
 }
 
+/// Whether a volume of the pod is one that lives in the guest, or whose files are carried there.
+fn is_carried(pod: &Path, volume: &str) -> bool {
+    let plugins = [
+        "empty-dir",
+        "configmap",
+        "secret",
+        "projected",
+        "downward-api",
+    ];
+    let directory = |plugin| format!("volumes/kubernetes.io~{plugin}/{volume}");
+    plugins
+        .iter()
+        .any(|plugin| pod.join(directory(plugin)).exists())
+}
+
 /// What a mount shares of the host, and the mount without the name that the share is given later.
 fn shared(
     mount: &v1::Mount,
@@ -199,11 +214,26 @@ fn shared(
     field: impl Fn(&str) -> String,
 ) -> Result<Option<(HostShare, MountConfig)>, CriError> {
     let path = Path::new(&mount.host_path);
+    let pod = node.kubelet_dir.join("pods").join(owner.pod_uid);
     match classify(path, owner.pod_uid, &node.kubelet_dir) {
         Source::Foreign | Source::TerminationLog => {}
+        Source::SubPath(volume) if node.share_volumes && !is_carried(&pod, volume) => {}
         _ => return Ok(None),
     }
-    let opened = hostpath::open_share(mount, &node.shared_paths);
+    let mut allowed = node.shared_paths.clone();
+    if node.share_volumes {
+        // The kubelet has mounted them for this pod. Another pod's are not among them.
+        for directory in ["volumes", "volume-subpaths"] {
+            let path = pod.join(directory);
+            if path.is_dir() {
+                allowed.push(SharedPath {
+                    path,
+                    read_only: false,
+                });
+            }
+        }
+    }
+    let opened = hostpath::open_share(mount, &allowed);
     let opened = opened.map_err(|error| {
         let rule = hypernetes_telemetry::chain(&error).to_string();
         CriError::invalid(field("host_path"), rule)
@@ -593,6 +623,37 @@ mod tests {
         assert!(share.read_only);
         assert_eq!(plan.mounts[1].volume, SHARED_VOLUME);
         assert_eq!(plan.volumes.len(), 1, "nothing is carried for it");
+    }
+
+    #[test]
+    fn volumes_of_this_pod_s_are_seen_where_the_node_says_so() {
+        let mut bed = Bed::new();
+        let csi = bed.pod("volumes/kubernetes.io~csi/pv-1/mount");
+        let local = bed.pod("volumes/kubernetes.io~local-volume/pv-2");
+        let part = bed.pod("volume-subpaths/pv-2/c/0");
+        let empty = bed.pod("volumes/kubernetes.io~empty-dir/work");
+        let empty_part = bed.pod("volume-subpaths/work/c/1");
+        let other = bed
+            .node
+            .kubelet_dir
+            .join("pods/u2/volumes/kubernetes.io~csi/pv/mount");
+        for path in [&csi, &local, &part, &empty, &empty_part, &other] {
+            fs::create_dir_all(path).unwrap();
+        }
+        let wanted = |path: &Path| [mount(path, "/x", false)];
+        assert!(bed.plan(&wanted(&csi)).is_err());
+        bed.node.share_volumes = true;
+        for path in [&csi, &local, &part] {
+            assert_eq!(bed.plan(&wanted(path)).unwrap().shares.len(), 1, "{path:?}");
+        }
+        for path in [&empty, &empty_part] {
+            assert!(
+                bed.plan(&wanted(path)).unwrap().shares.is_empty(),
+                "{path:?}"
+            );
+        }
+        assert!(bed.plan(&wanted(&other)).is_err());
+        assert!(bed.plan(&wanted(&bed.pod("plugins/x"))).is_err());
     }
 
     #[test]

@@ -143,7 +143,7 @@ pub(crate) fn vm_extras(size: VmSize, node: &CriConfig) -> VmExtras {
             0 => size.memory_mib,
             most => most.saturating_add(vm.overhead_mib).max(size.memory_mib),
         },
-        shares: !node.shared_paths.is_empty(),
+        shares: node.share_volumes || !node.shared_paths.is_empty(),
     }
 }
 

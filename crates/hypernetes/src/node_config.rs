@@ -111,6 +111,7 @@ impl Host {
 struct HostPaths {
     copied: Vec<PathBuf>,
     shared: Vec<Shared>,
+    volumes: bool,
     virtiofsd: PathBuf,
 }
 
@@ -401,6 +402,7 @@ impl NodeConfig {
                     read_only: shared.read_only,
                 })
                 .collect(),
+            share_volumes: self.host_paths.volumes,
             log_dir: state_dir.join("logs"),
             cgroup_root: format!("hypernetes-{instance}"),
             state_dir,

@@ -122,7 +122,12 @@ impl QemuDriver {
     }
 
     /// Starts the process. Everything up to here is undone by the caller.
-    fn start(&self, spec: VmSpec, run: &RunDir) -> Result<Started, VmmError> {
+    fn start(
+        &self,
+        spec: VmSpec,
+        run: &RunDir,
+        copy: Option<OwnedFd>,
+    ) -> Result<Started, VmmError> {
         let machine = spec.machine();
         let program = self.program(machine)?.to_owned();
         let in_run_dir = |action| {
@@ -160,19 +165,18 @@ impl QemuDriver {
                 savable = Some((shape, file));
                 Memory::Savable(handover.add(copy))
             }
-            // Others cannot map what this VM changes of a private mapping.
-            Origin::Template(found) if spec.extras.shares => {
-                let file = found.copy_memory().map_err(memory_failed)?;
-                let memory = handover.add(file);
-                template = Some((found, None));
-                Memory::Copy(memory)
-            }
-            Origin::Template(found) => {
-                let file = found.share_memory().map_err(memory_failed)?;
-                let memory = handover.add(file);
-                template = Some((found, Some(memory)));
-                Memory::Template(memory)
-            }
+            Origin::Template(found) => match copy {
+                Some(file) => {
+                    template = Some((found, None));
+                    Memory::Copy(handover.add(file))
+                }
+                None => {
+                    let file = found.share_memory().map_err(memory_failed)?;
+                    let memory = handover.add(file);
+                    template = Some((found, Some(memory)));
+                    Memory::Template(memory)
+                }
+            },
         };
         let mut listen = |name| {
             run.listen(name)
@@ -414,6 +418,28 @@ fn check_spec(spec: &VmSpec) -> Result<(), VmmError> {
     Ok(())
 }
 
+/// The memory of a VM whose memory others map too: they would not see what it changes of a private
+/// mapping of its template.
+async fn copy_memory(spec: &VmSpec) -> Result<Option<OwnedFd>, VmmError> {
+    let Origin::Template(template) = &spec.origin else {
+        return Ok(None);
+    };
+    if !spec.extras.shares {
+        return Ok(None);
+    }
+    let failed = |source| VmmError::Io {
+        action: "copy the template's memory for",
+        path: spec.run_dir.clone(),
+        source,
+    };
+    let template = Arc::clone(template);
+    let copied = tokio::task::spawn_blocking(move || template.copy_memory());
+    match copied.await {
+        Ok(copy) => copy.map(Some).map_err(failed),
+        Err(e) => Err(failed(io::Error::other(e))),
+    }
+}
+
 /// Kills a VM that did not come up, also when the caller no longer waits for it.
 struct Unfinished {
     process: Process,
@@ -463,12 +489,13 @@ impl Vmm for QemuDriver {
         check_spec(&spec)?;
         let run = RunDir::new(&spec.run_dir);
         let (sandbox, cgroup) = (spec.sandbox.clone(), spec.cgroup.clone());
+        let copy = copy_memory(&spec).await?;
         let Started {
             process,
             messages,
             savable,
             restore,
-        } = match self.start(spec, &run) {
+        } = match self.start(spec, &run, copy) {
             Ok(started) => started,
             Err(e) => {
                 clear_up(&run, None).await;
