@@ -8,6 +8,7 @@
 
 mod bed;
 mod containers;
+mod host;
 mod images;
 mod sandboxes;
 mod streams;
