@@ -15,7 +15,7 @@ use tokio::{
 use tonic::transport::{Channel, Endpoint};
 
 use crate::{
-    CONNECTION_WINDOW, MAX_HEADER_LIST_SIZE, MAX_MESSAGE_SIZE, MIN_PROTOCOL_VERSION,
+    CONNECTION_WINDOW, MAX_FEATURES, MAX_HEADER_LIST_SIZE, MAX_MESSAGE_SIZE, MIN_PROTOCOL_VERSION,
     PROTOCOL_VERSION, STREAM_WINDOW,
     sync::{SyncError, host_sync},
     v1,
@@ -145,12 +145,19 @@ impl AgentClient {
         }
         bound_text(&mut hello.build);
         bound_text(&mut hello.kernel_release);
+        hello.features.truncate(MAX_FEATURES);
+        hello.features.iter_mut().for_each(bound_text);
         Ok(Self { client, hello })
     }
 
     /// What the agent said of itself. Texts are the guest's, bounded and without control characters.
     pub fn hello(&self) -> &v1::HelloResponse {
         &self.hello
+    }
+
+    /// Whether the agent does what a `FEATURE_…` of this crate names.
+    pub fn has(&self, feature: &str) -> bool {
+        self.hello.features.iter().any(|known| known == feature)
     }
 
     /// The generated client, for the streaming calls. It has size limits and no deadlines.

@@ -35,6 +35,23 @@ pub const PROTOCOL_VERSION: u32 = 3;
 pub const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 /// The oldest protocol version that this build speaks.
 pub const MIN_PROTOCOL_VERSION: u32 = 1;
+/// Feature of an agent: filters of the owner's own ([`v1::Process::seccomp`]). An agent without it would
+/// leave the field unread, so the node must not send it there.
+pub const FEATURE_SECCOMP_PROFILE: &str = "seccomp-profile";
+/// Feature of an agent: process namespaces of other containers
+/// ([`v1::CreateContainerRequest::pid_target`]).
+pub const FEATURE_PID_TARGET: &str = "pid-target";
+/// Feature of an agent: a user namespace for the pod's containers
+/// ([`v1::ConfigureSandboxRequest::user_namespace`]).
+pub const FEATURE_USER_NAMESPACE: &str = "user-namespace";
+/// All features of an agent of this build.
+pub const FEATURES: &[&str] = &[
+    FEATURE_SECCOMP_PROFILE,
+    FEATURE_PID_TARGET,
+    FEATURE_USER_NAMESPACE,
+];
+/// Most features that are taken from an agent.
+const MAX_FEATURES: usize = 64;
 /// Largest encoded message in either direction.
 pub const MAX_MESSAGE_SIZE: usize = 4 * 1024 * 1024;
 /// Largest piece of data in one message of a byte stream.

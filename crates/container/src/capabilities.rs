@@ -38,7 +38,7 @@ pub struct Capabilities {
 #[error("unknown capability {0}")]
 pub struct UnknownCapability(pub String);
 
-fn parse(name: &str) -> Result<Capability, UnknownCapability> {
+pub(crate) fn parse(name: &str) -> Result<Capability, UnknownCapability> {
     caps::to_canonical(name)
         .parse()
         .map_err(|_unnamed: CapsError| UnknownCapability(name.into()))

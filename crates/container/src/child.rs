@@ -16,8 +16,12 @@ use rustix::{
 
 use crate::{
     control::{Control, Reply},
-    devices, exec, process, rootfs,
+    devices,
+    exec::{self, Filters},
+    process,
+    rootfs::{self, Owner},
     spec::{InitSpec, Job, ProcessSpec},
+    users::{self, Door},
 };
 
 /// Why the child cannot do its job, for [`Reply::Refused`].
@@ -77,10 +81,11 @@ pub fn main() -> ExitCode {
     };
     let prepared = match job {
         Job::Pause => return pause(&control),
+        Job::Namespaces => return namespaces(&control),
         Job::Init(spec) => init(*spec, fds),
         Job::Exec(spec) => join(*spec, fds),
     };
-    let (spec, ready, master) = match prepared {
+    let (spec, filters, ready, master) = match prepared {
         Ok(prepared) => prepared,
         Err(Refusal { invalid, message }) => {
             // If the agent is gone nobody wants to know.
@@ -98,7 +103,7 @@ pub fn main() -> ExitCode {
     if !control.wait_gate() {
         return ExitCode::FAILURE;
     }
-    let failed = exec::run(&spec.args, &spec.env);
+    let failed = exec::run(&spec.args, &spec.env, &filters);
     drop(control.send_reply(&failed, None));
     match failed {
         Reply::NotRun { code, .. } => ExitCode::from(code),
@@ -112,13 +117,22 @@ fn take_control() -> Option<Control> {
     Some(Control::new(UnixStream::from(socket)))
 }
 
-type Prepared = (ProcessSpec, Reply, Option<OwnedFd>);
+type Prepared = (ProcessSpec, Filters, Reply, Option<OwnedFd>);
 
-fn init(mut spec: InitSpec, fds: Vec<OwnedFd>) -> Result<Prepared, Refusal> {
+fn init(mut spec: InitSpec, mut fds: Vec<OwnedFd>) -> Result<Prepared, Refusal> {
+    let users = match spec.process.users {
+        Some(_) if fds.is_empty() => return Err(Refusal::internal("no user namespace to enter")),
+        Some(map) => Some((map, fds.remove(0))),
+        None => None,
+    };
+    let owner = users.as_ref().map(|(map, namespace)| Owner {
+        map: *map,
+        namespace: namespace.as_fd(),
+    });
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP)
         .or_machine("cannot make the container's namespaces")?;
     rustix::process::umask(rustix::fs::Mode::empty());
-    rootfs::enter(&spec)?;
+    rootfs::enter(&spec, owner)?;
     let (streams, master) = attach(&spec.process, fds)?;
     if master.is_some() {
         rootfs::bind_console(&streams[0])?;
@@ -131,7 +145,8 @@ fn init(mut spec: InitSpec, fds: Vec<OwnedFd>) -> Result<Prepared, Refusal> {
         rootfs::seal()?;
     }
     spec.process.capabilities.privileged |= spec.privileged;
-    finish(spec.process, &streams, master)
+    let door = users.map(|(_, namespace)| Door::Namespace(namespace));
+    finish(spec.process, &streams, master, door)
 }
 
 fn join(spec: ProcessSpec, mut fds: Vec<OwnedFd>) -> Result<Prepared, Refusal> {
@@ -144,23 +159,27 @@ fn join(spec: ProcessSpec, mut fds: Vec<OwnedFd>) -> Result<Prepared, Refusal> {
         CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP,
     )
     .or_machine("cannot enter the container")?;
-    drop(container);
+    if let Some(users) = spec.users {
+        users::create_as(users.uids.first, users.gids.first)?;
+    }
     let (streams, master) = attach(&spec, fds)?;
-    finish(spec, &streams, master)
+    let door = spec.users.map(|_| Door::Process(container));
+    finish(spec, &streams, master, door)
 }
 
 fn finish(
     mut spec: ProcessSpec,
     streams: &[OwnedFd],
     master: Option<OwnedFd>,
+    door: Option<Door>,
 ) -> Result<Prepared, Refusal> {
-    let identity = process::prepare(&mut spec, streams)?;
+    let (identity, filters) = process::prepare(&mut spec, streams, door)?;
     let ready = Reply::Ready {
         uid: identity.uid,
         gid: identity.gid,
         additional_gids: identity.groups,
     };
-    Ok((spec, ready, master))
+    Ok((spec, filters, ready, master))
 }
 
 /// Makes a session and puts the standard streams in place: those that came, or a new terminal.
@@ -185,6 +204,31 @@ fn attach(
     dup2_stdout(stream(1)).or_machine(failed)?;
     dup2_stderr(stream(2)).or_machine(failed)?;
     Ok((streams, master))
+}
+
+/// Makes a user namespace, and others that belong to it once its ids are mapped.
+fn namespaces(control: &Control) -> ExitCode {
+    let steps = [
+        CloneFlags::CLONE_NEWUSER,
+        CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS,
+    ];
+    for flags in steps {
+        let reply = match unshare(flags) {
+            Ok(()) => Reply::Ready {
+                uid: 0,
+                gid: 0,
+                additional_gids: Vec::new(),
+            },
+            Err(errno) => Reply::Refused {
+                invalid: false,
+                message: format!("cannot make the pod's namespaces: {errno}"),
+            },
+        };
+        if control.send_reply(&reply, None).is_err() || !control.wait_gate() {
+            return ExitCode::SUCCESS;
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 /// The first process of a shared pid namespace. Children of its own it has none: what it reaps are

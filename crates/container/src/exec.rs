@@ -4,11 +4,28 @@ use std::{convert::Infallible, ffi::CString, os::unix::fs::PermissionsExt, path:
 
 use nix::{errno::Errno, unistd::execve};
 
-use crate::control::Reply;
+use seccompiler::BpfProgram;
+
+use crate::{control::Reply, sys};
 
 /// Where programs are looked for when the environment does not say.
 pub(crate) const DEFAULT_PATH: &str =
     "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// System call filters, to be installed in order, and their `SECCOMP_FILTER_FLAG_…`.
+#[derive(Debug, Default)]
+pub(crate) struct Filters {
+    pub(crate) programs: Vec<BpfProgram>,
+    pub(crate) flags: libc::c_ulong,
+}
+
+impl Filters {
+    pub(crate) fn install(&self) -> std::io::Result<()> {
+        self.programs
+            .iter()
+            .try_for_each(|program| sys::install_filter(program, self.flags))
+    }
+}
 
 fn not_run(code: u8, program: &str, why: &str) -> Reply {
     Reply::NotRun {
@@ -55,16 +72,21 @@ fn find(program: &str, env: &[String]) -> Result<String, Reply> {
     }
 }
 
-/// Becomes the program. Returns only what went wrong.
-pub(crate) fn run(args: &[String], env: &[String]) -> Reply {
+/// Becomes the program. Returns only what went wrong; a filter may keep even that from being told.
+pub(crate) fn run(args: &[String], env: &[String], filters: &Filters) -> Reply {
     let program = args.first().map_or("", String::as_str);
-    match try_run(program, args, env) {
+    match try_run(program, args, env, filters) {
         Ok(never) => match never {},
         Err(reply) => reply,
     }
 }
 
-fn try_run(program: &str, args: &[String], env: &[String]) -> Result<Infallible, Reply> {
+fn try_run(
+    program: &str,
+    args: &[String],
+    env: &[String],
+    filters: &Filters,
+) -> Result<Infallible, Reply> {
     let path = find(program, env)?;
     let text = |text: &str| {
         CString::new(text).map_err(|_nul| not_run(126, program, "an argument holds a zero byte"))
@@ -78,6 +100,10 @@ fn try_run(program: &str, args: &[String], env: &[String]) -> Result<Infallible,
         .iter()
         .map(|entry| text(entry))
         .collect::<Result<Vec<_>, _>>()?;
+    filters.install().map_err(|error| {
+        let why = format!("cannot install the system call filter: {error}");
+        not_run(126, program, &why)
+    })?;
     execve(&path_text, &args, &env).map_err(|errno| match errno {
         // Also when a script's interpreter is missing.
         Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP => {

@@ -28,17 +28,20 @@ mod devices;
 mod exec;
 mod path;
 mod process;
+mod profile;
 mod rootfs;
 mod seccomp;
 mod spawn;
 mod spec;
 pub mod sys;
 pub mod user;
+mod users;
 
 pub use control::{Control, ControlError, Reply};
 pub use path::open_beneath;
 pub use spawn::{CHILD_NAME, PidNamespace, Spawned, spawn};
 pub use spec::{
-    CapabilitySpec, FileBind, IMAGE_VOLUME_FAILED, InitSpec, Job, MountSource, MountSpec,
-    ProcessSpec, RlimitSpec, RootfsSpec, UserSpec,
+    CapabilitySpec, FileBind, IMAGE_VOLUME_FAILED, IdMap, InitSpec, Job, MountSource, MountSpec,
+    ProcessSpec, RlimitSpec, RootfsSpec, SeccompAction, SeccompArg, SeccompOp, SeccompProfile,
+    SeccompRule, SeccompSpec, UserMap, UserSpec,
 };

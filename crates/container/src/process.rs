@@ -9,22 +9,29 @@ use rustix::{
 };
 
 use crate::{
-    capabilities,
+    capabilities::{self, Capabilities},
     child::{Because, Refusal},
-    exec::DEFAULT_PATH,
-    seccomp,
-    spec::{ProcessSpec, RlimitSpec},
+    exec::{DEFAULT_PATH, Filters},
+    profile, seccomp,
+    spec::{ProcessSpec, RlimitSpec, SeccompSpec},
     sys,
     user::{self, Identity},
+    users::{self, Door},
 };
 
 /// Open files of a process that does not say: many servers need more than the kernel's 1024.
 const DEFAULT_NOFILE: (u64, u64) = (65_536, 1_048_576);
 
-/// Everything but execve. After it the process has the program's rights.
+/// Everything but execve. After it the process has the program's rights, but for filters that are
+/// left to be installed just before the program runs.
 ///
-/// `streams` are the program's standard streams, already in place; their owner becomes the user.
-pub(crate) fn prepare(spec: &mut ProcessSpec, streams: &[OwnedFd]) -> Result<Identity, Refusal> {
+/// `streams` are the program's standard streams, already in place; their owner becomes the user. The
+/// `door` leads into the user namespace that the process is to be in.
+pub(crate) fn prepare(
+    spec: &mut ProcessSpec,
+    streams: &[OwnedFd],
+    door: Option<Door>,
+) -> Result<(Identity, Filters), Refusal> {
     if spec.args.is_empty() {
         return Err(Refusal::invalid("the process has no arguments"));
     }
@@ -56,21 +63,26 @@ pub(crate) fn prepare(spec: &mut ProcessSpec, streams: &[OwnedFd]) -> Result<Ide
     let score = spec.oom_score_adj.clamp(-1000, 1000).to_string();
     fs::write("/proc/self/oom_score_adj", score).or_machine("cannot set oom_score_adj")?;
     enter_directory(&spec.cwd)?;
+    let (uid, _) = users::outside(spec.users, &identity)?;
     for stream in streams {
-        give(stream, &identity)?;
+        give(stream, uid)?;
+    }
+    // What comes before takes the guest's rights, what follows those of the namespace.
+    if let Some(door) = door {
+        users::enter(&door)?;
     }
 
     if spec.no_new_privs {
         rustix::thread::set_no_new_privs(true).or_machine("cannot set no_new_privs")?;
     }
-    if spec.seccomp && !spec.capabilities.privileged {
-        // While there is still CAP_SYS_ADMIN, for a process that may gain privileges.
-        let filters = seccomp::filters(&capabilities.held).map_err(|error| {
-            Refusal::internal(format!("cannot compile the system call filter: {error}"))
-        })?;
-        for filter in filters {
-            sys::install_filter(&filter).or_machine("cannot install the system call filter")?;
-        }
+    let mut filters = filters(spec, &capabilities)?;
+    if !spec.no_new_privs {
+        // While there is still CAP_SYS_ADMIN, for a process that may gain privileges. One that may
+        // not can do it at the very end: its filter need not allow what comes in between.
+        let filters = std::mem::take(&mut filters);
+        filters
+            .install()
+            .or_machine("cannot install the system call filter")?;
     }
     let supported = caps::runtime::thread_all_supported();
     let caps_failed = |error| Refusal::internal(format!("cannot set the capabilities: {error}"));
@@ -84,7 +96,29 @@ pub(crate) fn prepare(spec: &mut ProcessSpec, streams: &[OwnedFd]) -> Result<Ide
     sys::reset_signals();
     sys::close_others_on_exec().or_machine("cannot close descriptors")?;
     umask(Mode::from_raw_mode(0o022));
-    Ok(identity)
+    Ok((identity, filters))
+}
+
+/// The system call filters of a process.
+fn filters(spec: &ProcessSpec, capabilities: &Capabilities) -> Result<Filters, Refusal> {
+    match &spec.seccomp {
+        _ if spec.capabilities.privileged => Ok(Filters::default()),
+        SeccompSpec::Unconfined => Ok(Filters::default()),
+        SeccompSpec::EngineDefault => {
+            let programs = seccomp::filters(&capabilities.held).map_err(|error| {
+                Refusal::internal(format!("cannot compile the system call filter: {error}"))
+            })?;
+            Ok(Filters { programs, flags: 0 })
+        }
+        SeccompSpec::Profile(profile) => {
+            let programs = profile::filters(profile, &capabilities.held)
+                .map_err(|error| Refusal::invalid(error.to_string()))?;
+            let flag = |on: bool, flag| if on { flag } else { 0 };
+            let flags = flag(profile.log, libc::SECCOMP_FILTER_FLAG_LOG)
+                | flag(profile.spec_allow, libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW);
+            Ok(Filters { programs, flags })
+        }
+    }
 }
 
 fn complete_environment(spec: &mut ProcessSpec, identity: &Identity) -> Result<(), Refusal> {
@@ -130,7 +164,7 @@ fn enter_directory(cwd: &str) -> Result<(), Refusal> {
 }
 
 /// Lets the user reopen its streams through /proc/self/fd, as /dev/stdout does.
-fn give(stream: &OwnedFd, identity: &Identity) -> Result<(), Refusal> {
+fn give(stream: &OwnedFd, uid: u32) -> Result<(), Refusal> {
     let failed = "cannot hand over the standard streams";
     let stat = fstat(stream).or_machine(failed)?;
     let kind = FileType::from_raw_mode(stat.st_mode);
@@ -138,7 +172,7 @@ fn give(stream: &OwnedFd, identity: &Identity) -> Result<(), Refusal> {
     if kind == FileType::CharacterDevice && rustix::fs::major(stat.st_rdev) == 1 {
         return Ok(());
     }
-    let owner = Some(rustix::fs::Uid::from_raw(identity.uid));
+    let owner = Some(rustix::fs::Uid::from_raw(uid));
     fchown(stream, owner, None).or_machine(failed)
 }
 

@@ -1,22 +1,27 @@
 //! The container's root file system and everything mounted in it.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::{MetadataExt, PermissionsExt, chown},
     },
     path::Path,
 };
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs};
+use rustix::{
+    fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs},
+    mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
+};
 
 use crate::{
     child::{Because, Refusal},
     devices,
     path::{Kind, ensure_beneath, ensure_in_root, open_beneath, open_dir, open_in_root, proc_path},
-    spec::{IMAGE_VOLUME_FAILED, InitSpec, MountSource, MountSpec, RootfsSpec},
+    spec::{IMAGE_VOLUME_FAILED, InitSpec, MountSource, MountSpec, RootfsSpec, UserMap},
+    sys, users,
 };
 
 const NONE: Option<&str> = None;
@@ -24,11 +29,43 @@ const SAFE: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NODEV)
     .union(MsFlags::MS_NOEXEC);
 
+/// Whose the container is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Owner<'a> {
+    /// The ids of its user namespace.
+    pub(crate) map: UserMap,
+    /// The user namespace.
+    pub(crate) namespace: BorrowedFd<'a>,
+}
+
+impl Owner<'_> {
+    /// From here on the container's root owns what is made.
+    fn act(owner: Option<Self>) -> Result<(), Refusal> {
+        match owner {
+            Some(Self { map, .. }) => users::create_as(map.uids.first, map.gids.first),
+            None => Ok(()),
+        }
+    }
+
+    /// From here on the guest's root owns what is made.
+    fn rest(owner: Option<Self>) -> Result<(), Refusal> {
+        match owner {
+            Some(_) => users::create_as(0, 0),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Mounts everything and makes it the root of this process, which is alone in its mount namespace.
-pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
+/// With an owner the process goes on making files for that.
+pub(crate) fn enter(spec: &InitSpec, owner: Option<Owner<'_>>) -> Result<(), Refusal> {
     let root_of_all = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(NONE, "/", NONE, root_of_all, NONE).or_machine("cannot make the mounts private")?;
+    if let Some(owner) = owner {
+        map_layers(spec, owner)?;
+    }
     let root = mount_overlay(&spec.rootfs)?;
+    Owner::act(owner)?;
     let own = |destination: &str| {
         spec.mounts
             .iter()
@@ -46,8 +83,11 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
     let dev = at(&root, "/dev")?;
     devices::populate(&proc_path(&dev)).or_machine("cannot fill /dev")?;
     if spec.privileged {
+        // The guest's devices stay the guest's.
+        Owner::rest(owner)?;
         devices::copy_all(Path::new("/dev"), &proc_path(&dev), 4)
             .or_machine("cannot copy the guest's devices")?;
+        Owner::act(owner)?;
     }
     let no_exec = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     mount_new(
@@ -55,13 +95,17 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
         "/dev/pts",
         "devpts",
         no_exec,
-        "newinstance,ptmxmode=0666,mode=0620,gid=5",
+        &format!(
+            "newinstance,ptmxmode=0666,mode=0620,gid={}",
+            tty_group(owner)
+        ),
     )?;
     if !own("/dev/shm") {
         bind(
             &open_dir(&spec.shm).or_machine("no shared memory directory")?,
             &root,
             "/dev/shm",
+            None,
         )?;
     }
     // Kernels built without message queues exist.
@@ -80,7 +124,7 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
     mounts
         .into_iter()
         .enumerate()
-        .try_for_each(|(index, mount)| mount_volume(&root, &spec.rootfs, mount, index))?;
+        .try_for_each(|(index, mount)| mount_volume(&root, &spec.rootfs, mount, index, owner))?;
     for file in spec.files.iter().filter(|file| !own(&file.destination)) {
         let place = ensure_in_root(&root, &file.destination, Kind::File)
             .or_request(format!("cannot make {}", file.destination))?;
@@ -106,6 +150,46 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
 pub(crate) fn seal() -> Result<(), Refusal> {
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     mount(NONE, "/", NONE, flags, NONE).or_machine("cannot make the root read-only")
+}
+
+/// The group of terminals, as images have it.
+fn tty_group(owner: Option<Owner<'_>>) -> u32 {
+    const TTY: u32 = 5;
+    let outside = |owner: Owner<'_>| owner.map.gids.outside(TTY);
+    owner.map_or(Some(TTY), outside).unwrap_or(TTY)
+}
+
+/// Covers each layer with a view of itself in which the container's ids own what is theirs inside.
+/// Nobody outside of this mount namespace sees it.
+fn map_layers(spec: &InitSpec, owner: Owner<'_>) -> Result<(), Refusal> {
+    let images = spec.mounts.iter().filter_map(|mount| match &mount.source {
+        MountSource::Image { layers, .. } => Some(layers),
+        _other => None,
+    });
+    let root = &spec.rootfs;
+    // A layer of several images is mapped once.
+    let layers: BTreeSet<&String> = images.flatten().chain(&root.layers).collect();
+    for name in layers {
+        let place = open_dir(&root.layers_dir.join(name)).or_machine("a layer is gone")?;
+        let view = view(&place, owner).or_machine("cannot map the owners of a layer")?;
+        attach_mount(&view, &place).or_machine("cannot mount a layer")?;
+    }
+    Ok(())
+}
+
+/// A detached mount of a place, with owners mapped.
+fn view(place: &OwnedFd, owner: Owner<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let view = open_tree(place, "", flags)?;
+    sys::map_owners(view.as_fd(), owner.namespace)?;
+    Ok(view)
+}
+
+fn attach_mount(mount: &OwnedFd, place: &OwnedFd) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(move_mount(mount, "", place, "", flags)?)
 }
 
 fn same_place(a: &str, b: &str) -> bool {
@@ -175,8 +259,13 @@ fn mount_new(
     .or_machine(format!("cannot mount {path}"))
 }
 
-/// Binds an open file or directory to a place of the same kind.
-fn bind(source: &OwnedFd, root: &OwnedFd, destination: &str) -> Result<(), Refusal> {
+/// Binds an open file or directory to a place of the same kind; with an owner, as that sees it.
+fn bind(
+    source: &OwnedFd,
+    root: &OwnedFd,
+    destination: &str,
+    owner: Option<Owner<'_>>,
+) -> Result<(), Refusal> {
     let stat = fstat(source).or_machine("cannot inspect a mount's source")?;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => Kind::Directory,
@@ -184,6 +273,11 @@ fn bind(source: &OwnedFd, root: &OwnedFd, destination: &str) -> Result<(), Refus
     };
     let place = ensure_in_root(root, destination, kind)
         .or_request(format!("cannot make the mount point {destination}"))?;
+    if let Some(owner) = owner {
+        let failed = format!("cannot bind {destination} with its owners mapped");
+        let view = view(source, owner).or_machine(&failed)?;
+        return attach_mount(&view, &place).or_machine(&failed);
+    }
     mount(
         Some(&proc_path(source)),
         &proc_path(&place),
@@ -220,6 +314,7 @@ fn mount_volume(
     rootfs: &RootfsSpec,
     spec: &MountSpec,
     index: usize,
+    owner: Option<Owner<'_>>,
 ) -> Result<(), Refusal> {
     let destination = spec.destination.as_str();
     match &spec.source {
@@ -231,21 +326,30 @@ fn mount_volume(
             let wrong = format!("cannot use the sub path of {destination}");
             let source = match sub_path.is_empty() {
                 true => volume,
-                false => ensure_beneath(&volume, sub_path).or_request(&wrong)?,
+                false => {
+                    // Root of the volume is the guest's, which the container sees as its own.
+                    Owner::rest(owner)?;
+                    let source = ensure_beneath(&volume, sub_path).or_request(&wrong)?;
+                    Owner::act(owner)?;
+                    source
+                }
             };
-            bind(&source, root, destination)?;
+            bind(&source, root, destination, owner)?;
         }
         MountSource::Image { layers, sub_path } => {
             let wrong = |what: String| format!("{IMAGE_VOLUME_FAILED}: cannot {what}");
+            // The overlay acts as who has mounted it, and its layers are seen with owners mapped.
+            Owner::rest(owner)?;
             let image = mount_image(rootfs, layers, index)
                 .or_machine(wrong(format!("mount the image on {destination}")))?;
+            Owner::act(owner)?;
             let source = match sub_path.is_empty() {
                 true => image,
                 false => open_beneath(&image, sub_path, OFlags::PATH).or_request(wrong(
                     format!("use the sub path {sub_path:?} of the image on {destination}"),
                 ))?,
             };
-            bind(&source, root, destination)?;
+            bind(&source, root, destination, None)?;
             return remount_readonly(root, destination);
         }
         MountSource::Tmpfs { size, mode } => {

@@ -16,6 +16,35 @@ pub enum Job {
     Exec(Box<ProcessSpec>),
     /// First process of a shared pid namespace: reaps until it is killed.
     Pause,
+    /// Makes a user namespace, and after the gate, when its ids are mapped, the network, IPC and UTS
+    /// namespaces that belong to it. Answers [`crate::Reply::Ready`] after each step and lives until
+    /// the socket is closed.
+    Namespaces,
+}
+
+/// Which ids a user namespace has: 0 to `count` inside are `first` and the following outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMap {
+    /// Outside, what is 0 inside.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+}
+
+impl IdMap {
+    /// The id outside of an id inside, if it has one.
+    pub fn outside(self, id: u32) -> Option<u32> {
+        (id < self.count).then(|| self.first.checked_add(id))?
+    }
+}
+
+/// The ids of a user namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserMap {
+    /// Users.
+    pub uids: IdMap,
+    /// Groups.
+    pub gids: IdMap,
 }
 
 /// A container.
@@ -119,10 +148,13 @@ pub struct ProcessSpec {
     pub no_new_privs: bool,
     /// Limits, by RLIMIT_ name.
     pub rlimits: Vec<RlimitSpec>,
-    /// Whether the default system call filter applies.
-    pub seccomp: bool,
+    /// Which system calls it may make. Nothing of it holds for a privileged process.
+    pub seccomp: SeccompSpec,
     /// For the kernel's choice of what to kill, -1000 to 1000.
     pub oom_score_adj: i32,
+    /// The ids of the user namespace that it lives in. For a container's first process the
+    /// namespace's descriptor comes along, as the first one.
+    pub users: Option<UserMap>,
 }
 
 /// Who runs a process.
@@ -162,4 +194,95 @@ pub struct RlimitSpec {
     pub soft: u64,
     /// Hard limit.
     pub hard: u64,
+}
+
+/// Which system calls a process may make.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SeccompSpec {
+    /// All that its capabilities allow.
+    #[default]
+    Unconfined,
+    /// What container engines allow by default.
+    EngineDefault,
+    /// What the owner's own filter allows.
+    Profile(SeccompProfile),
+}
+
+/// A system call filter. Where several rules match a call, the strictest action holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeccompProfile {
+    /// Of calls that no rule matches.
+    pub default: SeccompAction,
+    /// In any order.
+    pub rules: Vec<SeccompRule>,
+    /// Whether the kernel logs actions other than allowing.
+    pub log: bool,
+    /// Whether the mitigation of speculative store bypass is left out.
+    pub spec_allow: bool,
+}
+
+/// What becomes of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum SeccompAction {
+    /// It is made.
+    Allow,
+    /// It fails with this error number.
+    Errno(u16),
+    /// The process is killed.
+    KillProcess,
+    /// The thread is killed.
+    KillThread,
+    /// It is made and logged.
+    Log,
+    /// A tracer is told with this message; without a tracer it fails with ENOSYS.
+    Trace(u16),
+    /// The process gets SIGSYS.
+    Trap,
+}
+
+/// Calls and what becomes of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeccompRule {
+    /// Names of system calls. Unknown ones are passed over.
+    pub names: Vec<String>,
+    /// What becomes of them.
+    pub action: SeccompAction,
+    /// Conditions, all of which must hold; several on one argument are alternatives.
+    pub args: Vec<SeccompArg>,
+    /// The rule is there only for a process that has all of these,
+    pub include_capabilities: Vec<String>,
+    /// and none of these.
+    pub exclude_capabilities: Vec<String>,
+}
+
+/// One condition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeccompArg {
+    /// Which argument, 0 to 5.
+    pub index: u8,
+    /// How it is compared.
+    pub op: SeccompOp,
+    /// With what; of [`SeccompOp::MaskedEq`] the mask.
+    pub value: u64,
+    /// Of [`SeccompOp::MaskedEq`] what the masked argument is compared with.
+    pub value_two: u64,
+}
+
+/// A comparison of 64 bits without sign.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SeccompOp {
+    /// Equal.
+    Eq,
+    /// Not equal.
+    Ne,
+    /// Less.
+    Lt,
+    /// Less or equal.
+    Le,
+    /// Greater.
+    Gt,
+    /// Greater or equal.
+    Ge,
+    /// Equal under a mask.
+    MaskedEq,
 }

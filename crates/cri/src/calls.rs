@@ -5,10 +5,10 @@ use std::{collections::BTreeMap, time::Duration};
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
 use crate::{
-    RUNTIME_NAME, container, exec_sync, filter,
+    HOST_HANDLER, RUNTIME_NAME, container, events, exec_sync, filter,
     pages::pages,
     sandbox,
-    service::Service,
+    service::{Service, now_nanos},
     stats,
     status::CriError,
     v1::{self, runtime_service_server::RuntimeService},
@@ -67,7 +67,7 @@ impl RuntimeService for Service {
             name: name.to_owned(),
             features: Some(v1::RuntimeHandlerFeatures {
                 recursive_read_only_mounts: true,
-                user_namespaces: false,
+                user_namespaces: name != HOST_HANDLER,
             }),
         };
         Ok(Response::new(v1::StatusResponse {
@@ -145,6 +145,8 @@ impl RuntimeService for Service {
         request: Request<v1::PodSandboxStatusRequest>,
     ) -> Answer<v1::PodSandboxStatusResponse> {
         let request = request.into_inner();
+        // Before the look: what is told is at least as new.
+        let timestamp = now_nanos();
         let status = self.sandbox(&request.pod_sandbox_id).await?;
         Ok(Response::new(v1::PodSandboxStatusResponse {
             status: Some(sandbox::full(&status)),
@@ -152,9 +154,9 @@ impl RuntimeService for Service {
                 true => sandbox::info(&status),
                 false => BTreeMap::new(),
             },
-            containers_statuses: Vec::new(),
-            // Anything but 0 would tell the kubelet that events can be had.
-            timestamp: 0,
+            containers_statuses: events::containers(self, &status.id).await,
+            // Anything but 0 tells the kubelet that events can be had.
+            timestamp,
         }))
     }
 
@@ -356,6 +358,13 @@ impl RuntimeService for Service {
         Ok(Response::new(v1::ListPodSandboxStatsResponse {
             stats: found,
         }))
+    }
+
+    async fn get_container_events(
+        &self,
+        _: Request<v1::GetEventsRequest>,
+    ) -> Answer<BoxStream<v1::ContainerEventResponse>> {
+        events::stream(self)
     }
 
     async fn stream_pod_sandboxes(

@@ -5,7 +5,10 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use hypernetes_runtime::{ContainerConfig, ContainerStatus, ContainerUser, SandboxStatus};
+use hypernetes_runtime::{
+    ContainerConfig, ContainerStatus, ContainerUser, SandboxStatus, SeccompProfile, SecurityConfig,
+};
+use hypernetes_types::ContainerId;
 use serde_json::json;
 
 use crate::{
@@ -13,8 +16,11 @@ use crate::{
     mounts::{self, Owner},
     resources, security, signal,
     status::CriError,
-    v1,
+    users, v1,
 };
+
+/// Where a request has who the container runs as.
+const SECURITY: &str = "config.linux.security_context";
 
 /// The parts of a request that must be there.
 pub(crate) struct Asked<'a> {
@@ -51,11 +57,21 @@ impl<'a> Asked<'a> {
     }
 }
 
+/// What confines a container and is not in the request itself.
+#[derive(Debug, Default)]
+pub(crate) struct Confinement {
+    /// The content of a file that the request names.
+    pub(crate) seccomp: Option<SeccompProfile>,
+    /// The container whose processes it sees.
+    pub(crate) pid_target: Option<ContainerId>,
+}
+
 /// What the runtime shall create, with its mounts.
 pub(crate) fn plan(
     asked: &Asked<'_>,
     sandbox: &SandboxStatus,
     mounts: &mounts::Plan,
+    confinement: Confinement,
 ) -> Result<ContainerConfig, CriError> {
     let config = asked.config;
     if !config.devices.is_empty() {
@@ -72,6 +88,7 @@ pub(crate) fn plan(
     let linux = config.linux.clone().unwrap_or_default();
     let context = linux.security_context.unwrap_or_default();
     check_namespaces(context.namespace_options.as_ref(), sandbox)?;
+    users::check_container(SECURITY, config, sandbox)?;
     Ok(ContainerConfig {
         name: asked.metadata.name.clone(),
         attempt: asked.metadata.attempt,
@@ -84,7 +101,11 @@ pub(crate) fn plan(
         tty: config.tty,
         stdin: config.stdin,
         stdin_once: config.stdin_once,
-        security: security::of_container("config.linux.security_context", &context)?,
+        pid_target: confinement.pid_target,
+        security: SecurityConfig {
+            seccomp: confinement.seccomp,
+            ..security::of_container(SECURITY, &context)?
+        },
         resources: resources::of_container(
             "config.linux.resources",
             &linux.resources.unwrap_or_default(),
@@ -96,6 +117,25 @@ pub(crate) fn plan(
         annotations: config.annotations.clone(),
         memo: memo::of_container(config),
         host: None,
+    })
+}
+
+/// The file of the system call filter that is asked for, with the field that names it.
+pub(crate) fn seccomp_file<'a>(asked: &Asked<'a>) -> Result<Option<(String, &'a Path)>, CriError> {
+    let context = asked.config.linux.as_ref();
+    match context.and_then(|linux| linux.security_context.as_ref()) {
+        Some(context) => security::seccomp_file(SECURITY, context),
+        None => Ok(None),
+    }
+}
+
+/// The container whose processes it shall see, with the field that names it.
+pub(crate) fn pid_target(asked: &Asked<'_>) -> Option<(String, String)> {
+    let context = asked.config.linux.as_ref()?.security_context.as_ref()?;
+    let options = context.namespace_options.as_ref()?;
+    (options.pid() == v1::NamespaceMode::Target).then(|| {
+        let field = format!("{SECURITY}.namespace_options.target_id");
+        (field, options.target_id.clone())
     })
 }
 
@@ -112,7 +152,7 @@ fn check_namespaces(
     options: Option<&v1::NamespaceOption>,
     sandbox: &SandboxStatus,
 ) -> Result<(), CriError> {
-    let base = "config.linux.security_context";
+    let base = SECURITY;
     security::check_namespaces(base, options)?;
     let shared = sandbox.config.share_process_namespace;
     match options.map(v1::NamespaceOption::pid) {

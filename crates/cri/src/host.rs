@@ -15,7 +15,7 @@ use hypernetes_runtime::{
 use crate::{
     HANDLER, HOST_HANDLER,
     config::CriConfig,
-    container::{self, Asked},
+    container::{self, Asked, Confinement},
     lookup::shown,
     memo, mounts,
     network::PodNetwork,
@@ -220,7 +220,12 @@ pub(crate) fn plan_container(
     Ok(ContainerConfig {
         memo: memo::of_container(config),
         host: Some(host),
-        ..container::plan(&plain, &guest, &mounts::Plan::default())?
+        ..container::plan(
+            &plain,
+            &guest,
+            &mounts::Plan::default(),
+            Confinement::default(),
+        )?
     })
 }
 

@@ -149,9 +149,7 @@ fn check(mount: &v1::Mount, field: impl Fn(&str) -> String) -> Result<(), CriErr
         let rule = "must be PROPAGATION_PRIVATE beside recursive_read_only";
         return refused("propagation", rule);
     }
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return refused("uidMappings", "user namespaces are not served by this node");
-    }
+    // A volume of the guest has no mounts below it: read-only is so to the bottom.
     if mount.recursive_read_only && !mount.readonly {
         return refused("recursive_read_only", "needs readonly beside it");
     }

@@ -16,7 +16,7 @@ use crate::{
     network::PodNetwork,
     resources, security,
     status::CriError,
-    v1,
+    users, v1,
 };
 
 /// Longest host name that Linux takes, less one that Kubernetes leaves.
@@ -73,6 +73,8 @@ pub(crate) fn plan(
     let linux = config.linux.clone().unwrap_or_default();
     let context = linux.security_context.clone().unwrap_or_default();
     security::check_sandbox("config.linux.security_context", &context)?;
+    let options = context.namespace_options.as_ref();
+    let user_namespace = users::of("config.linux.security_context", options)?;
     let namespaces = context.namespace_options.unwrap_or_default();
     let size = resources::vm_size(&linux, &node.vm);
     Ok(SandboxConfig {
@@ -103,6 +105,7 @@ pub(crate) fn plan(
         hosts: Vec::new(),
         sysctls: sysctls(&linux.sysctls),
         share_process_namespace: namespaces.pid() == v1::NamespaceMode::Pod,
+        user_namespace,
         log_directory: log_directory(config, name, node)?,
         cgroup_parent: Some(cgroup_parent(&linux.cgroup_parent, name, node)?),
         labels: config.labels.clone(),

@@ -1,8 +1,10 @@
 //! Who a container runs as, and what it may do inside its VM.
 
+use std::path::Path;
+
 use hypernetes_runtime::SecurityConfig;
 
-use crate::{status::CriError, v1};
+use crate::{seccomp, status::CriError, v1};
 
 /// Why the host's namespaces cannot be had.
 const NO_HOST_NAMESPACE: &str = "NODE is the host's own namespace, which a pod in a microVM (runtime handler \"hyper\") \
@@ -38,25 +40,15 @@ pub(crate) fn check_namespaces(
     ] {
         match (field, mode) {
             (_, v1::NamespaceMode::Node) => return Err(invalid(base, field, NO_HOST_NAMESPACE)),
-            (_, v1::NamespaceMode::Pod) | ("pid", v1::NamespaceMode::Container) => {}
-            ("pid", v1::NamespaceMode::Target) => {
-                let rule = "TARGET (ephemeral debug containers) is not served by this node";
-                return Err(invalid(base, field, rule));
-            }
+            (_, v1::NamespaceMode::Pod)
+            | ("pid", v1::NamespaceMode::Container | v1::NamespaceMode::Target) => {}
             _ => {
                 let rule = "the containers of a pod share this namespace: only POD can be had";
                 return Err(invalid(base, field, rule));
             }
         }
     }
-    match &options.userns_options {
-        Some(users) if users.mode() != v1::NamespaceMode::Node => Err(invalid(
-            base,
-            "userns_options",
-            "user namespaces are not served by this node; the VM is the pod's wall",
-        )),
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 /// Refuses labels of SELinux and profiles of AppArmor: the guest's kernel has neither.
@@ -83,29 +75,43 @@ fn check_modules(
     }
 }
 
-/// Whether the engines' default filter is wanted.
+/// Whether the engines' default filter is wanted. A profile of the node's is none of this.
 fn seccomp(
     base: &str,
     profile: Option<&v1::SecurityProfile>,
     path: &str,
 ) -> Result<bool, CriError> {
     use v1::security_profile::ProfileType;
+    if seccomp::localhost(base, profile, path)?.is_some() {
+        return Ok(false);
+    }
     match (profile.map(v1::SecurityProfile::profile_type), path) {
         (Some(ProfileType::RuntimeDefault), _) | (None, "runtime/default" | "docker/default") => {
             Ok(true)
         }
-        (Some(ProfileType::Unconfined), _) | (None, "" | "unconfined") => Ok(false),
-        (Some(ProfileType::Localhost), _) => Err(invalid(
-            base,
-            "seccomp.localhost_ref",
-            "profiles of the host's are not served by this node: RuntimeDefault or Unconfined",
-        )),
+        (Some(ProfileType::Unconfined | ProfileType::Localhost), _) | (None, "" | "unconfined") => {
+            Ok(false)
+        }
         (None, _) => Err(invalid(
             base,
             "seccomp_profile_path",
-            "profiles of the host's are not served by this node: runtime/default or unconfined",
+            "must be runtime/default, unconfined or localhost/ and an absolute path",
         )),
     }
+}
+
+/// The file of the system call filter that a container asks for, with the field that names it. A
+/// privileged container has none, whatever it asks for.
+pub(crate) fn seccomp_file<'a>(
+    base: &str,
+    context: &'a v1::LinuxContainerSecurityContext,
+) -> Result<Option<(String, &'a Path)>, CriError> {
+    if context.privileged {
+        return Ok(None);
+    }
+    #[allow(deprecated, reason = "older clients send it")]
+    let path = &context.seccomp_profile_path;
+    seccomp::localhost(base, context.seccomp.as_ref(), path)
 }
 
 fn check_groups(base: &str, user: bool, group: Option<&v1::Int64Value>) -> Result<(), CriError> {
@@ -121,7 +127,12 @@ pub(crate) fn check_sandbox(
     base: &str,
     context: &v1::LinuxSandboxSecurityContext,
 ) -> Result<(), CriError> {
-    check_namespaces(base, context.namespace_options.as_ref())?;
+    let options = context.namespace_options.as_ref();
+    check_namespaces(base, options)?;
+    if options.is_some_and(|options| options.pid() == v1::NamespaceMode::Target) {
+        let rule = "TARGET is a container's; a sandbox has POD or CONTAINER";
+        return Err(invalid(base, "namespace_options.pid", rule));
+    }
     check_modules(
         base,
         context.selinux_options.as_ref(),
@@ -138,7 +149,7 @@ pub(crate) fn check_sandbox(
     )
 }
 
-/// What a container may do.
+/// What a container may do, but for a system call filter of the node's.
 pub(crate) fn of_container(
     base: &str,
     context: &v1::LinuxContainerSecurityContext,
@@ -188,6 +199,7 @@ pub(crate) fn of_container(
         readonly_rootfs: context.readonly_rootfs,
         no_new_privs: context.no_new_privs,
         seccomp_default,
+        seccomp: None,
         masked_paths: Some(context.masked_paths.clone()),
         readonly_paths: Some(context.readonly_paths.clone()),
     })
@@ -212,7 +224,8 @@ mod tests {
             (Pod, Container, Pod, None),
             (Node, Pod, Pod, Some("c.namespace_options.network")),
             (Pod, Node, Pod, Some("c.namespace_options.pid")),
-            (Pod, Target, Pod, Some("c.namespace_options.pid")),
+            (Pod, Target, Pod, None),
+            (Target, Pod, Pod, Some("c.namespace_options.network")),
             (Pod, Pod, Node, Some("c.namespace_options.ipc")),
             (Pod, Pod, Container, Some("c.namespace_options.ipc")),
         ] {
@@ -228,14 +241,15 @@ mod tests {
                 Some(name) => assert_eq!(field(result), name),
             }
         }
-        let users = v1::NamespaceOption {
-            userns_options: Some(v1::UserNamespace::default()),
+        let sandbox = v1::LinuxSandboxSecurityContext {
+            namespace_options: Some(v1::NamespaceOption {
+                pid: Target.into(),
+                ..Default::default()
+            }),
             ..Default::default()
         };
-        assert_eq!(
-            field(check_namespaces("c", Some(&users))),
-            "c.namespace_options.userns_options"
-        );
+        let refused = check_sandbox("s", &sandbox);
+        assert_eq!(field(refused), "s.namespace_options.pid");
     }
 
     #[test]
@@ -252,6 +266,7 @@ mod tests {
         for (context, name) in [
             (
                 v1::LinuxContainerSecurityContext {
+                    // Without a path.
                     seccomp: profile(ProfileType::Localhost),
                     ..base()
                 },

@@ -9,7 +9,10 @@ use std::{
 
 use hypernetes_network::NetworkError;
 use hypernetes_runtime::PodRuntime;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::Semaphore,
+};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
@@ -17,6 +20,7 @@ use tonic::transport::Server;
 use crate::{
     MAX_MESSAGE_SIZE,
     config::CriConfig,
+    events::SUBSCRIBERS,
     follow::Follower,
     network::NodeNetwork,
     service::{Inner, Service},
@@ -93,6 +97,8 @@ impl CriServer {
             streams: Arc::clone(&streams),
             carried: Arc::default(),
             tasks: tasks.clone(),
+            subscribers: Arc::new(Semaphore::new(SUBSCRIBERS)),
+            closing: CancellationToken::new(),
         });
         Ok(Self {
             service,
@@ -156,6 +162,7 @@ impl CriServer {
             kubelet_dir: self.service.config.kubelet_dir.clone(),
             carried: Arc::clone(&self.service.carried),
         };
+        let closing = self.service.closing.clone();
         let images = ImageServiceServer::new(self.service)
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
             .max_encoding_message_size(MAX_MESSAGE_SIZE);
@@ -168,7 +175,7 @@ impl CriServer {
             );
         // A transport that fails takes the streams with it.
         let _ended = stop.clone().drop_guard();
-        let (served, (), ()) = tokio::join!(
+        let (served, (), (), ()) = tokio::join!(
             async {
                 let served = calls.await;
                 stop.cancel();
@@ -176,6 +183,10 @@ impl CriServer {
             },
             self.streams.serve(self.listener, stop.clone()),
             follower.run(stop.clone()),
+            async {
+                stop.cancelled().await;
+                closing.cancel();
+            },
         );
         self.tasks.close();
         self.tasks.wait().await;

@@ -4,23 +4,24 @@
 use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
-    ContainerConfig, ContainerState, ContainerStatus, PodRuntime, RuntimeError, SandboxState,
-    SandboxStatus,
+    ContainerConfig, ContainerState, ContainerStatus, PodRuntime, RuntimeError, SandboxMetadata,
+    SandboxState, SandboxStatus, SeccompProfile,
 };
 use hypernetes_streaming::ProcessRequest;
 use hypernetes_telemetry::VERSION;
 use hypernetes_types::{ContainerId, SandboxId};
 use serde_json::json;
-use tokio_util::task::TaskTracker;
+use tokio::sync::Semaphore;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     HANDLER, HOST_HANDLER,
     carried::Carried,
     config::CriConfig,
-    container::{self, Asked},
+    container::{self, Asked, Confinement},
     host, lookup, mounts,
     network::NodeNetwork,
-    sandbox, stats,
+    sandbox, seccomp, stats,
     status::CriError,
     streams::{Stream, Streams},
     termination, v1,
@@ -41,6 +42,10 @@ pub(crate) struct Inner {
     pub(crate) carried: Arc<Carried>,
     /// Work that outlives the call that began it.
     pub(crate) tasks: TaskTracker,
+    /// Places for readers of events.
+    pub(crate) subscribers: Arc<Semaphore>,
+    /// Cancelled when the server stops, which waits for streams that are open.
+    pub(crate) closing: CancellationToken,
 }
 
 impl Deref for Service {
@@ -97,9 +102,11 @@ impl Service {
         // To its end, even if the caller goes: the network must not be taken away under it.
         let run = self.tasks.spawn(async move {
             let joining = network.join(&pod_network).await?;
+            let (metadata, begun) = (config.metadata.clone(), now_nanos());
             let result = runtime.run_sandbox(config).await;
             drop(joining);
             if result.is_err() {
+                clear_failed(runtime.as_ref(), &metadata, begun).await;
                 network.leave().await;
             }
             Ok::<_, CriError>(result?)
@@ -147,7 +154,12 @@ impl Service {
             return self.create_as(&sandbox.id, config).await;
         }
         // Everything that can be refused is, before a file of the host is read.
-        container::plan(&asked, &sandbox, &mounts::Plan::default())?;
+        let nothing = (mounts::Plan::default(), Confinement::default());
+        container::plan(&asked, &sandbox, &nothing.0, nothing.1)?;
+        let confinement = Confinement {
+            pid_target: self.pid_target(&asked, &sandbox).await?,
+            seccomp: read_seccomp(&asked, &sandbox).await?,
+        };
         let ledger = self.carried.of(&sandbox.id);
         let mut ledger = ledger.lock().await;
         let mut mounts = self.plan_mounts(&asked, &sandbox).await?;
@@ -155,7 +167,7 @@ impl Service {
         for (index, share) in std::mem::take(&mut mounts.shares) {
             mounts.mounts[index].sub_path = self.runtime.share(&sandbox.id, share).await?;
         }
-        let config = container::plan(&asked, &sandbox, &mounts)?;
+        let config = container::plan(&asked, &sandbox, &mounts, confinement)?;
         for volume in mounts.volumes {
             ledger.write(self.runtime(), &sandbox.id, volume).await?;
         }
@@ -199,6 +211,37 @@ impl Service {
         })?;
         *image = found.id.to_string();
         Ok(())
+    }
+
+    /// The container whose processes a new one shall see.
+    async fn pid_target(
+        &self,
+        asked: &Asked<'_>,
+        sandbox: &SandboxStatus,
+    ) -> Result<Option<ContainerId>, CriError> {
+        let Some((field, id)) = container::pid_target(asked) else {
+            return Ok(None);
+        };
+        if id.is_empty() {
+            return Err(CriError::invalid(field, "must be given with TARGET"));
+        }
+        let target = match self.container(&id).await {
+            Ok(target) if target.sandbox == sandbox.id => target,
+            Err(error) if !error.is_not_found() => return Err(error),
+            // Of another pod's container not even that it is there.
+            Ok(_) | Err(_) => {
+                let rule = format!("{:?} is no container of this sandbox", lookup::shown(&id));
+                return Err(CriError::invalid(field, rule));
+            }
+        };
+        match target.state {
+            ContainerState::Running => Ok(Some(target.id)),
+            state => {
+                let state = format!("{state:?}").to_lowercase();
+                let rule = format!("container {} is {state}, not running", target.id);
+                Err(CriError::invalid(field, rule))
+            }
+        }
     }
 
     async fn plan_mounts(
@@ -326,6 +369,39 @@ impl Service {
             ("version".to_owned(), json!(VERSION).to_string()),
         ])
     }
+}
+
+/// Removes a sandbox that this call has made and that did not come up: the caller knows no id for it.
+/// One that cannot be removed stays to be seen as not ready, for the kubelet to remove.
+async fn clear_failed(runtime: &dyn PodRuntime, metadata: &SandboxMetadata, begun: i64) {
+    let made_here = |status: &SandboxStatus| {
+        status.config.metadata == *metadata
+            && status.created_unix_nanos >= begun
+            && status.state == SandboxState::NotReady
+            && status.failure.is_some()
+    };
+    let all = runtime.list_sandboxes().await;
+    for status in all.into_iter().filter(made_here) {
+        if let Err(error) = runtime.remove_sandbox(&status.id).await {
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            tracing::warn!(sandbox = %status.id, error, "cannot remove a sandbox that did not come up");
+        }
+    }
+}
+
+/// The system call filter of the node's that a container asks for.
+async fn read_seccomp(
+    asked: &Asked<'_>,
+    sandbox: &SandboxStatus,
+) -> Result<Option<SeccompProfile>, CriError> {
+    let Some((field, path)) = container::seccomp_file(asked)? else {
+        return Ok(None);
+    };
+    let (path, kernel) = (path.to_owned(), sandbox.kernel_release.clone());
+    let read = move || seccomp::read(&field, &path, kernel.as_deref().unwrap_or_default());
+    let read = tokio::task::spawn_blocking(read).await;
+    read.map_err(|_panic| CriError::Lost("reading the system call filter was lost"))?
+        .map(Some)
 }
 
 fn check_streams(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<(), CriError> {

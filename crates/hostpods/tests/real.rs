@@ -251,6 +251,7 @@ impl Bed {
 
     fn pod(&self, name: &str) -> SandboxConfig {
         SandboxConfig {
+            user_namespace: None,
             metadata: SandboxMetadata {
                 name: name.into(),
                 namespace: "kube-system".into(),
@@ -362,6 +363,7 @@ fn content(path: &Path) -> Vec<String> {
 
 fn container(name: &str, script: &str) -> ContainerConfig {
     ContainerConfig {
+        pid_target: None,
         name: name.into(),
         attempt: 0,
         image: "busybox:test".into(),

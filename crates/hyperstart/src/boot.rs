@@ -39,6 +39,8 @@ pub(crate) mod dir {
     pub(crate) const FILES: &str = "/files";
     /// The pod's shared memory.
     pub(crate) const SHM: &str = "/shm";
+    /// A /sys that shows the pod's network, where that is not the guest's first one.
+    pub(crate) const POD_SYS: &str = "/podsys";
 }
 
 fn step<T, E: Into<io::Error>>(step: &'static str, result: Result<T, E>) -> Result<T, GuestError> {

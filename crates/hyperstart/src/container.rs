@@ -10,7 +10,10 @@
 use std::{
     fs,
     io::{self, Read, Seek, SeekFrom},
-    os::{fd::OwnedFd, unix::fs::PermissionsExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -38,6 +41,7 @@ use crate::{
     pod::{PREPARE, Pod, now},
     reaper::Ended,
     request::{self, Places},
+    sandbox,
     streams::{self, Input},
 };
 
@@ -99,7 +103,10 @@ pub(crate) async fn create(
             fs::create_dir_all(path).attempt("make the container's directories")?;
         }
         if !request.termination_path.is_empty() {
-            make_termination(&places.termination).attempt("make the termination message's file")?;
+            let owner = pod.users().map(|users| users.map);
+            make_termination(&places.termination)
+                .and_then(|()| sandbox::give(&places.termination, owner))
+                .attempt("make the termination message's file")?;
         }
         let cgroup = Cgroup::create(&request.id, &limits).attempt("make the container's cgroup")?;
         let made = launch(
@@ -150,15 +157,17 @@ async fn launch(
         ),
         false => streams::pipes(request.stdin)?,
     };
-    let (Spawned { pid, control }, exit, pidfd) = pod.spawn_init()?;
+    let target = Some(request.pid_target.as_str()).filter(|id| !id.is_empty());
+    let (Spawned { pid, control }, exit, pidfd) = pod.spawn_init(target)?;
     cgroup
         .add(pid)
         .attempt("put the container into its cgroup")?;
+    let users = pod.users();
     let (control, answer, master) = blocking(move || {
         control.set_deadline(PREPARE).map_err(io::Error::other)?;
-        control
-            .send_job(&job, &streams::borrow(&theirs))
-            .map_err(io::Error::other)?;
+        let mut fds: Vec<_> = users.iter().map(|users| users.namespace.as_fd()).collect();
+        fds.extend(streams::borrow(&theirs));
+        control.send_job(&job, &fds).map_err(io::Error::other)?;
         let (answer, master) = control.answer().map_err(io::Error::other)?;
         Ok((control, answer, master))
     })

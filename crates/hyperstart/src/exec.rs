@@ -80,7 +80,8 @@ pub(crate) async fn start(
         .process
         .as_ref()
         .ok_or_else(|| GuestError::invalid("no process"))?;
-    let spec: ProcessSpec = request::process(process, container.is_privileged())?;
+    let mut spec: ProcessSpec = request::process(process, container.is_privileged())?;
+    spec.users = pod.users().map(|users| users.map);
     let (ends, theirs) = match process.tty {
         true => (
             streams::Ends {

@@ -17,6 +17,7 @@ mod netlink;
 mod output;
 mod pod;
 mod port;
+mod profile;
 mod reaper;
 mod request;
 mod resize;
@@ -25,6 +26,7 @@ mod sandbox;
 mod service;
 mod stats;
 mod streams;
+mod users;
 mod volume;
 
 use std::process::ExitCode;

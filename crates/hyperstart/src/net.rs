@@ -1,22 +1,35 @@
 //! The pod's network interfaces.
 
-use std::{fs, io, net::IpAddr, path::Path};
+use std::{
+    fs, io,
+    net::IpAddr,
+    os::fd::BorrowedFd,
+    path::{Path, PathBuf},
+};
 
 use hypernetes_agent_api::v1;
 
 use crate::{
+    boot::dir,
     error::{Attempt, GuestError},
     netlink::{Link, Netlink},
 };
 
-const DEVICES: &str = "/sys/class/net";
+/// Where the devices of the pod's network are.
+pub(crate) fn devices() -> PathBuf {
+    let pod = Path::new(dir::POD_SYS).join("class/net");
+    match pod.exists() {
+        true => pod,
+        false => "/sys/class/net".into(),
+    }
+}
 
 fn connect() -> Result<Netlink, GuestError> {
     Netlink::open().attempt("open a routing socket")
 }
 
 fn index_of(name: &str) -> io::Result<u32> {
-    let text = fs::read_to_string(Path::new(DEVICES).join(name).join("ifindex"))?;
+    let text = fs::read_to_string(devices().join(name).join("ifindex"))?;
     text.trim().parse().map_err(io::Error::other)
 }
 
@@ -24,6 +37,28 @@ fn index_of(name: &str) -> io::Result<u32> {
 pub(crate) fn loopback_up() -> Result<(), GuestError> {
     let index = index_of("lo").attempt("find lo")?;
     connect()?.set_link(index, Link::Up).attempt("bring lo up")
+}
+
+/// Moves an interface's device to another network namespace. One that is not here is left to
+/// [`configure`] to miss.
+pub(crate) fn move_device(
+    interface: &v1::Interface,
+    network: BorrowedFd<'_>,
+) -> Result<(), GuestError> {
+    let plan = Plan::parse(interface)?;
+    for mac in [Some(&plan.mac), plan.device_mac.as_ref()]
+        .into_iter()
+        .flatten()
+    {
+        let Some(name) = find(mac).attempt("list the network devices")? else {
+            continue;
+        };
+        let index = index_of(&name).attempt(format!("find {name}"))?;
+        return connect()?
+            .set_link(index, Link::Namespace(network))
+            .attempt(format!("move {name} to the pod's network"));
+    }
+    Ok(())
 }
 
 /// Finds the device by its MAC address and gives it name, MTU, addresses and routes. May be
@@ -102,7 +137,7 @@ pub(crate) fn configure(interface: &v1::Interface) -> Result<(), GuestError> {
 
 /// Name of the device with a MAC address.
 fn find(mac: &str) -> io::Result<Option<String>> {
-    for entry in fs::read_dir(DEVICES)? {
+    for entry in fs::read_dir(devices())? {
         let entry = entry?;
         let address = fs::read_to_string(entry.path().join("address")).unwrap_or_default();
         if address.trim() == mac {

@@ -4,7 +4,11 @@
 //! the program is in every VM's memory. Only requests are encoded; of answers just the error code
 //! is read. The kernel answers in the call that sends, so nothing here waits.
 
-use std::{io, net::IpAddr, os::fd::OwnedFd};
+use std::{
+    io,
+    net::IpAddr,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+};
 
 use rustix::{
     io::Errno,
@@ -23,6 +27,7 @@ const RTM_NEWROUTE: u16 = 24;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_NET_NS_FD: u16 = 28;
 const IFF_UP: u32 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
@@ -47,6 +52,8 @@ pub(crate) enum Link<'a> {
     Name(&'a str),
     Address([u8; 6]),
     Mtu(u32),
+    /// Moves it to this network namespace.
+    Namespace(BorrowedFd<'a>),
 }
 
 /// An open routing socket.
@@ -165,7 +172,7 @@ fn link_message(index: u32, link: Link<'_>) -> Vec<u8> {
     let (flags, change) = match link {
         Link::Up => (IFF_UP, IFF_UP),
         Link::Down => (0, IFF_UP),
-        Link::Name(_) | Link::Address(_) | Link::Mtu(_) => (0, 0),
+        Link::Name(_) | Link::Address(_) | Link::Mtu(_) | Link::Namespace(_) => (0, 0),
     };
     let fixed: [&[u8]; 4] = [
         &[0; 4],
@@ -179,6 +186,7 @@ fn link_message(index: u32, link: Link<'_>) -> Vec<u8> {
         Link::Name(name) => message.attribute(IFLA_IFNAME, &[name.as_bytes(), &[0]].concat()),
         Link::Address(address) => message.attribute(IFLA_ADDRESS, &address),
         Link::Mtu(mtu) => message.attribute(IFLA_MTU, &mtu.to_ne_bytes()),
+        Link::Namespace(fd) => message.attribute(IFLA_NET_NS_FD, &fd.as_raw_fd().to_ne_bytes()),
     }
     .finish()
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use hypernetes_agent_api::v1;
-use hypernetes_container::{FileBind, Job, PidNamespace, Reply, Spawned};
+use hypernetes_container::{FileBind, Job, PidNamespace, Reply, Spawned, UserMap};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tokio::sync::{Semaphore, broadcast, oneshot};
 
@@ -19,6 +19,7 @@ use crate::{
     error::{Attempt, GuestError},
     reaper::{Ended, Reaper},
     request, sandbox,
+    users::{self, Users},
     volume::Volumes,
 };
 
@@ -44,6 +45,8 @@ struct State {
     containers: HashMap<String, Slot>,
     /// First process of the shared pid namespace, if the pod has one.
     pause: Option<Arc<OwnedFd>>,
+    /// The user namespace of the containers, if they have one of their own.
+    users: Option<Arc<Users>>,
 }
 
 #[derive(Debug)]
@@ -128,7 +131,12 @@ impl Pod {
                 )),
             };
         }
-        let files = sandbox::configure(&identity).await?;
+        if let Some(asked) = &identity.user_namespace {
+            let map = users::map(asked)?;
+            self.ensure_users(map, &identity.interfaces).await?;
+        }
+        let owner = self.users().map(|users| users.map);
+        let files = sandbox::configure(&identity, owner).await?;
         let pause = match identity.share_process_namespace {
             true => Some(Arc::new(self.start_pause().await?)),
             false => None,
@@ -138,6 +146,29 @@ impl Pod {
         state.pause = pause;
         state.configured = Some(identity);
         Ok(())
+    }
+
+    /// Makes the containers' user namespace, unless an earlier configuration that failed has.
+    async fn ensure_users(
+        &self,
+        map: UserMap,
+        interfaces: &[v1::Interface],
+    ) -> Result<(), GuestError> {
+        match self.users() {
+            Some(users) if users.map == map => Ok(()),
+            Some(_) => Err(GuestError::AlreadyExists(
+                "the pod has another user namespace".into(),
+            )),
+            None => {
+                let users = users::move_in(&self.0.reaper, map, interfaces).await?;
+                self.lock().users = Some(Arc::new(users));
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn users(&self) -> Option<Arc<Users>> {
+        self.lock().users.clone()
     }
 
     async fn start_pause(&self) -> Result<OwnedFd, GuestError> {
@@ -168,14 +199,25 @@ impl Pod {
         Ok(pidfd)
     }
 
-    /// Starts a child in a new pid namespace, or in the one that the pod shares.
+    /// Starts a child in a running container's pid namespace, in the one that the pod shares, or in
+    /// a new one.
     pub(crate) fn spawn_init(
         &self,
+        target: Option<&str>,
     ) -> Result<(Spawned, oneshot::Receiver<Ended>, OwnedFd), GuestError> {
         let pause = self.lock().pause.clone();
-        let namespace = pause
-            .as_ref()
-            .map_or(PidNamespace::New, |pause| PidNamespace::Of(pause.as_fd()));
+        let target = target.map(|id| self.container(id)).transpose()?;
+        if let Some(target) = target.as_ref().filter(|target| !target.is_running()) {
+            return Err(GuestError::Precondition(format!(
+                "container {} is not running: its processes cannot be joined",
+                target.id()
+            )));
+        }
+        let namespace = match (&target, &pause) {
+            (Some(target), _) => PidNamespace::Of(target.pidfd().as_fd()),
+            (None, Some(pause)) => PidNamespace::Of(pause.as_fd()),
+            (None, None) => PidNamespace::New,
+        };
         let (spawned, ended) = self.0.reaper.spawn(namespace)?;
         let pidfd = open_pid(spawned.pid)?;
         Ok((spawned, ended, pidfd))
@@ -216,7 +258,9 @@ impl Pod {
         places: &request::Places,
     ) -> Result<hypernetes_container::InitSpec, GuestError> {
         let state = self.lock();
-        request::init(request, places, &state.volumes, &state.files)
+        let mut spec = request::init(request, places, &state.volumes, &state.files)?;
+        spec.process.users = state.users.as_ref().map(|users| users.map);
+        Ok(spec)
     }
 
     /// Takes an id for a container that is to be made.
@@ -293,7 +337,7 @@ fn not_configured() -> GuestError {
     GuestError::Precondition("the sandbox is not configured".into())
 }
 
-fn open_pid(pid: i32) -> Result<OwnedFd, GuestError> {
+pub(crate) fn open_pid(pid: i32) -> Result<OwnedFd, GuestError> {
     let pid =
         Pid::from_raw(pid).ok_or_else(|| GuestError::Internal("a child without a pid".into()))?;
     pidfd_open(pid, PidfdFlags::empty()).attempt("open a child process")

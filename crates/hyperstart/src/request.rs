@@ -10,7 +10,7 @@ use hypernetes_container::{
     cgroup::{self, Limits},
 };
 
-use crate::{boot::dir, disks, error::GuestError, volume::Volumes};
+use crate::{boot::dir, disks, error::GuestError, profile, volume::Volumes};
 
 const MAX_LAYERS: usize = 128;
 const MAX_MOUNTS: usize = 512;
@@ -266,8 +266,10 @@ pub(crate) fn process(spec: &v1::Process, privileged: bool) -> Result<ProcessSpe
                 hard: limit.hard,
             })
             .collect(),
-        seccomp: spec.seccomp_default,
+        seccomp: profile::seccomp(spec)?,
         oom_score_adj: spec.oom_score_adj.unwrap_or(0),
+        // The pod's, which the request does not tell.
+        users: None,
     })
 }
 

@@ -2,13 +2,13 @@
 
 use std::{
     fs, io,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{PermissionsExt, chown},
     path::{Component, Path},
     time::Duration,
 };
 
 use hypernetes_agent_api::v1;
-use hypernetes_container::{FileBind, open_beneath};
+use hypernetes_container::{FileBind, UserMap, open_beneath};
 use nix::mount::{MsFlags, mount};
 use rustix::{
     fs::OFlags,
@@ -46,9 +46,10 @@ pub(crate) fn add_entropy(seed: &[u8]) -> Result<(), GuestError> {
     hypernetes_container::sys::add_entropy(seed).attempt("add entropy")
 }
 
-/// Everything else. May be repeated after a failure. Returns the files to bind into containers.
+/// Everything else, in files of the containers' root. May be repeated after a failure. Returns the files to bind into containers.
 pub(crate) async fn configure(
     request: &v1::ConfigureSandboxRequest,
+    owner: Option<UserMap>,
 ) -> Result<Vec<FileBind>, GuestError> {
     let hostname = &request.hostname;
     if hostname.is_empty() || hostname.len() > 64 || hostname.contains(char::is_control) {
@@ -63,7 +64,20 @@ pub(crate) async fn configure(
     }
     mount_scratch(request.scratch_slot).await?;
     mount_shm(request.shm_size)?;
-    write_files(&request.files)
+    let files = write_files(&request.files)?;
+    let paths = files.iter().map(|file| file.source.as_path());
+    for path in paths.chain([Path::new(dir::SHM)]) {
+        give(path, owner).attempt("hand the pod's files over")?;
+    }
+    Ok(files)
+}
+
+/// Makes the containers' root own a file of the agent's. What is made in it follows by itself.
+pub(crate) fn give(path: &Path, owner: Option<UserMap>) -> io::Result<()> {
+    match owner {
+        Some(map) => chown(path, Some(map.uids.first), Some(map.gids.first)),
+        None => Ok(()),
+    }
 }
 
 pub(crate) fn is_mounted(path: &str) -> bool {

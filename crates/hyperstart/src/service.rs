@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use futures::{Stream, StreamExt};
 use hypernetes_agent_api::{
-    MIN_PROTOCOL_VERSION, PROTOCOL_VERSION,
+    FEATURES, MIN_PROTOCOL_VERSION, PROTOCOL_VERSION,
     v1::{self, agent_server::Agent},
 };
 use tokio::sync::mpsc;
@@ -65,6 +65,7 @@ impl Agent for Pod {
                 .to_string_lossy()
                 .into_owned(),
             configured: self.is_configured(),
+            features: FEATURES.iter().map(|&name| name.into()).collect(),
         }))
     }
 

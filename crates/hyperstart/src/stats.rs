@@ -1,10 +1,10 @@
 //! What the VM and its containers use.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use hypernetes_agent_api::v1;
 
-use crate::pod::Pod;
+use crate::{net, pod::Pod};
 
 /// Bytes that the kernel manages.
 pub(crate) fn memory_total() -> u64 {
@@ -35,12 +35,7 @@ pub(crate) fn collect(pod: &Pod) -> v1::StatsResponse {
         containers: containers.collect(),
         interfaces: interfaces(
             &fs::read_to_string("/proc/net/dev").unwrap_or_default(),
-            |name| {
-                Path::new("/sys/class/net")
-                    .join(name)
-                    .join("device")
-                    .exists()
-            },
+            |name| net::devices().join(name).join("device").exists(),
         ),
     }
 }

@@ -168,11 +168,13 @@ async fn containers_live_as_they_should() {
         );
 
         exit_codes(&client).await;
-        lifecycle(&client).await;
+        Box::pin(lifecycle(&client)).await;
         standard_input(&client).await;
         terminal(&client).await;
         exec(&client).await;
         identity(&client).await;
+        filters(&client).await;
+        other_processes(&client).await;
         network(&client).await;
         limits(&client).await;
         assert_eq!(client.remove("none").await, Vec::<u32>::new());
@@ -593,6 +595,114 @@ async fn identity(client: &AgentClient) {
     assert_eq!(client.run(privileged).await.stdout, "2\n");
 }
 
+/// A filter with one rule.
+fn filter(
+    default: (v1::SeccompAction, u32),
+    names: &[&str],
+    action: (v1::SeccompAction, u32),
+) -> v1::SeccompProfile {
+    v1::SeccompProfile {
+        default_action: default.0.into(),
+        default_data: default.1,
+        rules: vec![v1::SeccompRule {
+            names: names.iter().map(|&name| name.into()).collect(),
+            action: action.0.into(),
+            data: action.1,
+            ..Default::default()
+        }],
+        ..Default::default()
+    }
+}
+
+async fn filters(client: &AgentClient) {
+    use v1::SeccompAction::{SeccompAllow, SeccompErrno};
+    println!("filters");
+    let filtered = |id: &str, script: &str, profile: v1::SeccompProfile| {
+        let mut request = shell(id, script);
+        let process = request.process.as_mut().unwrap();
+        process.seccomp_default = false;
+        process.seccomp = Some(profile);
+        request
+    };
+    let names = ["chmod", "fchmodat", "fchmodat2", "no_such_call"];
+    let denied = filter((SeccompAllow, 0), &names, (SeccompErrno, 13));
+    let script = "touch /tmp/f; chmod 400 /tmp/f; grep Seccomp: /proc/self/status";
+    let outcome = client.run(filtered("denied", script, denied.clone())).await;
+    assert!(outcome.stderr.contains("Permission denied"), "{outcome:?}");
+    assert_eq!(outcome.stdout, "Seccomp:\t2\n");
+
+    // One more process in the container is under the filter that its request has.
+    let container = filtered("host", "sleep 1000", denied.clone());
+    client.create(container).await;
+    client.start("host").await;
+    let mut process = process(&["sh", "-c", "chmod 400 /tmp"]);
+    process.seccomp_default = false;
+    process.seccomp = Some(denied);
+    let (_, stderr, exit) = Exec::start(client, "host", process, false)
+        .await
+        .finish()
+        .await;
+    assert!(
+        exit.code != 0 && stderr.contains("Permission denied"),
+        "{stderr}"
+    );
+    client.remove("host").await;
+
+    // Nothing of what comes before the program's own calls needs to be allowed.
+    let needed = "access arch_prctl brk close dup2 execve exit_group fcntl fstat getcwd geteuid getpid \
+        getppid getrandom getuid ioctl lseek mmap mprotect munmap newfstatat openat pread64 prlimit64 \
+        read rseq rt_sigaction rt_sigprocmask set_robust_list set_tid_address stat uname write writev";
+    let names: Vec<&str> = needed.split_whitespace().collect();
+    let allowed = filter((SeccompErrno, 1), &names, (SeccompAllow, 0));
+    let mut request = filtered("allowed", "echo alive; kill -0 1 || echo held", allowed);
+    request.process.as_mut().unwrap().no_new_privs = true;
+    let outcome = client.run(request).await;
+    assert_eq!(outcome.stdout, "alive\nheld\n", "{outcome:?}");
+}
+
+async fn other_processes(client: &AgentClient) {
+    println!("processes of another container");
+    let joining = |id: &str, target: &str, script: &str| v1::CreateContainerRequest {
+        pid_target: target.into(),
+        ..shell(id, script)
+    };
+    let unknown = client
+        .create_container(joining("x", "none", "true"), SOON)
+        .await;
+    assert_eq!(code_of(unknown), tonic::Code::NotFound);
+    client.create(shell("target", "exec sleep 4711")).await;
+    let early = client
+        .create_container(joining("x", "target", "true"), SOON)
+        .await;
+    assert_eq!(code_of(early), tonic::Code::FailedPrecondition);
+    client.start("target").await;
+    let script = "tr '\\0' ' ' < /proc/1/cmdline; echo; test $$ != 1 && echo beside; \
+        readlink /proc/1/ns/pid > /tmp/1; readlink /proc/self/ns/pid | cmp - /tmp/1 && echo same";
+    let outcome = client.run(joining("look", "target", script)).await;
+    assert_eq!(outcome.stdout, "sleep 4711 \nbeside\nsame\n", "{outcome:?}");
+    // Without the namespace of another it sees itself only.
+    let outcome = client.run(shell("alone", "echo $$")).await;
+    assert_eq!(outcome.stdout, "1\n");
+
+    client
+        .create(joining("debug", "target", "sleep 1000"))
+        .await;
+    client.start("debug").await;
+    kill(client, "target", 9, false).await;
+    client.wait("target").await;
+    assert_eq!(
+        client.wait("debug").await.signal,
+        9,
+        "the namespace ends with its first process"
+    );
+    let late = client
+        .create_container(joining("x", "target", "true"), SOON)
+        .await;
+    assert_eq!(code_of(late), tonic::Code::FailedPrecondition);
+    client.remove("debug").await;
+    client.remove("target").await;
+}
+
 async fn network(client: &AgentClient) {
     println!("network");
     let script = "ip -o addr show dev eth0; cat /sys/class/net/eth0/mtu; ip route; ip addr show dev lo; \
@@ -740,7 +850,10 @@ async fn limits(client: &AgentClient) {
     assert!(outcome.stderr.contains("can't fork"), "{outcome:?}");
     client.create(shell("stats", "sleep 1000")).await;
     client.start("stats").await;
-    let stats = client.stats(v1::StatsRequest {}, SOON).await.unwrap();
+    let stats = client
+        .stats(v1::StatsRequest::default(), SOON)
+        .await
+        .unwrap();
     assert!(
         stats.memory_total > 100 << 20 && stats.memory_available > 0,
         "{stats:?}"
@@ -835,7 +948,10 @@ async fn read_some(client: &AgentClient, text: &mut Vec<u8>, more: usize, acknow
     }
     if acknowledge {
         // The guest has taken the acknowledgement when it answers a later call.
-        client.stats(v1::StatsRequest {}, SOON).await.unwrap();
+        client
+            .stats(v1::StatsRequest::default(), SOON)
+            .await
+            .unwrap();
     }
 }
 
@@ -933,4 +1049,156 @@ async fn orphans(client: &AgentClient) {
     assert_eq!(client.wait("neighbour").await.code, 0);
     client.remove("neighbour").await;
     client.remove("forker").await;
+}
+
+#[tokio::test]
+async fn containers_can_have_a_root_of_their_own() {
+    group(async |vm| {
+        let client = vm.connect().await;
+        let ids = Some(v1::IdMapping {
+            first: 100_000,
+            count: 65_536,
+        });
+        let request = v1::ConfigureSandboxRequest {
+            user_namespace: Some(v1::UserNamespace {
+                uids: ids,
+                gids: ids,
+            }),
+            ..sandbox(SCRATCH)
+        };
+        let bad = v1::ConfigureSandboxRequest {
+            user_namespace: Some(v1::UserNamespace::default()),
+            ..request.clone()
+        };
+        let refused = client.configure_sandbox(bad, SOON).await;
+        assert_eq!(code_of(refused), tonic::Code::InvalidArgument);
+        client.configure_sandbox(request, SOON).await.unwrap();
+        owners(&client).await;
+        rights(&client).await;
+        drop(client.shutdown(v1::ShutdownRequest {}, SOON).await);
+        vm.ended().await;
+        let console = vm.console();
+        assert!(!console.contains("cannot"), "{console}");
+    })
+    .await;
+}
+
+/// Of everything that a container sees its root is the owner, as of an image without namespace.
+async fn owners(client: &AgentClient) {
+    println!("owners");
+    for (name, memory) in [("disk", false), ("memory", true)] {
+        let empty = v1::EmptyDir {
+            memory,
+            ..Default::default()
+        };
+        write_volume(client, name, v1::volume::Kind::EmptyDir(empty)).await;
+    }
+    let file = |path: &str, uid| v1::File {
+        path: path.into(),
+        content: b"text".to_vec(),
+        mode: 0o600,
+        uid,
+    };
+    let config = v1::FilesVolume {
+        files: vec![file("root", 0), file("web", 33)],
+        ..Default::default()
+    };
+    write_volume(client, "config", v1::volume::Kind::Files(config)).await;
+    let script = "tr -s ' ' < /proc/self/uid_map; tr -s ' ' < /proc/self/gid_map; id -u; \
+        echo more >> /etc/passwd; mkdir /new; touch /disk/a /memory/a /sub/a; \
+        for f in / /bin/busybox /etc/passwd /etc/hosts /new /made /made/here /dev /dev/null /dev/shm \
+            /disk /disk/a /memory /memory/a /sub /sub/a /config/root /config/web /end; \
+        do stat -Lc '%n %u:%g' $f; done | grep -v ' 0:0$'; \
+        cat /config/root /etc/hosts; echo said > /end; echo 'mine' > /etc/hosts && cat /etc/hosts";
+    let mut request = shell("owners", script);
+    request.process.as_mut().unwrap().cwd = "/made/here".into();
+    request.termination_path = "/end".into();
+    request.mounts = vec![
+        volume("/disk", "disk"),
+        volume("/memory", "memory"),
+        volume("/config", "config"),
+        v1::Mount {
+            sub_path: "below/it".into(),
+            ..volume("/sub", "disk")
+        },
+    ];
+    let outcome = client.run(request).await;
+    assert_eq!(
+        outcome.stdout,
+        " 0 100000 65536\n 0 100000 65536\n0\n/config/web 33:0\ntext127.0.0.1 localhost me\nmine\n",
+        "{outcome:?}"
+    );
+    let mut web = shell(
+        "web",
+        "id; touch /disk/web; stat -Lc %u:%g /disk/web /disk/a /proc/self; echo > /dev/stdout",
+    );
+    web.mounts = vec![volume("/disk", "disk")];
+    web.process.as_mut().unwrap().user = Some(v1::User {
+        username: "web".into(),
+        ..Default::default()
+    });
+    let opened = shell("open", "chmod 777 /disk");
+    let mounts = web.mounts.clone();
+    client
+        .run(v1::CreateContainerRequest { mounts, ..opened })
+        .await;
+    let outcome = client.run(web).await;
+    assert_eq!(
+        outcome.stdout, "uid=33(web) gid=33(web) groups=44(logs)\n33:33\n0:0\n33:33\n\n",
+        "{outcome:?}"
+    );
+    let mut beyond = shell("beyond", "true");
+    beyond.process.as_mut().unwrap().user = Some(v1::User {
+        uid: 70_000,
+        ..Default::default()
+    });
+    let refused = client.create_container(beyond, SOON).await;
+    assert_eq!(code_of(refused), tonic::Code::InvalidArgument);
+}
+
+/// Its root may do what the capabilities say, in its own namespaces and nowhere else.
+async fn rights(client: &AgentClient) {
+    println!("rights");
+    let script = "ping -c 1 -W 5 127.0.0.1 > /dev/null && echo ping; ip -o addr show dev eth0 | grep -c 10.1.2.3; \
+        hostname; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; ls /sys/class/net | grep eth0; \
+        grep -E 'CapEff|Seccomp:' /proc/self/status | tr '\\t\\n' '  '";
+    let outcome = client.run(shell("net", script)).await;
+    assert_eq!(
+        outcome.stdout, "ping\n1\npod-1\n80\neth0\nCapEff: 00000000a80425fb Seccomp: 2 ",
+        "{outcome:?}"
+    );
+    let stats = client
+        .stats(v1::StatsRequest::default(), SOON)
+        .await
+        .unwrap();
+    assert_eq!(stats.interfaces[0].name, "eth0");
+
+    let script = "mount -t tmpfs x /tmp && echo mounted; umount /etc/hosts 2> /dev/null || echo locked; \
+        ip link set eth0 mtu 1400 && echo network; hostname other && hostname; hostname pod-1; \
+        echo 1 > /proc/sys/kernel/panic || echo kernel; mknod /tmp/n c 1 3 || echo node; \
+        head -c 1 /dev/sda > /dev/null || echo disk";
+    let mut privileged = shell("privileged", script);
+    privileged.privileged = true;
+    let outcome = client.run(privileged).await;
+    assert_eq!(
+        outcome.stdout, "mounted\nlocked\nnetwork\nother\nkernel\nnode\ndisk\n",
+        "{outcome:?}"
+    );
+
+    client.create(shell("host", "sleep 1000")).await;
+    client.start("host").await;
+    let all =
+        "tr -s ' ' < /proc/self/uid_map; id -u; echo x > /made; stat -c %u /made; tty || true";
+    assert_eq!(
+        sh(client, "host", all).await,
+        "0 100000 65536\n0\n0\nnot a tty"
+    );
+    let mut process = process(&["sh", "-c", "stat -c %u:%g $(tty); echo > /dev/tty"]);
+    process.tty = true;
+    let (stdout, _, exit) = Exec::start(client, "host", process, false)
+        .await
+        .finish()
+        .await;
+    assert_eq!((stdout.trim(), exit.code), ("0:5", 0), "{stdout}");
+    client.remove("host").await;
 }

@@ -43,6 +43,7 @@ pub(crate) fn config(
         tty: flag(container.tty),
         stdin: flag(container.stdin),
         stdin_once: flag(container.stdin_once),
+        pid_target: None,
         security: security(pod_context, container.security_context.as_ref())?,
         resources: resources::container_resources(container),
         stop_signal: None,

@@ -73,6 +73,7 @@ pub(crate) fn config(
         hosts,
         sysctls,
         share_process_namespace: spec.share_process_namespace.unwrap_or(false),
+        user_namespace: None,
         log_directory: node.log_directory(&namespace, &name, &uid),
         cgroup_parent: Some(format!("{}/pod{uid}", node.cgroup_root)),
         labels: BTreeMap::new(),

@@ -13,6 +13,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use crate::{
     error::RuntimeError,
     host::{HostContainer, HostLimits, HostPod},
+    seccomp::SeccompProfile,
 };
 
 /// Who a sandbox is to its owner. `uid` and `attempt` together are unique.
@@ -61,6 +62,9 @@ pub struct SandboxConfig {
     pub sysctls: BTreeMap<String, String>,
     /// All containers see each other's processes.
     pub share_process_namespace: bool,
+    /// The user namespace that all containers live in; `None` = the guest's own.
+    #[serde(default)]
+    pub user_namespace: Option<UserNamespace>,
     /// Where container logs go: `<log_directory>/<log_path of the container>`.
     pub log_directory: PathBuf,
     /// cgroup path for the VMM, relative to each hierarchy's root; `None` = no cgroup of its own.
@@ -75,6 +79,24 @@ pub struct SandboxConfig {
     /// Plain containers on the host's kernel instead of a VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<HostPod>,
+}
+
+/// A user namespace in the guest: whose root the containers' root is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserNamespace {
+    /// Users.
+    pub uids: IdMapping,
+    /// Groups.
+    pub gids: IdMapping,
+}
+
+/// The ids 0 to `count` of a user namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMapping {
+    /// In the guest, what is 0 inside.
+    pub first: u32,
+    /// How many, at least one. `first + count` fits 32 bits.
+    pub count: u32,
 }
 
 /// resolv.conf of a pod.
@@ -167,6 +189,9 @@ pub struct ContainerConfig {
     pub stdin_once: bool,
     /// User and privileges.
     pub security: SecurityConfig,
+    /// A running container of the same sandbox whose processes it sees, and with whose end it ends.
+    #[serde(default)]
+    pub pid_target: Option<ContainerId>,
     /// Limits inside the VM.
     pub resources: ResourceConfig,
     /// Number of the signal that asks it to end, before the image's.
@@ -236,6 +261,9 @@ pub struct SecurityConfig {
     pub no_new_privs: bool,
     /// The engines' default system call filter.
     pub seccomp_default: bool,
+    /// A system call filter instead of the default one. Of no effect if privileged.
+    #[serde(default)]
+    pub seccomp: Option<SeccompProfile>,
     /// Paths that are not to be seen; `None` = the engines' usual ones, none if privileged.
     #[serde(default)]
     pub masked_paths: Option<Vec<String>>,

@@ -61,6 +61,8 @@ struct FakeSandbox {
     status: SandboxStatus,
     volumes: BTreeMap<String, VolumeConfig>,
     shares: Vec<HostShare>,
+    /// Its start failed: only a record is left.
+    never_ready: bool,
 }
 
 struct FakeContainer {
@@ -366,8 +368,13 @@ fn image(reference: &str, config: ImageConfig) -> Image {
 #[async_trait]
 impl PodRuntime for FakeRuntime {
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError> {
-        self.enter("run_sandbox", &config.metadata.name)?;
+        let failed = self.enter("run_sandbox", &config.metadata.name).err();
         let mut state = self.lock();
+        // As the real one: a sandbox that never came up is cleared away by the next attempt.
+        state.sandboxes.retain(|_, sandbox| {
+            let metadata = &sandbox.status.config.metadata;
+            !(sandbox.never_ready && *metadata == config.metadata)
+        });
         let same = |sandbox: &&FakeSandbox| {
             let metadata = &sandbox.status.config.metadata;
             metadata.uid == config.metadata.uid && metadata.attempt == config.metadata.attempt
@@ -389,10 +396,16 @@ impl PodRuntime for FakeRuntime {
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
             config,
-            state: SandboxState::Ready,
+            state: match failed {
+                Some(_) => SandboxState::NotReady,
+                None => SandboxState::Ready,
+            },
             created_unix_nanos: now_nanos(),
             kernel_release: Some("6.12.0-fake".into()),
-            failure: None,
+            failure: failed.as_ref().map(|error| Failure {
+                reason: "StartFailed".into(),
+                message: error.to_string(),
+            }),
         };
         state.sandboxes.insert(
             id.clone(),
@@ -400,11 +413,12 @@ impl PodRuntime for FakeRuntime {
                 status,
                 volumes: BTreeMap::new(),
                 shares: Vec::new(),
+                never_ready: failed.is_some(),
             },
         );
         drop(state);
         self.emit(RuntimeEvent::Sandbox(id.clone()));
-        Ok(id)
+        failed.map_or(Ok(id), Err)
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {

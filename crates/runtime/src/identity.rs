@@ -6,7 +6,7 @@ use hypernetes_agent_api::v1;
 use hypernetes_network::{Lease, PodName, PodNetworkRequest};
 
 use crate::{
-    api::{SandboxConfig, SandboxMetadata},
+    api::{IdMapping, SandboxConfig, SandboxMetadata, UserNamespace},
     error::RuntimeError,
     logs::format::now_nanos,
     records::storage,
@@ -86,6 +86,13 @@ pub fn check_sandbox(config: &SandboxConfig) -> Result<(), RuntimeError> {
             return Err(invalid("hosts", host_name_rule));
         }
     }
+    if let Some(users) = &config.user_namespace {
+        for ids in [users.uids, users.gids] {
+            if ids.count == 0 || ids.first.checked_add(ids.count).is_none() {
+                return Err(invalid("user_namespace", "must have ids below 2^32"));
+            }
+        }
+    }
     for name in config.sysctls.keys() {
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/');
         if name.is_empty() || !name.bytes().all(plain) || name.contains("..") {
@@ -122,12 +129,26 @@ pub(crate) fn configure_request(
         },
         shm_size: 0,
         share_process_namespace: config.share_process_namespace,
+        user_namespace: config.user_namespace.as_ref().map(user_namespace),
         files: vec![
             file("/etc/hosts", hosts(config, lease)),
             file("/etc/resolv.conf", resolv_conf(config, lease)),
             file("/etc/hostname", format!("{}\n", config.hostname)),
         ],
     })
+}
+
+fn user_namespace(config: &UserNamespace) -> v1::UserNamespace {
+    let ids = |ids: &IdMapping| {
+        Some(v1::IdMapping {
+            first: ids.first,
+            count: ids.count,
+        })
+    };
+    v1::UserNamespace {
+        uids: ids(&config.uids),
+        gids: ids(&config.gids),
+    }
 }
 
 fn file(path: &str, content: String) -> v1::File {

@@ -116,6 +116,9 @@ pub(crate) fn container_process(
         check_text("env", value)?;
     }
     let security = &config.security;
+    if let Some(profile) = &security.seccomp {
+        profile.check().map_err(|rule| invalid("seccomp", rule))?;
+    }
     if security.run_as_non_root && security.run_as_user == Some(0) {
         return Err(invalid("run_as_user", "must not be 0 with run_as_non_root"));
     }
@@ -207,7 +210,14 @@ fn privileges(security: &SecurityConfig) -> v1::Process {
     v1::Process {
         capabilities: capabilities(security),
         no_new_privs: security.no_new_privs,
-        seccomp_default: security.seccomp_default && !security.privileged,
+        seccomp_default: security.seccomp_default
+            && security.seccomp.is_none()
+            && !security.privileged,
+        seccomp: security
+            .seccomp
+            .as_ref()
+            .filter(|_| !security.privileged)
+            .map(Into::into),
         ..Default::default()
     }
 }

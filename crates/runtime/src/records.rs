@@ -24,6 +24,10 @@ const VERSION: u32 = 1;
 const VERSION_WITH_DISKS: u32 = 2;
 /// Of a container that mounts images, whose disks an older runtime would unplug.
 const VERSION_WITH_IMAGES: u32 = 3;
+/// Of a container that is confined by more than an older runtime knows: it would run an exec in it
+/// without.
+const VERSION_WITH_CONFINEMENT: u32 = 4;
+const NEWEST_VERSION: u32 = VERSION_WITH_CONFINEMENT;
 
 /// A sandbox on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -157,10 +161,9 @@ pub(crate) struct ContainerRecord {
 
 impl ContainerRecord {
     pub(crate) fn set_images(&mut self, images: Vec<MountedImage>) {
-        self.version = match images.is_empty() {
-            true => VERSION,
-            false => VERSION_WITH_IMAGES,
-        };
+        if !images.is_empty() {
+            self.version = self.version.max(VERSION_WITH_IMAGES);
+        }
         self.images = images;
     }
 
@@ -178,7 +181,10 @@ impl ContainerRecord {
 
     pub(crate) fn new(id: ContainerId, sandbox: SandboxId, config: ContainerConfig) -> Self {
         Self {
-            version: VERSION,
+            version: match config.security.seccomp {
+                Some(_) => VERSION_WITH_CONFINEMENT,
+                None => VERSION,
+            },
             id,
             sandbox,
             phase: container::Phase::Creating,
@@ -299,10 +305,10 @@ impl Records {
         let parse = |entry: hypernetes_store::Entry| {
             let unreadable = |error| storage(format!("read record {}", entry.key), error);
             let Versioned { version } = serde_json::from_slice(&entry.value).map_err(unreadable)?;
-            if !(VERSION..=VERSION_WITH_IMAGES).contains(&version) {
+            if !(VERSION..=NEWEST_VERSION).contains(&version) {
                 // Going on without it would leak a VM, or lose a pod.
                 let rule = format!(
-                    "must be {VERSION} to {VERSION_WITH_IMAGES}, not {version}: made by another release"
+                    "must be {VERSION} to {NEWEST_VERSION}, not {version}: made by another release"
                 );
                 return Err(RuntimeError::Invalid {
                     field: format!("version of record {}", entry.key),
@@ -383,7 +389,7 @@ mod tests {
     #[tokio::test]
     async fn another_release_s_records_are_not_guessed_at() {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let value = Value::Bytes(r#"{"version":4}"#.into());
+        let value = Value::Bytes(r#"{"version":5}"#.into());
         store
             .txn(
                 vec![],

@@ -240,6 +240,7 @@ impl Bed {
             hosts: Vec::new(),
             sysctls: BTreeMap::new(),
             share_process_namespace: false,
+            user_namespace: None,
             log_directory: self.temp.path().join("logs"),
             cgroup_parent: None,
             labels: BTreeMap::new(),
@@ -308,6 +309,7 @@ fn container(name: &str, script: &str) -> ContainerConfig {
         tty: false,
         stdin: false,
         stdin_once: false,
+        pid_target: None,
         security: SecurityConfig {
             run_as_user: Some(0),
             ..SecurityConfig::default()

@@ -128,6 +128,7 @@ impl FakeAgent {
                 build: "fake".into(),
                 kernel_release: "6.12.0-fake".into(),
                 configured: false,
+                features: crate::FEATURES.iter().map(|&name| name.into()).collect(),
             },
             sandbox: None,
             volumes: BTreeMap::new(),

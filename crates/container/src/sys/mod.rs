@@ -1,7 +1,10 @@
 //! The few system calls that no safe crate offers. The only unsafe code of the guest.
 #![allow(unsafe_code, reason = "see each block")]
 
-use std::{io, os::fd::AsRawFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
 
 use seccompiler::sock_filter;
 
@@ -12,11 +15,11 @@ struct Program {
     filter: *const sock_filter,
 }
 
-/// Installs a system call filter on the calling thread.
+/// Installs a system call filter on the calling thread, with `SECCOMP_FILTER_FLAG_…`.
 ///
 /// JUSTIFICATION: `seccompiler::apply_filter` also sets no_new_privs, which would break programs
 /// that may gain privileges.
-pub(crate) fn install_filter(filter: &[sock_filter]) -> io::Result<()> {
+pub(crate) fn install_filter(filter: &[sock_filter], flags: libc::c_ulong) -> io::Result<()> {
     let len = libc::c_ushort::try_from(filter.len()).map_err(io::Error::other)?;
     let program = Program {
         len,
@@ -28,8 +31,33 @@ pub(crate) fn install_filter(filter: &[sock_filter]) -> io::Result<()> {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
-            0,
+            flags,
             &raw const program,
+        )
+    };
+    check(result)
+}
+
+/// Shows a detached mount's owners through the ids of a user namespace (mount_setattr(2)).
+///
+/// JUSTIFICATION: neither rustix nor nix has the call.
+pub(crate) fn map_owners(mount: BorrowedFd<'_>, users: BorrowedFd<'_>) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: users.as_raw_fd().cast_unsigned().into(),
+    };
+    // SAFETY: the path is an empty C string and the attributes live until the call has returned;
+    // their size is told, and the kernel checks what is in them.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
         )
     };
     check(result)

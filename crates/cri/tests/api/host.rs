@@ -46,6 +46,11 @@ async fn it_is_told_and_served_only_where_the_configuration_says_so() {
         let told = status.unwrap().into_inner().runtime_handlers;
         let names: Vec<_> = told.iter().map(|handler| handler.name.as_str()).collect();
         assert_eq!(names, handlers);
+        for handler in &told {
+            let features = handler.features.unwrap_or_default();
+            assert!(features.recursive_read_only_mounts);
+            assert_eq!(features.user_namespaces, handler.name != "host");
+        }
     }
     let mut bed = Bed::with(off).await;
     let asked = request("host", in_host_network(&bed, "p"));

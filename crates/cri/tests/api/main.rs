@@ -7,7 +7,9 @@
 )]
 
 mod bed;
+mod confinement;
 mod containers;
+mod events;
 mod host;
 mod images;
 mod sandboxes;

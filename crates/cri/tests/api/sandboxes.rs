@@ -45,7 +45,7 @@ async fn a_kubelet_finds_what_it_needs_at_its_start() {
     assert!(plain.features.unwrap().supplemental_groups_policy);
     for handler in &plain.runtime_handlers {
         let features = handler.features.unwrap_or_default();
-        assert!(features.recursive_read_only_mounts && !features.user_namespaces);
+        assert!(features.recursive_read_only_mounts && features.user_namespaces);
     }
     assert!(plain.info.is_empty());
     let verbose = bed.client.status(status(true)).await.unwrap().into_inner();
@@ -107,7 +107,7 @@ async fn a_sandbox_comes_back_as_it_was_asked_for() {
         .unwrap()
         .into_inner();
     assert!(verbose.info["info"].contains("kernelRelease"));
-    assert_eq!(verbose.timestamp, 0, "no events are promised");
+    assert!(verbose.timestamp > 0, "events can be had");
 }
 
 #[tokio::test]

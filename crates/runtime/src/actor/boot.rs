@@ -2,13 +2,13 @@
 
 use std::{fs::File, sync::Arc};
 
-use hypernetes_agent_api::AgentClient;
+use hypernetes_agent_api::{AgentClient, FEATURE_USER_NAMESPACE};
 use hypernetes_network::Attachment;
 use hypernetes_vmm::{Disk, GuestKernel, NetDevice, Origin, Vm, VmExit, VmSpec};
 use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument, info_span};
 
-use super::Actor;
+use super::{Actor, containers::unknown_to_guest};
 use crate::{
     api::Failure,
     error::RuntimeError,
@@ -110,6 +110,9 @@ impl Actor {
         let watch = Stopwatch::start();
         let call = self.shared.config.deadlines.call;
         let device_mac = self.timing.from_template.then_some(templates::MAC);
+        if self.record.config.user_namespace.is_some() && !client.has(FEATURE_USER_NAMESPACE) {
+            return Err(unknown_to_guest("user_namespace"));
+        }
         let lease = self.record.lease.as_ref();
         let request = configure_request(&self.record.config, lease, device_mac)?;
         client

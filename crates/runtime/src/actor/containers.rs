@@ -7,7 +7,9 @@ use std::{
     sync::Arc,
 };
 
-use hypernetes_agent_api::{AgentClient, IMAGE_VOLUME_FAILED, defaults, v1};
+use hypernetes_agent_api::{
+    AgentClient, FEATURE_PID_TARGET, FEATURE_SECCOMP_PROFILE, IMAGE_VOLUME_FAILED, defaults, v1,
+};
 use hypernetes_image::{Image, ImageError};
 use hypernetes_types::{ContainerId, Digest};
 use hypernetes_vmm::{Disk, Vm};
@@ -90,6 +92,12 @@ impl Slots {
         slots.reverse();
         Ok(slots)
     }
+}
+
+/// The guest was booted by an earlier release, which would leave the field unread.
+pub(super) fn unknown_to_guest(field: &str) -> RuntimeError {
+    let rule = "is not known to the guest of an earlier release: make the pod anew";
+    invalid(field, rule)
 }
 
 impl Actor {
@@ -190,6 +198,11 @@ impl Actor {
             let rule = "must not be another container's of the sandbox";
             return Err(invalid("log_path", rule));
         }
+        let target = config.pid_target.as_ref();
+        if let Some(id) = target.filter(|id| !self.is_running(id)) {
+            let rule = format!("must be a running container of the sandbox; {id} is none");
+            return Err(invalid("pid_target", rule));
+        }
         let process = container_process(&image.config, &config, &self.record.config.hostname)?;
         let stop_signal = match (config.stop_signal, image.config.stop_signal.as_str()) {
             (Some(signal), _) => signal,
@@ -221,6 +234,11 @@ impl Actor {
         };
         let request = create_request(&record, process)?;
         Ok((record, request, slots.files))
+    }
+
+    fn is_running(&self, id: &ContainerId) -> bool {
+        let member = self.members.get(id);
+        member.is_some_and(|member| member.record.phase == Phase::Running)
     }
 
     /// The slots as they are taken now.
@@ -283,6 +301,14 @@ impl Actor {
         if strict && client.hello().version < PROTOCOL_WITH_STRICT_GROUPS {
             let rule = "are not known to the guest of an earlier release: make the pod anew";
             return Err(invalid("only_supplemental_groups", rule));
+        }
+        let seccomp = request.process.as_ref();
+        let seccomp = seccomp.is_some_and(|process| process.seccomp.is_some());
+        if seccomp && !client.has(FEATURE_SECCOMP_PROFILE) {
+            return Err(unknown_to_guest("seccomp"));
+        }
+        if !request.pid_target.is_empty() && !client.has(FEATURE_PID_TARGET) {
+            return Err(unknown_to_guest("pid_target"));
         }
         let deadline = self.shared.config.deadlines.call;
         let sandbox = self.record.id.clone();
@@ -690,5 +716,10 @@ fn create_request(
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         output_buffer: 0,
+        pid_target: config
+            .pid_target
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
     })
 }
