@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
 use crate::{
-    RUNTIME_NAME, container, events, exec_sync, filter,
+    HOST_HANDLER, RUNTIME_NAME, container, events, exec_sync, filter,
     pages::pages,
     sandbox,
     service::{Service, now_nanos},
@@ -67,7 +67,7 @@ impl RuntimeService for Service {
             name: name.to_owned(),
             features: Some(v1::RuntimeHandlerFeatures {
                 recursive_read_only_mounts: true,
-                user_namespaces: true,
+                user_namespaces: name != HOST_HANDLER,
             }),
         };
         Ok(Response::new(v1::StatusResponse {

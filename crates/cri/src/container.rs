@@ -12,7 +12,7 @@ use hypernetes_types::ContainerId;
 use serde_json::json;
 
 use crate::{
-    filter, memo,
+    filter, host, memo,
     mounts::{self, Owner},
     resources, security, signal,
     status::CriError,
@@ -248,6 +248,8 @@ fn mounts(mut mounts: Vec<v1::Mount>, status: &ContainerStatus) -> Vec<v1::Mount
         let mut made = status.config.mounts.iter();
         if let Some(made) = made.find(|made| made.destination == *path && !made.image.is_empty()) {
             image.image_ref.clone_from(&made.image);
+        } else if let Some(made) = host::image_at(status, path) {
+            image.image_ref = made;
         }
     }
     mounts

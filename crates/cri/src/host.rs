@@ -337,6 +337,25 @@ fn mount_of(index: usize, mount: &v1::Mount) -> Result<HostMount, CriError> {
     })
 }
 
+/// The images that a container mounts, as they are named.
+pub(crate) fn images(host: &mut HostContainer) -> impl Iterator<Item = &mut String> {
+    host.mounts
+        .iter_mut()
+        .filter_map(|mount| match &mut mount.source {
+            HostMountSource::Image { image, .. } => Some(image),
+            HostMountSource::Path(_) => None,
+        })
+}
+
+/// The image that a container on the host has at a path.
+pub(crate) fn image_at(status: &ContainerStatus, path: &str) -> Option<String> {
+    let mounts = &status.config.host.as_ref()?.mounts;
+    mounts.iter().find_map(|mount| match &mount.source {
+        HostMountSource::Image { image, .. } if mount.destination == path => Some(image.clone()),
+        _ => None,
+    })
+}
+
 fn device(device: &v1::Device) -> HostDevice {
     HostDevice {
         host: PathBuf::from(&device.host_path),

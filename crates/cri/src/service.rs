@@ -147,7 +147,10 @@ impl Service {
         let sandbox = self.sandbox(&request.pod_sandbox_id).await?;
         let asked = Asked::of(&request)?;
         if sandbox.config.host.is_some() {
-            let config = host::plan_container(&asked, &sandbox)?;
+            let mut config = host::plan_container(&asked, &sandbox)?;
+            for image in config.host.iter_mut().flat_map(host::images) {
+                self.name_image(image).await?;
+            }
             return self.create_as(&sandbox.id, config).await;
         }
         // Everything that can be refused is, before a file of the host is read.
@@ -196,12 +199,17 @@ impl Service {
     async fn name_images(&self, plan: &mut mounts::Plan) -> Result<(), CriError> {
         let images = plan.mounts.iter_mut().map(|mount| &mut mount.image);
         for image in images.filter(|image| !image.is_empty()) {
-            let found = self.runtime.image(image).await.ok_or_else(|| {
-                let missing = format!("{:?} is not on this node", lookup::shown(image));
-                CriError::Runtime(RuntimeError::ImageVolume(missing))
-            })?;
-            *image = found.id.to_string();
+            self.name_image(image).await?;
         }
+        Ok(())
+    }
+
+    async fn name_image(&self, image: &mut String) -> Result<(), CriError> {
+        let found = self.runtime.image(image).await.ok_or_else(|| {
+            let missing = format!("{:?} is not on this node", lookup::shown(image));
+            CriError::Runtime(RuntimeError::ImageVolume(missing))
+        })?;
+        *image = found.id.to_string();
         Ok(())
     }
 

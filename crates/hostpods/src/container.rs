@@ -87,6 +87,12 @@ fn check(pod: &SandboxRecord, config: &ContainerConfig) -> Result<(), RuntimeErr
     if host.pid == PidNamespace::Pod && !pod.config.share_process_namespace {
         return Err(invalid("host.pid", "the pod shares no process namespace"));
     }
+    if config.pid_target.is_some() {
+        return Err(invalid(
+            "pid_target",
+            "of a container on the host is host.pid",
+        ));
+    }
     if !config.mounts.is_empty() {
         return Err(invalid(
             "mounts",

@@ -41,6 +41,9 @@ fn pause_cgroup(record: &SandboxRecord) -> String {
 fn check(config: &SandboxConfig) -> Result<(), RuntimeError> {
     let host = host_of(config)?;
     check_sandbox(config)?;
+    if config.user_namespace.is_some() {
+        return Err(invalid("user_namespace", "is not for a pod on the host"));
+    }
     for name in config.sysctls.keys() {
         let refused = |rule: &str| Err(invalid(format!("sysctls[{name}]"), rule));
         match namespaces::scope(name) {

@@ -533,7 +533,8 @@ fn image_path(index: usize, root: &Path, sub_path: &str) -> Result<PathBuf, Runt
     if sub_path.is_empty() {
         return Ok(root.to_owned());
     }
-    let wrong = |rule: String| invalid(format!("mounts[{index}].image_sub_path"), rule);
+    let wrong =
+        |rule: String| RuntimeError::ImageVolume(format!("mounts[{index}].image_sub_path: {rule}"));
     let path = Path::new(sub_path);
     let plain = |part| matches!(part, Component::Normal(_) | Component::CurDir);
     if !path.components().all(plain) {

@@ -10,6 +10,7 @@ mod bed;
 mod confinement;
 mod containers;
 mod events;
+mod host;
 mod images;
 mod sandboxes;
 mod streams;
