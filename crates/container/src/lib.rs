@@ -39,6 +39,6 @@ pub use control::{Control, ControlError, Reply};
 pub use path::open_beneath;
 pub use spawn::{CHILD_NAME, PidNamespace, Spawned, spawn};
 pub use spec::{
-    CapabilitySpec, FileBind, IMAGE_VOLUME_FAILED, InitSpec, Job, MountSource, MountSpec,
-    ProcessSpec, RlimitSpec, RootfsSpec, UserSpec,
+    CapabilitySpec, DeviceSpec, FileBind, IMAGE_VOLUME_FAILED, InitSpec, Job, MountSource,
+    MountSpec, ProcessSpec, RlimitSpec, RootfsSpec, UserSpec,
 };

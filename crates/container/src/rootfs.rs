@@ -10,13 +10,13 @@ use std::{
 };
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs};
+use rustix::fs::{FileType, Mode, OFlags, StatVfsMountFlags, fstat, fstatvfs, mknodat};
 
 use crate::{
     child::{Because, Refusal},
     devices,
     path::{Kind, ensure_beneath, ensure_in_root, open_beneath, open_dir, open_in_root, proc_path},
-    spec::{IMAGE_VOLUME_FAILED, InitSpec, MountSource, MountSpec, RootfsSpec},
+    spec::{DeviceSpec, IMAGE_VOLUME_FAILED, InitSpec, MountSource, MountSpec, RootfsSpec},
 };
 
 const NONE: Option<&str> = None;
@@ -93,6 +93,9 @@ pub(crate) fn enter(spec: &InitSpec) -> Result<(), Refusal> {
         )
         .or_machine(format!("cannot bind {}", file.destination))?;
     }
+    spec.devices
+        .iter()
+        .try_for_each(|device| make_device(&root, device))?;
     spec.readonly_paths
         .iter()
         .try_for_each(|path| make_readonly(&root, path))?;
@@ -265,6 +268,20 @@ fn mount_volume(
     } else {
         Ok(())
     }
+}
+
+/// Makes the node of a block device, in a place that nothing has.
+fn make_device(root: &OwnedFd, spec: &DeviceSpec) -> Result<(), Refusal> {
+    let wrong = format!("cannot make the device {}", spec.destination);
+    let path = Path::new(&spec.destination);
+    let (Some(parent), Some(name)) = (path.parent().and_then(Path::to_str), path.file_name())
+    else {
+        return Err(Refusal::invalid(wrong));
+    };
+    let meta = fs::metadata(&spec.source).or_machine(&wrong)?;
+    let place = ensure_in_root(root, parent, Kind::Directory).or_request(&wrong)?;
+    let (kind, mode) = (FileType::BlockDevice, Mode::from_raw_mode(0o660));
+    mknodat(&place, name, kind, mode, meta.rdev()).or_request(&wrong)
 }
 
 fn remount_readonly(root: &OwnedFd, path: &str) -> Result<(), Refusal> {

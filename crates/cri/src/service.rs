@@ -4,7 +4,8 @@
 use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
-    ContainerState, ContainerStatus, PodRuntime, RuntimeError, SandboxState, SandboxStatus,
+    ContainerState, ContainerStatus, DeviceConfig, PodRuntime, RuntimeError, SandboxState,
+    SandboxStatus,
 };
 use hypernetes_streaming::ProcessRequest;
 use hypernetes_telemetry::VERSION;
@@ -17,7 +18,7 @@ use crate::{
     carried::Carried,
     config::CriConfig,
     container::{self, Asked},
-    lookup, mounts,
+    devices, lookup, mounts,
     network::NodeNetwork,
     sandbox, stats,
     status::CriError,
@@ -143,13 +144,13 @@ impl Service {
         for (index, share) in std::mem::take(&mut mounts.shares) {
             mounts.mounts[index].sub_path = self.runtime.share(&sandbox.id, share).await?;
         }
-        let config = container::plan(&asked, &sandbox, &mounts)?;
-        let wanted = config.memo.clone();
-        for volume in mounts.volumes {
+        for volume in std::mem::take(&mut mounts.volumes) {
             ledger.write(self.runtime(), &sandbox.id, volume).await?;
         }
-        drop(ledger);
-        let id = self.runtime.create_container(&sandbox.id, config).await?;
+        // Devices that wait for their container must not be taken for another's.
+        let turn = Some(ledger).filter(|_| !asked.config.devices.is_empty());
+        let (id, wanted) = self.attach_and_create(&asked, &sandbox, mounts).await?;
+        drop(turn);
         let status = self.runtime.container(&id).await;
         let same = status.is_none_or(|status| status.config.memo == wanted);
         if same {
@@ -160,6 +161,48 @@ impl Service {
                 id: id.to_string(),
             })
         }
+    }
+
+    /// Creates a container with its devices. What it does not take is detached again.
+    async fn attach_and_create(
+        &self,
+        asked: &Asked<'_>,
+        sandbox: &SandboxStatus,
+        mut mounts: mounts::Plan,
+    ) -> Result<(ContainerId, String), CriError> {
+        let (wanted, allowed) = (asked.config.devices.clone(), self.config.devices.clone());
+        let attached = !wanted.is_empty();
+        // A container that is there already has its devices, alone.
+        let containers = self.runtime.list_containers(Some(&sandbox.id)).await;
+        let same = containers.iter().any(|container| {
+            let config = &container.config;
+            config.name == asked.metadata.name && config.attempt == asked.metadata.attempt
+        });
+        let work = async {
+            if attached && !same {
+                let open = tokio::task::spawn_blocking(move || devices::open(&wanted, &allowed));
+                let open = open
+                    .await
+                    .map_err(|_panic| CriError::Lost("opening the devices was lost"))??;
+                for (device, destination) in open {
+                    let slot = self.runtime.attach_device(&sandbox.id, device).await?;
+                    mounts.devices.push(DeviceConfig { slot, destination });
+                }
+            }
+            let config = container::plan(asked, sandbox, &mounts)?;
+            let memo = config.memo.clone();
+            let id = self.runtime.create_container(&sandbox.id, config).await?;
+            Ok((id, memo))
+        };
+        let made = work.await;
+        if made.is_err()
+            && attached
+            && let Err(error) = self.runtime.detach_unused(&sandbox.id).await
+        {
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            tracing::warn!(sandbox = %sandbox.id, error, "cannot detach devices that nobody has");
+        }
+        made
     }
 
     /// Puts ids in the place of names, so that a container's status tells what is mounted even if the

@@ -46,6 +46,7 @@ struct HostPaths {
     copied: Vec<PathBuf>,
     shared: Vec<Shared>,
     volumes: bool,
+    devices: Vec<PathBuf>,
     virtiofsd: PathBuf,
 }
 
@@ -165,6 +166,7 @@ impl NodeConfig {
         for path in [&config.socket, &config.kubelet_dir, &config.run_dir]
             .into_iter()
             .chain(&config.host_paths.copied)
+            .chain(&config.host_paths.devices)
             .chain(config.host_paths.shared.iter().map(|shared| &shared.path))
             .chain(some(&config.host_paths.virtiofsd).as_ref())
         {
@@ -230,6 +232,7 @@ impl NodeConfig {
                     read_only: shared.read_only,
                 })
                 .collect(),
+            devices: self.host_paths.devices.clone(),
             share_volumes: self.host_paths.volumes,
             log_dir: state_dir.join("logs"),
             cgroup_root: format!("hypernetes-{instance}"),

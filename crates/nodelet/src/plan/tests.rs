@@ -81,6 +81,8 @@ impl World {
             memo: String::new(),
         };
         self.sandboxes.push(SandboxStatus {
+            vcpus: 1,
+            memory_mib: 128,
             id,
             config,
             state,
@@ -120,6 +122,7 @@ impl World {
             env: vec![],
             working_dir: String::new(),
             mounts: vec![],
+            devices: Vec::new(),
             tty: false,
             stdin: false,
             stdin_once: false,
