@@ -41,7 +41,7 @@ pub use control::{Control, ControlError, Reply};
 pub use path::open_beneath;
 pub use spawn::{CHILD_NAME, PidNamespace, Spawned, spawn};
 pub use spec::{
-    CapabilitySpec, FileBind, IMAGE_VOLUME_FAILED, IdMap, InitSpec, Job, MountSource, MountSpec,
-    ProcessSpec, RlimitSpec, RootfsSpec, SeccompAction, SeccompArg, SeccompOp, SeccompProfile,
-    SeccompRule, SeccompSpec, UserMap, UserSpec,
+    CapabilitySpec, DeviceSpec, FileBind, IMAGE_VOLUME_FAILED, IdMap, InitSpec, Job, MountSource,
+    MountSpec, ProcessSpec, RlimitSpec, RootfsSpec, SeccompAction, SeccompArg, SeccompOp,
+    SeccompProfile, SeccompRule, SeccompSpec, UserMap, UserSpec,
 };

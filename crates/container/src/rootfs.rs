@@ -12,7 +12,7 @@ use std::{
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::{
-    fs::{FileType, OFlags, StatVfsMountFlags, fstat, fstatvfs},
+    fs::{FileType, Mode, OFlags, StatVfsMountFlags, fstat, fstatvfs, mknodat},
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
 
@@ -20,7 +20,9 @@ use crate::{
     child::{Because, Refusal},
     devices,
     path::{Kind, ensure_beneath, ensure_in_root, open_beneath, open_dir, open_in_root, proc_path},
-    spec::{IMAGE_VOLUME_FAILED, InitSpec, MountSource, MountSpec, RootfsSpec, UserMap},
+    spec::{
+        DeviceSpec, IMAGE_VOLUME_FAILED, InitSpec, MountSource, MountSpec, RootfsSpec, UserMap,
+    },
     sys, users,
 };
 
@@ -137,6 +139,9 @@ pub(crate) fn enter(spec: &InitSpec, owner: Option<Owner<'_>>) -> Result<(), Ref
         )
         .or_machine(format!("cannot bind {}", file.destination))?;
     }
+    spec.devices
+        .iter()
+        .try_for_each(|device| make_device(&root, device, owner))?;
     spec.readonly_paths
         .iter()
         .try_for_each(|path| make_readonly(&root, path))?;
@@ -369,6 +374,28 @@ fn mount_volume(
     } else {
         Ok(())
     }
+}
+
+/// Makes the node of a block device, in a place that nothing has.
+fn make_device(root: &OwnedFd, spec: &DeviceSpec, owner: Option<Owner<'_>>) -> Result<(), Refusal> {
+    let wrong = format!("cannot make the device {}", spec.destination);
+    let path = Path::new(&spec.destination);
+    let (Some(parent), Some(name)) = (path.parent().and_then(Path::to_str), path.file_name())
+    else {
+        return Err(Refusal::invalid(wrong));
+    };
+    let meta = fs::metadata(&spec.source).or_machine(&wrong)?;
+    let place = ensure_in_root(root, parent, Kind::Directory).or_request(&wrong)?;
+    let (kind, mode) = (FileType::BlockDevice, Mode::from_raw_mode(0o660));
+    // Only the guest's root may make it, for the container's.
+    Owner::rest(owner)?;
+    mknodat(&place, name, kind, mode, meta.rdev()).or_request(&wrong)?;
+    if let Some(Owner { map, .. }) = owner {
+        let own = (map.uids.first, map.gids.first);
+        let made = Path::new(&proc_path(&place)).join(name);
+        chown(made, Some(own.0), Some(own.1)).or_machine(&wrong)?;
+    }
+    Owner::act(owner)
 }
 
 fn remount_readonly(root: &OwnedFd, path: &str) -> Result<(), Refusal> {

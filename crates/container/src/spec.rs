@@ -56,6 +56,8 @@ pub struct InitSpec {
     pub mounts: Vec<MountSpec>,
     /// Single files of the pod: hosts, resolv.conf, hostname.
     pub files: Vec<FileBind>,
+    /// Block devices.
+    pub devices: Vec<DeviceSpec>,
     /// The pod's shared memory directory.
     pub shm: PathBuf,
     /// Paths to hide.
@@ -118,6 +120,15 @@ pub enum MountSource {
         /// Mode of its root, 0 for 1777.
         mode: u32,
     },
+}
+
+/// A block device of the guest that the container sees.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct DeviceSpec {
+    /// Its node in the guest.
+    pub source: PathBuf,
+    /// Its node in the container, absolute.
+    pub destination: String,
 }
 
 /// One file bound over another.

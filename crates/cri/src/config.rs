@@ -18,6 +18,8 @@ pub struct CriConfig {
     /// Directories of the host below which pods may see everything as it is. Not empty: every pod's
     /// VM is made so that it can.
     pub shared_paths: Vec<SharedPath>,
+    /// Block devices of the host, and directories of them, that containers may have.
+    pub devices: Vec<PathBuf>,
     /// Whether pods may see the volumes that the kubelet has mounted for them and that this node has
     /// no other way for: CSI, local, NFS and others.
     pub share_volumes: bool,
@@ -90,6 +92,7 @@ impl CriConfig {
             kubelet_dir: PathBuf::from("/var/lib/kubelet"),
             copied_paths: Vec::new(),
             shared_paths: Vec::new(),
+            devices: Vec::new(),
             share_volumes: false,
             log_dir: state_dir.join("logs"),
             cgroup_root: "hypernetes".to_owned(),

@@ -74,10 +74,6 @@ pub(crate) fn plan(
     confinement: Confinement,
 ) -> Result<ContainerConfig, CriError> {
     let config = asked.config;
-    if !config.devices.is_empty() {
-        let rule = "no device of the host is in a microVM";
-        return Err(CriError::invalid("config.devices", rule));
-    }
     if !config.cdi_devices.is_empty() {
         let rule = "no device of the host is in a microVM";
         return Err(CriError::invalid("config.CDI_devices", rule));
@@ -98,6 +94,7 @@ pub(crate) fn plan(
         env: environment(&config.envs)?,
         working_dir: config.working_dir.clone(),
         mounts: mounts.mounts.clone(),
+        devices: mounts.devices.clone(),
         tty: config.tty,
         stdin: config.stdin,
         stdin_once: config.stdin_once,

@@ -7,9 +7,9 @@
 use std::path::PathBuf;
 
 use hypernetes_runtime::{
-    ContainerConfig, ContainerStatus, ContainerUpdate, HostContainer, HostDevice, HostLimits,
-    HostMount, HostMountSource, HostPod, PidNamespace, Propagation, SandboxConfig, SandboxStatus,
-    Seccomp,
+    ContainerConfig, ContainerStatus, ContainerUpdate, HostContainer, HostLimits, HostMount,
+    HostMountSource, HostPod, HostPodDevice, PidNamespace, Propagation, SandboxConfig,
+    SandboxStatus, Seccomp,
 };
 
 use crate::{
@@ -356,8 +356,8 @@ pub(crate) fn image_at(status: &ContainerStatus, path: &str) -> Option<String> {
     })
 }
 
-fn device(device: &v1::Device) -> HostDevice {
-    HostDevice {
+fn device(device: &v1::Device) -> HostPodDevice {
+    HostPodDevice {
         host: PathBuf::from(&device.host_path),
         container: PathBuf::from(&device.container_path),
         permissions: device.permissions.clone(),

@@ -15,7 +15,9 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use hypernetes_runtime::{HostShare, MountConfig, SHARED_VOLUME, VolumeConfig, VolumeKind};
+use hypernetes_runtime::{
+    DeviceConfig, HostShare, MountConfig, SHARED_VOLUME, VolumeConfig, VolumeKind,
+};
 
 use crate::{
     config::{CriConfig, SharedPath},
@@ -44,6 +46,8 @@ pub(crate) struct Plan {
     pub(crate) termination_path: String,
     /// What of the host is to be shared with the guest, and which of `mounts` shows it.
     pub(crate) shares: Vec<(usize, HostShare)>,
+    /// Block devices, attached.
+    pub(crate) devices: Vec<DeviceConfig>,
 }
 
 /// What a host path stands for.

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, ops::Deref, sync::Arc};
 
 use hypernetes_runtime::{
-    ContainerConfig, ContainerState, ContainerStatus, PodRuntime, RuntimeError, SandboxMetadata,
+    ContainerState, ContainerStatus, DeviceConfig, PodRuntime, RuntimeError, SandboxMetadata,
     SandboxState, SandboxStatus, SeccompProfile,
 };
 use hypernetes_streaming::ProcessRequest;
@@ -19,7 +19,7 @@ use crate::{
     carried::Carried,
     config::CriConfig,
     container::{self, Asked, Confinement},
-    host, lookup, mounts,
+    devices, host, lookup, mounts,
     network::NodeNetwork,
     sandbox, seccomp, stats,
     status::CriError,
@@ -151,7 +151,9 @@ impl Service {
             for image in config.host.iter_mut().flat_map(host::images) {
                 self.name_image(image).await?;
             }
-            return self.create_as(&sandbox.id, config).await;
+            let wanted = config.memo.clone();
+            let id = self.runtime.create_container(&sandbox.id, config).await?;
+            return self.created(id, &wanted).await;
         }
         // Everything that can be refused is, before a file of the host is read.
         let nothing = (mounts::Plan::default(), Confinement::default());
@@ -167,21 +169,19 @@ impl Service {
         for (index, share) in std::mem::take(&mut mounts.shares) {
             mounts.mounts[index].sub_path = self.runtime.share(&sandbox.id, share).await?;
         }
-        let config = container::plan(&asked, &sandbox, &mounts, confinement)?;
-        for volume in mounts.volumes {
+        for volume in std::mem::take(&mut mounts.volumes) {
             ledger.write(self.runtime(), &sandbox.id, volume).await?;
         }
-        drop(ledger);
-        self.create_as(&sandbox.id, config).await
+        // Devices that wait for their container must not be taken for another's.
+        let turn = Some(ledger).filter(|_| !asked.config.devices.is_empty());
+        let made = self.attach_and_create(&asked, &sandbox, mounts, confinement);
+        let (id, wanted) = made.await?;
+        drop(turn);
+        self.created(id, &wanted).await
     }
 
-    async fn create_as(
-        &self,
-        sandbox: &SandboxId,
-        config: ContainerConfig,
-    ) -> Result<ContainerId, CriError> {
-        let wanted = config.memo.clone();
-        let id = self.runtime.create_container(sandbox, config).await?;
+    /// The container, if it is the one that was asked for and not another of its name.
+    async fn created(&self, id: ContainerId, wanted: &str) -> Result<ContainerId, CriError> {
         let status = self.runtime.container(&id).await;
         let same = status.is_none_or(|status| status.config.memo == wanted);
         if same {
@@ -192,6 +192,49 @@ impl Service {
                 id: id.to_string(),
             })
         }
+    }
+
+    /// Creates a container with its devices. What it does not take is detached again.
+    async fn attach_and_create(
+        &self,
+        asked: &Asked<'_>,
+        sandbox: &SandboxStatus,
+        mut mounts: mounts::Plan,
+        confinement: Confinement,
+    ) -> Result<(ContainerId, String), CriError> {
+        let (wanted, allowed) = (asked.config.devices.clone(), self.config.devices.clone());
+        let attached = !wanted.is_empty();
+        // A container that is there already has its devices, alone.
+        let containers = self.runtime.list_containers(Some(&sandbox.id)).await;
+        let same = containers.iter().any(|container| {
+            let config = &container.config;
+            config.name == asked.metadata.name && config.attempt == asked.metadata.attempt
+        });
+        let work = async {
+            if attached && !same {
+                let open = tokio::task::spawn_blocking(move || devices::open(&wanted, &allowed));
+                let open = open
+                    .await
+                    .map_err(|_panic| CriError::Lost("opening the devices was lost"))??;
+                for (device, destination) in open {
+                    let slot = self.runtime.attach_device(&sandbox.id, device).await?;
+                    mounts.devices.push(DeviceConfig { slot, destination });
+                }
+            }
+            let config = container::plan(asked, sandbox, &mounts, confinement)?;
+            let memo = config.memo.clone();
+            let id = self.runtime.create_container(&sandbox.id, config).await?;
+            Ok((id, memo))
+        };
+        let made = work.await;
+        if made.is_err()
+            && attached
+            && let Err(error) = self.runtime.detach_unused(&sandbox.id).await
+        {
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            tracing::warn!(sandbox = %sandbox.id, error, "cannot detach devices that nobody has");
+        }
+        made
     }
 
     /// Puts ids in the place of names, so that a container's status tells what is mounted even if the

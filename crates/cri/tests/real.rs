@@ -714,6 +714,43 @@ async fn a_pod_lives_through_the_runtime_interface() {
     assert_eq!(left.map_or(0, Iterator::count), 0);
 }
 
+/// A block device of the host, 64 MiB of zeros. `None`, with the reason printed, where there is none.
+struct LoopDevice {
+    path: String,
+    _file: tempfile::NamedTempFile,
+}
+
+impl LoopDevice {
+    fn new() -> Option<Self> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(64 << 20).unwrap();
+        let made = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file.path())
+            .output()
+            .unwrap();
+        if !made.status.success() {
+            let reason = String::from_utf8_lossy(&made.stderr);
+            hypernetes_testkit::skip(&format!("no block device: {}", reason.trim()));
+            return None;
+        }
+        let path = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+        Some(Self { path, _file: file })
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let ended = Command::new("losetup")
+            .arg("--detach")
+            .arg(&self.path)
+            .status();
+        if !ended.is_ok_and(|status| status.success()) {
+            eprintln!("{} is still there", self.path);
+        }
+    }
+}
+
 /// Memory of the VMM that is resident, in MiB.
 fn resident(node: &Node) -> u64 {
     let [vmm] = node.vmms()[..] else {
@@ -749,9 +786,14 @@ async fn a_pod_is_given_images_directories_and_a_larger_vm() {
         return;
     }
     let registry = Registry::start();
+    let disk = LoopDevice::new();
+    let device = disk
+        .as_ref()
+        .map_or("/dev/none", |disk| &disk.path)
+        .to_owned();
     let shared = |temp: &Path| {
         format!(
-            "hostPaths:\n  shared:\n    - path: {0}/data\n    - {{path: {0}/fixed, readOnly: true}}\n",
+            "hostPaths:\n  shared:\n    - path: {0}/data\n    - {{path: {0}/fixed, readOnly: true}}\n  devices: [{device}]\n",
             temp.display()
         )
     };
@@ -943,6 +985,43 @@ async fn a_pod_is_given_images_directories_and_a_larger_vm() {
     assert!(Path::new(&at("data/more/x")).exists());
     let seen = fs::read_to_string(format!("/proc/{server}/mountinfo")).unwrap();
     assert_eq!(seen.lines().count(), 5, "{seen}");
+
+    // A block device of the host is the container's, and the host's again when that is gone.
+    if let Some(disk) = &disk {
+        let with_device = async |client: &mut Client, name: &str| {
+            let mut config = container(&kubelet, &image_id);
+            config.metadata.as_mut().unwrap().name = name.into();
+            config.log_path = format!("{name}/0.log");
+            config.command[2] = "sleep 100000".into();
+            config.mounts.clear();
+            config.devices.push(v1::Device {
+                host_path: disk.path.clone(),
+                container_path: "/dev/xvda".into(),
+                permissions: "rwm".into(),
+            });
+            let request = v1::CreateContainerRequest {
+                pod_sandbox_id: pod.clone(),
+                config: Some(config),
+                sandbox_config: Some(sandbox(logs)),
+            };
+            let created = client.runtime.create_container(request).await?;
+            Ok::<_, tonic::Status>(created.into_inner().container_id)
+        };
+        let id = with_device(&mut client, "block").await.unwrap();
+        let request = v1::StartContainerRequest {
+            container_id: id.clone(),
+        };
+        client.runtime.start_container(request).await.unwrap();
+        let (text, code) = client
+            .exec(&id, "echo block > /dev/xvda && sync && head -c 5 /dev/xvda")
+            .await;
+        assert_eq!((text.as_str(), code), ("block", 0));
+        let busy = with_device(&mut client, "other").await.unwrap_err();
+        assert!(busy.message().contains("in use"), "{busy:?}");
+        let request = v1::RemoveContainerRequest { container_id: id };
+        client.runtime.remove_container(request).await.unwrap();
+        assert_eq!(fs::read(&disk.path).unwrap()[..5], *b"block");
+    }
 
     // A pod without its server is ended.
     let pid = rustix::process::Pid::from_raw(i32::try_from(server).unwrap()).unwrap();

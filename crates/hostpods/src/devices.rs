@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use hypernetes_runtime::{HostDevice, RuntimeError};
+use hypernetes_runtime::{HostPodDevice, RuntimeError};
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
 };
@@ -76,7 +76,7 @@ pub(crate) fn all() -> Result<Vec<LinuxDevice>, RuntimeError> {
 
 /// The devices that were asked for, and what may be done with them. Blocks.
 pub(crate) fn asked(
-    wanted: &[HostDevice],
+    wanted: &[HostPodDevice],
 ) -> Result<(Vec<LinuxDevice>, Vec<LinuxDeviceCgroup>), RuntimeError> {
     let (mut devices, mut rules) = (Vec::new(), Vec::new());
     for wanted in wanted {
@@ -115,8 +115,8 @@ pub(crate) fn asked(
 mod tests {
     use super::*;
 
-    fn wanted(host: &str, permissions: &str) -> HostDevice {
-        HostDevice {
+    fn wanted(host: &str, permissions: &str) -> HostPodDevice {
+        HostPodDevice {
             host: host.into(),
             container: "/dev/mine".into(),
             permissions: permissions.into(),

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use hypernetes_image::{Credentials, Image, ImageError};
 use hypernetes_runtime::{
     Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
-    PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxStats,
+    HostDevice, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxStats,
     SandboxStatus, SandboxUpdate, Session, VolumeConfig,
 };
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
@@ -116,6 +116,14 @@ impl PodRuntime for JointRuntime {
 
     async fn share(&self, id: &SandboxId, share: HostShare) -> Result<String, RuntimeError> {
         self.of_sandbox(id).share(id, share).await
+    }
+
+    async fn attach_device(&self, id: &SandboxId, device: HostDevice) -> Result<u32, RuntimeError> {
+        self.of_sandbox(id).attach_device(id, device).await
+    }
+
+    async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.of_sandbox(id).detach_unused(id).await
     }
 
     async fn resize_sandbox(

@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use hypernetes_image::{Credentials, Image};
 use hypernetes_runtime::{
     Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
-    FilesystemUsage, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig,
-    SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
+    FilesystemUsage, HostDevice, PodRuntime, PullProgress, RuntimeError, RuntimeEvent,
+    SandboxConfig, SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
 };
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
 use hypernetes_vmm::HostShare;
@@ -341,6 +341,17 @@ impl PodRuntime for HostRuntime {
         self.inner.sandbox(id)?;
         let has = "on the host, whose own files its containers mount";
         Err(state("share a path", "sandbox", id, has))
+    }
+
+    async fn attach_device(&self, id: &SandboxId, _: HostDevice) -> Result<u32, RuntimeError> {
+        self.inner.sandbox(id)?;
+        let has = "on the host, whose devices its containers have themselves";
+        Err(state("attach a device", "sandbox", id, has))
+    }
+
+    async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.inner.sandbox(id)?;
+        Ok(())
     }
 
     async fn resize_sandbox(&self, id: &SandboxId, _: SandboxUpdate) -> Result<(), RuntimeError> {

@@ -364,6 +364,7 @@ fn content(path: &Path) -> Vec<String> {
 fn container(name: &str, script: &str) -> ContainerConfig {
     ContainerConfig {
         pid_target: None,
+        devices: Vec::new(),
         name: name.into(),
         attempt: 0,
         image: "busybox:test".into(),

@@ -112,6 +112,7 @@ struct HostPaths {
     copied: Vec<PathBuf>,
     shared: Vec<Shared>,
     volumes: bool,
+    devices: Vec<PathBuf>,
     virtiofsd: PathBuf,
 }
 
@@ -290,6 +291,7 @@ impl NodeConfig {
             .chain(&config.host_paths.copied)
             .chain([&config.network.cni.conf_dir])
             .chain(&config.network.cni.bin_dirs)
+            .chain(&config.host_paths.devices)
             .chain(config.host_paths.shared.iter().map(|shared| &shared.path))
             .chain(some(&config.host_paths.virtiofsd).as_ref())
         {
@@ -402,6 +404,7 @@ impl NodeConfig {
                     read_only: shared.read_only,
                 })
                 .collect(),
+            devices: self.host_paths.devices.clone(),
             share_volumes: self.host_paths.volumes,
             log_dir: state_dir.join("logs"),
             cgroup_root: format!("hypernetes-{instance}"),

@@ -163,8 +163,20 @@ impl Parts {
         if let Some(program) = &options.virtiofsd {
             qemu.virtiofsd.clone_from(program);
         }
+        let (server, (_, memory_mib, extras)) = (qemu.virtiofsd.clone(), options.usual_vm);
         let vmm = QemuDriver::detect(qemu).await?;
         let probe = vmm.probe();
+        // Better now than with the first pod.
+        anyhow::ensure!(
+            !extras.shares || server.is_file(),
+            "hostPaths.shared and hostPaths.volumes need {}, which is not there",
+            server.display()
+        );
+        anyhow::ensure!(
+            probe.q35.is_some() || !(extras.shares || extras.max_memory_mib > memory_mib),
+            "hostPaths.shared, hostPaths.volumes and vm.resizeMemoryMiB need qemu-system-x86_64, which is \
+             not installed"
+        );
         info!(qemu = probe.version, accelerator = %probe.accelerator, why = probe.why, "virtual machines");
         let vmm: Arc<dyn Vmm> = Arc::new(vmm);
         let run_dir = match &options.run_dir {

@@ -21,7 +21,7 @@ use std::{
 
 use hypernetes_agent_api::v1::{self, ContainerPhase};
 use hypernetes_container::{
-    Control, Job, Reply, Spawned,
+    Control, DeviceSpec, Job, Reply, Spawned,
     cgroup::{Cgroup, Limits},
     sys,
 };
@@ -35,7 +35,7 @@ use tokio::{
 use crate::{
     boot::dir,
     console::log,
-    disks::blocking,
+    disks::{self, blocking},
     error::{Attempt, GuestError},
     output::Output,
     pod::{PREPARE, Pod, now},
@@ -93,7 +93,14 @@ pub(crate) async fn create(
 ) -> Result<v1::User, GuestError> {
     let reservation = pod.reserve(&request.id)?;
     let places = Places::of(&request.id);
-    let spec = pod.plan(&request, &places)?;
+    let mut spec = pod.plan(&request, &places)?;
+    for device in &request.devices {
+        let source = disks::find(device.slot).await?;
+        spec.devices.push(DeviceSpec {
+            source,
+            destination: device.destination.clone(),
+        });
+    }
     let limits = request::limits(request.resources.as_ref())?;
     let slots = request::slots(&request);
     pod.layers().acquire(&slots).await?;

@@ -14,6 +14,7 @@ use crate::{boot::dir, disks, error::GuestError, profile, volume::Volumes};
 
 const MAX_LAYERS: usize = 128;
 const MAX_MOUNTS: usize = 512;
+const MAX_DEVICES: usize = 64;
 
 /// Whether a text can be a file name of ours.
 pub(crate) fn is_plain_name(name: &str) -> bool {
@@ -132,6 +133,15 @@ pub(crate) fn init(
             })
         }
     };
+    if request.devices.len() > MAX_DEVICES {
+        return Err(GuestError::Invalid(format!(
+            "more than {MAX_DEVICES} devices"
+        )));
+    }
+    for device in &request.devices {
+        check_place("device", &device.destination)?;
+        check_slots(&[device.slot])?;
+    }
     for path in request.masked_paths.iter().chain(&request.readonly_paths) {
         check_path("masked or read-only path", path)?;
     }
@@ -160,6 +170,7 @@ pub(crate) fn init(
             })
             .chain(termination)
             .collect(),
+        devices: Vec::new(),
         shm: dir::SHM.into(),
         masked_paths: request.masked_paths.clone(),
         readonly_paths: request.readonly_paths.clone(),
@@ -336,6 +347,13 @@ mod tests {
         }));
         assert!(refused(&v1::CreateContainerRequest {
             process: None,
+            ..request()
+        }));
+        assert!(refused(&v1::CreateContainerRequest {
+            devices: vec![v1::Device {
+                destination: "/proc/x".into(),
+                slot: 3,
+            }],
             ..request()
         }));
         assert!(refused(&v1::CreateContainerRequest {

@@ -40,6 +40,7 @@ pub(crate) fn config(
         env: environment,
         working_dir: container.working_dir.clone().unwrap_or_default(),
         mounts: mounts(container),
+        devices: Vec::new(),
         tty: flag(container.tty),
         stdin: flag(container.stdin),
         stdin_once: flag(container.stdin_once),

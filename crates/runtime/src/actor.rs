@@ -31,7 +31,9 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::Instrument;
 
 use crate::{
-    api::{ContainerConfig, ContainerUpdate, RuntimeEvent, SandboxUpdate, VolumeConfig},
+    api::{
+        ContainerConfig, ContainerUpdate, HostDevice, RuntimeEvent, SandboxUpdate, VolumeConfig,
+    },
     container,
     error::RuntimeError,
     link::{GuestEvent, Link},
@@ -60,6 +62,8 @@ pub(crate) enum Request {
     WriteVolume(Box<VolumeConfig>, Reply<()>),
     Share(HostShare, Reply<String>),
     Resize(SandboxUpdate, Reply<()>),
+    Attach(HostDevice, Reply<u32>),
+    DetachUnused(Reply<()>),
     Create(Box<ContainerConfig>, Reply<ContainerId>),
     Start(ContainerId, Reply<()>),
     Signal {
@@ -163,6 +167,8 @@ struct Actor {
     link: Option<Link>,
     /// Slots that the VM has disks in.
     plugged: BTreeSet<u32>,
+    /// Those of devices that wait for their container.
+    pending: BTreeSet<u32>,
     late: JoinSet<Late>,
     requests: mpsc::Receiver<Request>,
     published: watch::Sender<Arc<Snapshot>>,
@@ -208,6 +214,7 @@ pub(crate) fn spawn(
         vm: None,
         link: None,
         plugged: BTreeSet::new(),
+        pending: BTreeSet::new(),
         late: JoinSet::new(),
         requests,
         published,
@@ -319,6 +326,13 @@ impl Actor {
             }
             Request::Share(share, reply) => {
                 drop(reply.send(Box::pin(self.share(share)).await));
+            }
+            Request::Attach(device, reply) => {
+                drop(reply.send(Box::pin(self.attach_device(device)).await));
+            }
+            Request::DetachUnused(reply) => {
+                self.pending.clear();
+                drop(reply.send(self.unplug_unused().await));
             }
             Request::Resize(update, reply) => {
                 drop(reply.send(Box::pin(self.resize(update)).await));

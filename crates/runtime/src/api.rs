@@ -181,6 +181,9 @@ pub struct ContainerConfig {
     pub working_dir: String,
     /// Where volumes appear.
     pub mounts: Vec<MountConfig>,
+    /// Block devices that it sees.
+    #[serde(default)]
+    pub devices: Vec<DeviceConfig>,
     /// With a terminal.
     pub tty: bool,
     /// With an open stdin.
@@ -230,6 +233,24 @@ pub struct MountConfig {
     pub sub_path: String,
     /// Not writable.
     pub readonly: bool,
+}
+
+/// A block device in a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceConfig {
+    /// As [`PodRuntime::attach_device`] said.
+    pub slot: u32,
+    /// Absolute path in the container.
+    pub destination: String,
+}
+
+/// A block device of the host.
+#[derive(Debug)]
+pub struct HostDevice {
+    /// Opened for what the container may do.
+    pub file: std::fs::File,
+    /// Not writable.
+    pub read_only: bool,
 }
 
 /// User, groups, privileges of a container, inside the VM.
@@ -573,6 +594,12 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
         id: &SandboxId,
         update: SandboxUpdate,
     ) -> Result<(), RuntimeError>;
+    /// Makes a block device a disk of the sandbox's VM and returns its slot, for the container that
+    /// is created next and goes with it. What is attached and taken by no container is detached by
+    /// [`PodRuntime::detach_unused`].
+    async fn attach_device(&self, id: &SandboxId, device: HostDevice) -> Result<u32, RuntimeError>;
+    /// Detaches the devices that no container has taken.
+    async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError>;
     /// Prepares a container. The same name and attempt again gives the same container.
     async fn create_container(
         &self,

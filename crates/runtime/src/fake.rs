@@ -22,8 +22,8 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::{
     Connection, ContainerConfig, ContainerState, ContainerStats, ContainerStatus, ContainerUpdate,
-    ContainerUser, DiskUsage, ExecConfig, Failure, FilesystemUsage, InterfaceStats, Output,
-    PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState,
+    ContainerUser, DiskUsage, ExecConfig, Failure, FilesystemUsage, HostDevice, InterfaceStats,
+    Output, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState,
     SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
     actor::not_found,
     logs::{
@@ -483,6 +483,20 @@ impl PodRuntime for FakeRuntime {
             .ok_or_else(|| not_found("sandbox", id))?;
         sandbox.shares.push(share);
         Ok(format!("d{:02}", sandbox.shares.len() - 1))
+    }
+
+    async fn attach_device(
+        &self,
+        id: &SandboxId,
+        _device: HostDevice,
+    ) -> Result<u32, RuntimeError> {
+        self.enter("attach_device", id.as_str())?;
+        self.ready(id, "attach a device")?;
+        Ok(222)
+    }
+
+    async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.enter("detach_unused", id.as_str())
     }
 
     async fn resize_sandbox(

@@ -22,7 +22,7 @@ pub struct HostContainer {
     /// Host paths and images in it, in their order.
     pub mounts: Vec<HostMount>,
     /// Devices of the host.
-    pub devices: Vec<HostDevice>,
+    pub devices: Vec<HostPodDevice>,
     /// Its system call filter.
     pub seccomp: Seccomp,
     /// Name of a profile that is loaded in the host's AppArmor.
@@ -102,7 +102,7 @@ pub struct HostMount {
 
 /// One device, or a directory of devices, of the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostDevice {
+pub struct HostPodDevice {
     /// Path on the host.
     pub host: PathBuf,
     /// Path in the container.

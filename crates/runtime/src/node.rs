@@ -20,8 +20,8 @@ use crate::{
     actor::{self, Handle, Request, Start, not_found},
     api::{
         Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
-        PodRuntime, PullProgress, RuntimeEvent, SandboxConfig, SandboxStats, SandboxStatus,
-        SandboxUpdate, Session, VolumeConfig,
+        HostDevice, PodRuntime, PullProgress, RuntimeEvent, SandboxConfig, SandboxStats,
+        SandboxStatus, SandboxUpdate, Session, VolumeConfig,
     },
     config::RuntimeConfig,
     container,
@@ -330,6 +330,16 @@ impl PodRuntime for NodeRuntime {
     async fn share(&self, id: &SandboxId, share: HostShare) -> Result<String, RuntimeError> {
         let handle = self.handle(id)?;
         handle.ask(|reply| Request::Share(share, reply)).await
+    }
+
+    async fn attach_device(&self, id: &SandboxId, device: HostDevice) -> Result<u32, RuntimeError> {
+        let handle = self.handle(id)?;
+        handle.ask(|reply| Request::Attach(device, reply)).await
+    }
+
+    async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        let handle = self.handle(id)?;
+        handle.ask(Request::DetachUnused).await
     }
 
     async fn resize_sandbox(

@@ -22,7 +22,7 @@ const CONTAINERS: &str = "/node/containers/";
 const VERSION: u32 = 1;
 /// Of a sandbox with disks for volumes, which an older runtime would unplug.
 const VERSION_WITH_DISKS: u32 = 2;
-/// Of a container that mounts images, whose disks an older runtime would unplug.
+/// Of a container that mounts images or has devices, whose disks an older runtime would unplug.
 const VERSION_WITH_IMAGES: u32 = 3;
 /// Of a container that is confined by more than an older runtime knows: it would run an exec in it
 /// without.
@@ -161,7 +161,7 @@ pub(crate) struct ContainerRecord {
 
 impl ContainerRecord {
     pub(crate) fn set_images(&mut self, images: Vec<MountedImage>) {
-        if !images.is_empty() {
+        if !images.is_empty() || !self.config.devices.is_empty() {
             self.version = self.version.max(VERSION_WITH_IMAGES);
         }
         self.images = images;
@@ -171,6 +171,12 @@ impl ContainerRecord {
     pub(crate) fn all_layers(&self) -> impl Iterator<Item = &LayerSlot> {
         let mounted = self.images.iter().flat_map(|image| &image.layers);
         self.layers.iter().chain(mounted)
+    }
+
+    /// Slots of all disks that it needs.
+    pub(crate) fn all_slots(&self) -> impl Iterator<Item = u32> {
+        let devices = self.config.devices.iter().map(|device| device.slot);
+        self.all_layers().map(|layer| layer.slot).chain(devices)
     }
 
     /// Ids of the images that must stay for it.

@@ -136,6 +136,7 @@ pub(crate) fn container_config(name: &str) -> ContainerConfig {
         env: Vec::new(),
         working_dir: String::new(),
         mounts: Vec::new(),
+        devices: Vec::new(),
         tty: false,
         stdin: false,
         stdin_once: false,

@@ -306,6 +306,7 @@ fn container(name: &str, script: &str) -> ContainerConfig {
             sub_path: String::new(),
             readonly: false,
         }],
+        devices: Vec::new(),
         tty: false,
         stdin: false,
         stdin_once: false,

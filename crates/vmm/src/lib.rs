@@ -64,7 +64,7 @@ pub struct NetDevice {
 pub struct Disk {
     /// SCSI id on the bus, 1..=254; the guest finds the disk as `<host>:0:<slot>:0`.
     pub slot: u32,
-    /// Opened by the daemon; the VMM never sees a path.
+    /// A regular file or a block device, opened by the daemon; the VMM never sees a path.
     pub file: File,
     /// Image layers are read-only for VMM and guest.
     pub read_only: bool,

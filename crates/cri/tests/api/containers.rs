@@ -310,6 +310,24 @@ fn image_mount(image: &str, sub_path: &str) -> v1::Mount {
 }
 
 #[tokio::test]
+async fn a_device_that_is_refused_attaches_nothing() {
+    let mut bed = Bed::new().await;
+    let sandbox = bed.run(bed.pod("a")).await.unwrap();
+    let mut config = Bed::container("c");
+    config.devices.push(v1::Device {
+        host_path: "/dev/null".into(),
+        container_path: "/dev/xvda".into(),
+        permissions: "rwm".into(),
+    });
+    refused(
+        bed.create(&sandbox, config).await,
+        Code::InvalidArgument,
+        "config.devices[0].host_path: ",
+    );
+    assert!(bed.runtime.list_containers(None).await.is_empty());
+}
+
+#[tokio::test]
 async fn an_image_is_mounted_by_its_id_and_shown_with_it() {
     let mut bed = Bed::new().await;
     let sandbox = bed.run(bed.pod("a")).await.unwrap();

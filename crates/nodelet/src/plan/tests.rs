@@ -84,6 +84,8 @@ impl World {
             host: None,
         };
         self.sandboxes.push(SandboxStatus {
+            vcpus: 1,
+            memory_mib: 128,
             id,
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
@@ -126,6 +128,7 @@ impl World {
             env: vec![],
             working_dir: String::new(),
             mounts: vec![],
+            devices: Vec::new(),
             tty: false,
             stdin: false,
             stdin_once: false,

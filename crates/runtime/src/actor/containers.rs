@@ -146,6 +146,9 @@ impl Actor {
         let (record, request, layers) = self.plan(config, &image, layers, mounted)?;
         let id = record.id.clone();
         self.shared.records.put_container(&record).await?;
+        for device in &record.config.devices {
+            self.pending.remove(&device.slot);
+        }
         self.members.insert(id.clone(), Member::new(record));
         self.shared.add_container(&id, &self.record.id);
         if let Err(error) = Box::pin(self.prepare_container(&id, &vm, request, layers)).await {
@@ -187,6 +190,14 @@ impl Actor {
         ),
         RuntimeError,
     > {
+        if let Some(device) = config
+            .devices
+            .iter()
+            .find(|device| !self.pending.contains(&device.slot))
+        {
+            let rule = format!("has no device in slot {}: attach it again", device.slot);
+            return Err(invalid("devices", rule));
+        }
         if !beneath::is_plain(&config.log_path) {
             return Err(invalid(
                 "log_path",
@@ -403,7 +414,8 @@ impl Actor {
         let used: BTreeSet<u32> = self
             .members
             .values()
-            .flat_map(|member| member.record.all_layers().map(|layer| layer.slot))
+            .flat_map(|member| member.record.all_slots())
+            .chain(self.pending.iter().copied())
             .chain(self.record.disks.iter().map(|disk| disk.slot))
             .chain([SCRATCH_SLOT])
             .collect();
@@ -705,6 +717,14 @@ fn create_request(
         id: record.id.to_string(),
         name: config.name.clone(),
         termination_path: config.termination_path.clone(),
+        devices: config
+            .devices
+            .iter()
+            .map(|device| v1::Device {
+                destination: device.destination.clone(),
+                slot: device.slot,
+            })
+            .collect(),
         layer_slots: record.layers.iter().map(|layer| layer.slot).collect(),
         process: Some(process),
         mounts,

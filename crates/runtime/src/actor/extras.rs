@@ -1,14 +1,19 @@
 //! What a VM is given while it runs: directories of the host, CPUs, memory.
 
+use std::collections::BTreeSet;
+
 use hypernetes_agent_api::v1;
-use hypernetes_vmm::{HostShare, SHARE_TAG, VmmError};
+use hypernetes_vmm::{Disk, HostShare, SHARE_TAG, VmmError};
 
 use super::{Actor, containers::invalid};
 use crate::{
-    api::{SHARED_VOLUME, SandboxUpdate},
+    api::{HostDevice, SHARED_VOLUME, SandboxUpdate},
     error::RuntimeError,
     records::VmSize,
 };
+
+/// Slots of the SCSI bus that devices can have: below those of volumes.
+const DEVICE_SLOTS: std::ops::RangeInclusive<u32> = 159..=222;
 
 impl Actor {
     /// Shows the guest something of the host's. What is shown stays until the VM ends, so that there
@@ -42,6 +47,39 @@ impl Actor {
         })
         .await?;
         Ok(name)
+    }
+
+    /// Plugs a block device of the host, for the next container. It is recorded with that: until then
+    /// a restarted node finds a disk that nobody has.
+    pub(super) async fn attach_device(&mut self, device: HostDevice) -> Result<u32, RuntimeError> {
+        let action = "attach a device";
+        let vm = self.ready_vm(action)?;
+        let slots = self.members.values();
+        let taken: BTreeSet<u32> = slots
+            .flat_map(|member| member.record.all_slots())
+            .chain(self.record.disks.iter().map(|disk| disk.slot))
+            .chain(self.plugged.iter().copied())
+            .collect();
+        let free = DEVICE_SLOTS.rev().find(|slot| !taken.contains(slot));
+        let slot = free.ok_or_else(|| {
+            let rule = format!("a sandbox can have {} in all", DEVICE_SLOTS.count());
+            invalid("devices", rule)
+        })?;
+        self.plugged.insert(slot);
+        self.pending.insert(slot);
+        let HostDevice { file, read_only } = device;
+        let disk = Disk {
+            slot,
+            file,
+            read_only,
+        };
+        let plugged = async { Ok(vm.plug_disk(disk).await?) };
+        if let Err(error) = self.with_vm(action, &vm, plugged).await {
+            self.pending.remove(&slot);
+            self.unplug_unused().await?;
+            return Err(error);
+        }
+        Ok(slot)
     }
 
     /// Changes the VM's size. The record comes after the VM: what is shown is so, and whoever gets an

@@ -48,8 +48,7 @@ impl Actor {
         let used = self
             .members
             .values()
-            .flat_map(|member| member.record.all_layers())
-            .map(|layer| layer.slot);
+            .flat_map(|member| member.record.all_slots());
         let used: Vec<u32> = used.collect();
         self.plugged = match vm.list_disks().await {
             Ok(slots) => slots.into_iter().collect(),

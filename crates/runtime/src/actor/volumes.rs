@@ -107,7 +107,7 @@ impl Actor {
         let layers = self
             .members
             .values()
-            .flat_map(|member| member.record.all_layers().map(|layer| layer.slot));
+            .flat_map(|member| member.record.all_slots());
         let volumes = self.record.disks.iter().map(|disk| disk.slot);
         let taken: BTreeSet<u32> = layers
             .chain(volumes)

@@ -61,6 +61,49 @@ async fn a_mounted_image_is_in_use_and_shares_layers() {
     assert!(!runtime.images_in_use().contains(&id));
 }
 
+#[tokio::test]
+async fn a_device_goes_with_its_container() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
+    let device = || HostDevice {
+        file: std::fs::File::open("/dev/null").unwrap(),
+        read_only: true,
+    };
+    // Nobody's disk goes when it is told to, and is nobody's in the meantime.
+    let slot = runtime.attach_device(&sandbox, device()).await.unwrap();
+    assert_eq!(world.vmm.disks(&sandbox).unwrap(), [1, slot]);
+    runtime.detach_unused(&sandbox).await.unwrap();
+    assert_eq!(world.vmm.disks(&sandbox).unwrap(), [1]);
+    let mut config = container_config("c");
+    config.devices = vec![DeviceConfig {
+        slot,
+        destination: "/dev/xvda".into(),
+    }];
+    let refused = runtime.create_container(&sandbox, config.clone()).await;
+    assert!(matches!(refused, Err(RuntimeError::Invalid { field, .. }) if field == "devices"));
+
+    let other = runtime
+        .create_container(&sandbox, container_config("other"))
+        .await
+        .unwrap();
+    let slot = runtime.attach_device(&sandbox, device()).await.unwrap();
+    // While it waits for its container, another's end does not take it away.
+    runtime.remove_container(&other).await.unwrap();
+    config.devices[0].slot = slot;
+    let container = runtime.create_container(&sandbox, config).await.unwrap();
+    let request = world.agent(&sandbox).containers()[container.as_str()].clone();
+    assert_eq!(request.devices[0].slot, slot);
+    assert_eq!(request.devices[0].destination, "/dev/xvda");
+    runtime.detach_unused(&sandbox).await.unwrap();
+    drop(runtime);
+    let runtime = world.open().await;
+    let second = runtime.attach_device(&sandbox, device()).await.unwrap();
+    assert_ne!(second, slot, "the first is taken, also after a restart");
+    runtime.remove_container(&container).await.unwrap();
+    assert_eq!(world.vmm.disks(&sandbox).unwrap(), [1, second]);
+}
+
 fn slot_of(world: &World, sandbox: &SandboxId, volume: &str) -> u32 {
     match world.agent(sandbox).volumes()[volume].kind {
         Some(v1::volume::Kind::EmptyDir(empty)) => empty.disk_slot,

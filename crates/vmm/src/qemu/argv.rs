@@ -327,12 +327,13 @@ pub(crate) struct BootDisk {
     pub(crate) slot: u32,
     pub(crate) fd: RawFd,
     pub(crate) read_only: bool,
+    pub(crate) kind: disk::Kind,
 }
 
 impl BootDisk {
     fn args(&self) -> Vec<String> {
         let fd = format!("fd={},set={}", self.fd, self.slot);
-        let blockdev = disk::blockdev(self.slot, self.read_only).to_string();
+        let blockdev = disk::blockdev(self.slot, self.read_only, self.kind).to_string();
         let device = disk::device(self.slot).to_string();
         strings(["-add-fd", &fd, "-blockdev", &blockdev, "-device", &device])
     }
@@ -383,6 +384,7 @@ mod tests {
                 slot: 1,
                 fd: 10,
                 read_only: true,
+                kind: disk::Kind::File,
             }],
         };
         line.render().join("\n")

@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 use serde_json::{Value, json};
 
 use crate::{Disk, VmmError};
@@ -31,8 +31,17 @@ pub(crate) fn slot_of_node(name: &str) -> Option<u32> {
     name.strip_prefix(NODE)?.parse().ok()
 }
 
+/// What a disk's descriptor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A regular file.
+    File,
+    /// A block device of the host.
+    Device,
+}
+
 /// Arguments of `blockdev-add` and value of `-blockdev`.
-pub(crate) fn blockdev(slot: u32, read_only: bool) -> Value {
+pub(crate) fn blockdev(slot: u32, read_only: bool, kind: Kind) -> Value {
     json!({
         "driver": "raw",
         "node-name": node_name(slot),
@@ -41,7 +50,10 @@ pub(crate) fn blockdev(slot: u32, read_only: bool) -> Value {
         "cache": { "direct": false, "no-flush": false },
         "discard": "unmap",
         "file": {
-            "driver": "file",
+            "driver": match kind {
+                Kind::File => "file",
+                Kind::Device => "host_device",
+            },
             "filename": format!("/dev/fdset/{slot}"),
             "aio": "threads",
             "discard": "unmap",
@@ -67,7 +79,7 @@ pub(crate) fn device(slot: u32) -> Value {
 
 /// Checks what can be checked of a disk, and makes its descriptor's access mode fit: QEMU takes a
 /// descriptor from a set only if its mode is exactly the one asked for.
-pub(crate) fn prepare(disk: Disk) -> Result<(u32, bool, OwnedFd), VmmError> {
+pub(crate) fn prepare(disk: Disk) -> Result<(u32, bool, Kind, OwnedFd), VmmError> {
     let spec = |field, rule: String| VmmError::Spec { field, rule };
     if !(1..=254).contains(&disk.slot) {
         return Err(spec(
@@ -100,7 +112,13 @@ pub(crate) fn prepare(disk: Disk) -> Result<(u32, bool, OwnedFd), VmmError> {
             "must be open for reading and writing".to_owned(),
         ));
     };
-    Ok((disk.slot, disk.read_only, file.into()))
+    let stat =
+        rustix::fs::fstat(&file).map_err(|e| spec("disk.file", format!("must be open: {e}")))?;
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::BlockDevice => Kind::Device,
+        _ => Kind::File,
+    };
+    Ok((disk.slot, disk.read_only, kind, file.into()))
 }
 
 #[cfg(test)]
@@ -112,13 +130,16 @@ mod tests {
     #[test]
     fn a_read_only_disk_is_handed_over_read_only() {
         let file = tempfile::tempfile().unwrap();
-        let (_, _, fd) = prepare(Disk {
+        let (_, _, kind, fd) = prepare(Disk {
             slot: 3,
             file,
             read_only: true,
         })
         .unwrap();
         assert!(File::from(fd).write(b"x").is_err());
+        assert_eq!(kind, Kind::File);
+        let device = blockdev(3, false, Kind::Device);
+        assert_eq!(device["file"]["driver"], "host_device");
     }
 
     #[test]

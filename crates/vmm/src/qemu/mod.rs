@@ -199,10 +199,11 @@ impl QemuDriver {
         };
         let mut disks = Vec::new();
         for disk in boot_disks {
-            let (slot, read_only, fd) = disk::prepare(disk)?;
+            let (slot, read_only, kind, fd) = disk::prepare(disk)?;
             disks.push(BootDisk {
                 slot,
                 read_only,
+                kind,
                 fd: handover.add(fd),
             });
         }

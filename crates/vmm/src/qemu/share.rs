@@ -53,6 +53,8 @@ const DEVICE: &str = "share0";
 const CHARDEV: &str = "share";
 /// How long the server may outlive QEMU before that is taken for a sign that QEMU lives.
 const TOGETHER: Duration = Duration::from_secs(2);
+/// How long the waiting process of a killed server may take to follow it.
+const FOLLOW: Duration = Duration::from_millis(500);
 /// How long a killed server may take to vanish.
 const END: Duration = Duration::from_secs(10);
 
@@ -308,8 +310,14 @@ pub(crate) async fn end_server(run: &RunDir) {
             return Ok(());
         };
         if let Some(process) = Process::open(record.pid, Some(record.start_time))? {
-            for child in process.children() {
+            let children = process.children();
+            for child in &children {
                 child.kill()?;
+            }
+            // The one that waits for it takes note and ends: killed at once, it would leave a zombie to
+            // the host's first process.
+            if !children.is_empty() && timeout(FOLLOW, process.exited()).await.is_ok() {
+                return fs::remove_file(&path);
             }
             process.kill()?;
             timeout(END, process.exited())

@@ -190,7 +190,7 @@ impl Vm for QemuVm {
     }
 
     async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError> {
-        let (slot, read_only, fd) = disk::prepare(disk)?;
+        let (slot, read_only, kind, fd) = disk::prepare(disk)?;
         let action = format!("plug disk {slot}");
         let _turn = self.disks.lock().await;
         if self
@@ -209,7 +209,7 @@ impl Vm for QemuVm {
             let set = json!({ "fdset-id": slot });
             self.qmp.execute_with_fd("add-fd", set, fd).await?;
             self.qmp
-                .execute("blockdev-add", disk::blockdev(slot, read_only))
+                .execute("blockdev-add", disk::blockdev(slot, read_only, kind))
                 .await?;
             self.qmp.execute("device_add", disk::device(slot)).await
         };
