@@ -34,7 +34,7 @@ use hypernetes_runtime::{
     PodRuntime, Propagation, ResourceConfig, RuntimeError, SandboxConfig, SandboxMetadata,
     SandboxState, Seccomp, SecurityConfig, Session, TtySize,
 };
-use hypernetes_store::{Store, StoreConfig};
+use hypernetes_store::{Durability, Op, Store, StoreConfig, Value};
 use hypernetes_types::{ContainerId, SandboxId};
 use tokio::time::{sleep, timeout};
 
@@ -88,6 +88,9 @@ fn main() -> ExitCode {
     });
     test("containers_outlive_the_daemon", &|p| {
         runtime.block_on(containers_outlive_the_daemon(p));
+    });
+    test("pods_do_not_outlive_the_host", &|p| {
+        runtime.block_on(pods_do_not_outlive_the_host(p));
     });
     test("a_daemon_killed_anywhere_leaves_nothing", &|p| {
         runtime.block_on(a_daemon_killed_anywhere_leaves_nothing(p));
@@ -633,6 +636,21 @@ async fn people_talk_to_them(programs: &Programs) {
     assert_eq!((out.as_str(), code.unwrap()), ("got words\nend\n", 0));
     assert_eq!(bed.log("talk", "asks"), ["got words", "end"]);
 
+    // With a terminal.
+    let mut config = container(
+        "terminal",
+        "read line; until stty size | grep -q '37 91'; do usleep 20000; done; echo sized; exit 6",
+    );
+    (config.stdin, config.tty) = (true, true);
+    let id = started(&runtime, &pod, config).await;
+    let mut session = runtime.attach(&id, true).await.unwrap();
+    session.resize.take().unwrap().send(size).await.unwrap();
+    let stdin = session.stdin.take().unwrap();
+    stdin.send(Bytes::from_static(b"go\n")).await.unwrap();
+    let (out, _, code) = collect(session).await;
+    assert!(out.contains("sized"), "{out}");
+    assert_eq!(code.unwrap(), 6);
+
     // A port of the host's localhost.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -896,6 +914,52 @@ async fn containers_outlive_the_daemon(programs: &Programs) {
     runtime.start_container(&waits).await.unwrap();
     ended(&runtime, &waits).await;
     assert_eq!(bed.log("outlives", "waits"), ["late"]);
+    runtime.remove_sandbox(&pod).await.unwrap();
+    bed.assert_clean();
+}
+
+async fn pods_do_not_outlive_the_host(programs: &Programs) {
+    let bed = Bed::new(programs).await;
+    let runtime = bed.open().await;
+    let config = SandboxConfig {
+        share_process_namespace: true,
+        ..bed.pod("boots")
+    };
+    let pod = runtime.run_sandbox(config).await.unwrap();
+    let runs = started(&runtime, &pod, container("runs", "sleep 1000")).await;
+    let waits = container("waits", "true");
+    let waits = runtime.create_container(&pod, waits).await.unwrap();
+    drop(runtime);
+    // As if the records were of another boot; what is left of this one is as good as an orphan.
+    let store = eventually("the store to be let go", || async {
+        Store::open(&bed.dir.join("store.redb"), StoreConfig::default()).ok()
+    })
+    .await;
+    let page = store
+        .list("/node/host/sandboxes/", None, None, None)
+        .unwrap();
+    for entry in page.entries {
+        let mut record: serde_json::Value = serde_json::from_slice(&entry.value).unwrap();
+        record["boot"] = "another".into();
+        let value = Value::Bytes(record.to_string().into());
+        let put = vec![Op::Put(entry.key.to_string(), value)];
+        store.txn(Vec::new(), put, Durability::Sync).await.unwrap();
+    }
+    drop(store);
+    let runtime = bed.open().await;
+    let report = runtime.recovery_report();
+    assert!(
+        report.adopted == 0 && report.failures.is_empty(),
+        "{report:?}"
+    );
+    let sandbox = runtime.sandbox(&pod).await.unwrap();
+    assert_eq!(sandbox.state, SandboxState::NotReady);
+    assert_eq!(sandbox.failure.unwrap().reason, "NodeRestarted");
+    for (id, reason) in [(&runs, "NodeRestarted"), (&waits, "ContainerCannotRun")] {
+        let status = runtime.container(id).await.unwrap();
+        assert_eq!(status.state, ContainerState::Exited);
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, reason));
+    }
     runtime.remove_sandbox(&pod).await.unwrap();
     bed.assert_clean();
 }
