@@ -442,7 +442,7 @@ mod tests {
         assert_eq!(
             filters[1].1[4..],
             [
-                key(16, u32::MAX, 0x0000_01ff),
+                key(16, u32::MAX, 0x0000_00ff),
                 key(20, u32::MAX, 0xfe01_0203)
             ]
         );
