@@ -42,6 +42,16 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Where the tests' pods are in the hierarchies.
 const CGROUP: &str = "hypernetes-hostpods-test";
 
+const TESTS: [&str; 7] = [
+    "containers_live_and_die",
+    "people_talk_to_them",
+    "pods_share_what_they_ask_for",
+    "requests_that_cannot_be_leave_nothing",
+    "containers_outlive_the_daemon",
+    "pods_do_not_outlive_the_host",
+    "a_daemon_killed_anywhere_leaves_nothing",
+];
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     match arguments.get(1).map(String::as_str) {
@@ -50,7 +60,13 @@ fn main() -> ExitCode {
             eprintln!("pause-pod: {error}");
             return ExitCode::FAILURE;
         }
-        Some("--list") => return ExitCode::SUCCESS,
+        Some("--list") => {
+            // As test runners ask; none is ignored.
+            if !arguments.iter().any(|argument| argument == "--ignored") {
+                TESTS.iter().for_each(|name| println!("{name}: test"));
+            }
+            return ExitCode::SUCCESS;
+        }
         _ => {}
     }
     let programs = match missing() {
@@ -70,31 +86,33 @@ fn main() -> ExitCode {
         runtime.block_on(bed.some_work());
         return ExitCode::SUCCESS;
     }
-    let test = |name: &str, work: &dyn Fn(&Programs)| {
-        work(&programs);
+    // A name, if one is given, is that of the test to run.
+    let only = TESTS
+        .iter()
+        .find(|name| arguments.iter().any(|argument| argument == **name));
+    for name in TESTS
+        .iter()
+        .filter(|name| only.is_none_or(|only| only == *name))
+    {
+        let work = async {
+            match *name {
+                "containers_live_and_die" => containers_live_and_die(&programs).await,
+                "people_talk_to_them" => people_talk_to_them(&programs).await,
+                "pods_share_what_they_ask_for" => pods_share_what_they_ask_for(&programs).await,
+                "requests_that_cannot_be_leave_nothing" => {
+                    requests_that_cannot_be_leave_nothing(&programs).await;
+                }
+                "containers_outlive_the_daemon" => containers_outlive_the_daemon(&programs).await,
+                "pods_do_not_outlive_the_host" => pods_do_not_outlive_the_host(&programs).await,
+                "a_daemon_killed_anywhere_leaves_nothing" => {
+                    a_daemon_killed_anywhere_leaves_nothing(&programs).await;
+                }
+                name => panic!("{name} is no test"),
+            }
+        };
+        runtime.block_on(Box::pin(work));
         println!("{name} ... ok");
-    };
-    test("containers_live_and_die", &|p| {
-        runtime.block_on(containers_live_and_die(p));
-    });
-    test("people_talk_to_them", &|p| {
-        runtime.block_on(people_talk_to_them(p));
-    });
-    test("pods_share_what_they_ask_for", &|p| {
-        runtime.block_on(pods_share_what_they_ask_for(p));
-    });
-    test("requests_that_cannot_be_leave_nothing", &|p| {
-        runtime.block_on(requests_that_cannot_be_leave_nothing(p));
-    });
-    test("containers_outlive_the_daemon", &|p| {
-        runtime.block_on(containers_outlive_the_daemon(p));
-    });
-    test("pods_do_not_outlive_the_host", &|p| {
-        runtime.block_on(pods_do_not_outlive_the_host(p));
-    });
-    test("a_daemon_killed_anywhere_leaves_nothing", &|p| {
-        runtime.block_on(a_daemon_killed_anywhere_leaves_nothing(p));
-    });
+    }
     ExitCode::SUCCESS
 }
 
