@@ -19,6 +19,7 @@ mod calls;
 mod carried;
 mod config;
 mod container;
+mod deadline;
 mod devices;
 mod events;
 mod exec_sync;

@@ -20,6 +20,7 @@ use tonic::transport::Server;
 use crate::{
     MAX_MESSAGE_SIZE,
     config::CriConfig,
+    deadline::DeadlineLayer,
     events::SUBSCRIBERS,
     follow::Follower,
     network::NodeNetwork,
@@ -167,6 +168,7 @@ impl CriServer {
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
             .max_encoding_message_size(MAX_MESSAGE_SIZE);
         let calls = Server::builder()
+            .layer(DeadlineLayer)
             .add_service(runtime)
             .add_service(images)
             .serve_with_incoming_shutdown(

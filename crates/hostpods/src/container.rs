@@ -329,6 +329,20 @@ pub(crate) async fn conclude(inner: &Inner, container: &Container) -> Result<(),
     inner.change_container(container, ended).await.map(drop)
 }
 
+/// Writes down that a container did not survive a boot of the host.
+pub(crate) async fn lose(inner: &Inner, container: &Container) -> Result<(), RuntimeError> {
+    let record = container.record();
+    clear_processes(inner, &record).await?;
+    let (bundle, id) = (inner.bundle(&record.id), record.id.clone());
+    let action = "read a container's exit code";
+    let code = blocking(action, move || Ok(monitor::exit_code(&bundle, &id))).await?;
+    let message = "the host was booted anew".to_owned();
+    let lost = |record: &mut ContainerRecord| {
+        record.end(code.unwrap_or(KILLED), "NodeRestarted", message);
+    };
+    inner.change_container(container, lost).await.map(drop)
+}
+
 /// Ends all processes of a container and its monitor, and makes the OCI runtime forget it.
 /// Idempotent.
 pub(crate) async fn clear_processes(

@@ -7,7 +7,7 @@
 //! | sandbox `Stopping`, `Removing` | stopped or removed to the end |
 //! | container `Creating`, `Removing` | removed |
 //! | container `Starting` | its processes are killed, it could not run |
-//! | container `Running` | its monitor is watched again, or its exit code read |
+//! | container `Running` | its monitor is watched again, or its exit code read; after a boot it has ended |
 //!
 //! Then goes what no record names: containers of the OCI runtime, directories, mounts.
 
@@ -132,6 +132,9 @@ async fn of_sandbox(inner: &Arc<Inner>, sandbox: &Arc<Sandbox>, report: &mut Hos
             }
             ContainerPhase::Starting => {
                 settle(report, abandon(inner, &container).await);
+            }
+            ContainerPhase::Running if lost => {
+                settle(report, container::lose(inner, &container).await);
             }
             ContainerPhase::Running => match of_running(inner, &container).await {
                 Ok(true) => report.adopted += 1,

@@ -365,8 +365,12 @@ pub(crate) async fn lose(inner: &Inner, sandbox: &Sandbox) -> Result<(), Runtime
         .change_sandbox(sandbox, |record| record.failure = Some(failure))
         .await?;
     let directory = inner.sandbox_dir(&record.id);
-    let action = "clear a lost sandbox away";
-    blocking(action, move || remove_directory(&directory)).await?;
+    blocking("clear a lost sandbox away", move || {
+        namespaces::unpin(&directory)?;
+        unmount(&directory.join("shm"))?;
+        remove_directory(&directory)
+    })
+    .await?;
     if record.config.network.is_some() {
         inner.config.network.detach(&record.id).await?;
     }

@@ -34,13 +34,23 @@ use hypernetes_runtime::{
     PodRuntime, Propagation, ResourceConfig, RuntimeError, SandboxConfig, SandboxMetadata,
     SandboxState, Seccomp, SecurityConfig, Session, TtySize,
 };
-use hypernetes_store::{Store, StoreConfig};
+use hypernetes_store::{Durability, Op, Store, StoreConfig, Value};
 use hypernetes_types::{ContainerId, SandboxId};
 use tokio::time::{sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Where the tests' pods are in the hierarchies.
 const CGROUP: &str = "hypernetes-hostpods-test";
+
+const TESTS: [&str; 7] = [
+    "containers_live_and_die",
+    "people_talk_to_them",
+    "pods_share_what_they_ask_for",
+    "requests_that_cannot_be_leave_nothing",
+    "containers_outlive_the_daemon",
+    "pods_do_not_outlive_the_host",
+    "a_daemon_killed_anywhere_leaves_nothing",
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -50,7 +60,13 @@ fn main() -> ExitCode {
             eprintln!("pause-pod: {error}");
             return ExitCode::FAILURE;
         }
-        Some("--list") => return ExitCode::SUCCESS,
+        Some("--list") => {
+            // As test runners ask; none is ignored.
+            if !arguments.iter().any(|argument| argument == "--ignored") {
+                TESTS.iter().for_each(|name| println!("{name}: test"));
+            }
+            return ExitCode::SUCCESS;
+        }
         _ => {}
     }
     let programs = match missing() {
@@ -70,28 +86,33 @@ fn main() -> ExitCode {
         runtime.block_on(bed.some_work());
         return ExitCode::SUCCESS;
     }
-    let test = |name: &str, work: &dyn Fn(&Programs)| {
-        work(&programs);
+    // A name, if one is given, is that of the test to run.
+    let only = TESTS
+        .iter()
+        .find(|name| arguments.iter().any(|argument| argument == **name));
+    for name in TESTS
+        .iter()
+        .filter(|name| only.is_none_or(|only| only == *name))
+    {
+        let work = async {
+            match *name {
+                "containers_live_and_die" => containers_live_and_die(&programs).await,
+                "people_talk_to_them" => people_talk_to_them(&programs).await,
+                "pods_share_what_they_ask_for" => pods_share_what_they_ask_for(&programs).await,
+                "requests_that_cannot_be_leave_nothing" => {
+                    requests_that_cannot_be_leave_nothing(&programs).await;
+                }
+                "containers_outlive_the_daemon" => containers_outlive_the_daemon(&programs).await,
+                "pods_do_not_outlive_the_host" => pods_do_not_outlive_the_host(&programs).await,
+                "a_daemon_killed_anywhere_leaves_nothing" => {
+                    a_daemon_killed_anywhere_leaves_nothing(&programs).await;
+                }
+                name => panic!("{name} is no test"),
+            }
+        };
+        runtime.block_on(Box::pin(work));
         println!("{name} ... ok");
-    };
-    test("containers_live_and_die", &|p| {
-        runtime.block_on(containers_live_and_die(p));
-    });
-    test("people_talk_to_them", &|p| {
-        runtime.block_on(people_talk_to_them(p));
-    });
-    test("pods_share_what_they_ask_for", &|p| {
-        runtime.block_on(pods_share_what_they_ask_for(p));
-    });
-    test("requests_that_cannot_be_leave_nothing", &|p| {
-        runtime.block_on(requests_that_cannot_be_leave_nothing(p));
-    });
-    test("containers_outlive_the_daemon", &|p| {
-        runtime.block_on(containers_outlive_the_daemon(p));
-    });
-    test("a_daemon_killed_anywhere_leaves_nothing", &|p| {
-        runtime.block_on(a_daemon_killed_anywhere_leaves_nothing(p));
-    });
+    }
     ExitCode::SUCCESS
 }
 
@@ -634,6 +655,21 @@ async fn people_talk_to_them(programs: &Programs) {
     assert_eq!((out.as_str(), code.unwrap()), ("got words\nend\n", 0));
     assert_eq!(bed.log("talk", "asks"), ["got words", "end"]);
 
+    // With a terminal.
+    let mut config = container(
+        "terminal",
+        "read line; until stty size | grep -q '37 91'; do usleep 20000; done; echo sized; exit 6",
+    );
+    (config.stdin, config.tty) = (true, true);
+    let id = started(&runtime, &pod, config).await;
+    let mut session = runtime.attach(&id, true).await.unwrap();
+    session.resize.take().unwrap().send(size).await.unwrap();
+    let stdin = session.stdin.take().unwrap();
+    stdin.send(Bytes::from_static(b"go\n")).await.unwrap();
+    let (out, _, code) = collect(session).await;
+    assert!(out.contains("sized"), "{out}");
+    assert_eq!(code.unwrap(), 6);
+
     // A port of the host's localhost.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -878,12 +914,15 @@ async fn containers_outlive_the_daemon(programs: &Programs) {
         .unwrap();
     drop(runtime);
     // Nobody is there when it ends.
-    eventually("the last line", || async {
-        (bed.log("outlives", "ends").last()? == "59").then_some(())
-    })
-    .await;
+    let code = bed.dir.join(format!("state/c/{ends}/exit/{ends}"));
+    eventually("the exit code", || async { code.exists().then_some(()) }).await;
     let runtime = bed.open().await;
-    assert_eq!(runtime.recovery_report().adopted, 1);
+    let report = runtime.recovery_report();
+    assert_eq!(
+        (report.adopted + report.ended, report.failures.len()),
+        (2, 0),
+        "{report:?}"
+    );
     let status = ended(&runtime, &ends).await;
     assert_eq!((status.exit_code, status.reason.as_str()), (4, "Error"));
     let lines: Vec<String> = (0..60).map(|n| n.to_string()).collect();
@@ -894,6 +933,52 @@ async fn containers_outlive_the_daemon(programs: &Programs) {
     runtime.start_container(&waits).await.unwrap();
     ended(&runtime, &waits).await;
     assert_eq!(bed.log("outlives", "waits"), ["late"]);
+    runtime.remove_sandbox(&pod).await.unwrap();
+    bed.assert_clean();
+}
+
+async fn pods_do_not_outlive_the_host(programs: &Programs) {
+    let bed = Bed::new(programs).await;
+    let runtime = bed.open().await;
+    let config = SandboxConfig {
+        share_process_namespace: true,
+        ..bed.pod("boots")
+    };
+    let pod = runtime.run_sandbox(config).await.unwrap();
+    let runs = started(&runtime, &pod, container("runs", "sleep 1000")).await;
+    let waits = container("waits", "true");
+    let waits = runtime.create_container(&pod, waits).await.unwrap();
+    drop(runtime);
+    // As if the records were of another boot; what is left of this one is as good as an orphan.
+    let store = eventually("the store to be let go", || async {
+        Store::open(&bed.dir.join("store.redb"), StoreConfig::default()).ok()
+    })
+    .await;
+    let page = store
+        .list("/node/host/sandboxes/", None, None, None)
+        .unwrap();
+    for entry in page.entries {
+        let mut record: serde_json::Value = serde_json::from_slice(&entry.value).unwrap();
+        record["boot"] = "another".into();
+        let value = Value::Bytes(record.to_string().into());
+        let put = vec![Op::Put(entry.key.to_string(), value)];
+        store.txn(Vec::new(), put, Durability::Sync).await.unwrap();
+    }
+    drop(store);
+    let runtime = bed.open().await;
+    let report = runtime.recovery_report();
+    assert!(
+        report.adopted == 0 && report.failures.is_empty(),
+        "{report:?}"
+    );
+    let sandbox = runtime.sandbox(&pod).await.unwrap();
+    assert_eq!(sandbox.state, SandboxState::NotReady);
+    assert_eq!(sandbox.failure.unwrap().reason, "NodeRestarted");
+    for (id, reason) in [(&runs, "NodeRestarted"), (&waits, "ContainerCannotRun")] {
+        let status = runtime.container(id).await.unwrap();
+        assert_eq!(status.state, ContainerState::Exited);
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, reason));
+    }
     runtime.remove_sandbox(&pod).await.unwrap();
     bed.assert_clean();
 }

@@ -87,8 +87,6 @@ impl World {
             vcpus: 1,
             memory_mib: 128,
             id,
-            vcpus: config.vcpus,
-            memory_mib: config.memory_mib,
             config,
             state,
             created_unix_nanos: nanos(-100),
