@@ -41,7 +41,13 @@ fn main() -> ExitCode {
             eprintln!("vmm-launch: {error}");
             return ExitCode::FAILURE;
         }
-        Some("--list") => return ExitCode::SUCCESS,
+        Some("--list") => {
+            // As test runners ask; none is ignored.
+            if !arguments.iter().any(|argument| argument == "--ignored") {
+                println!("pods_run_in_real_vms: test");
+            }
+            return ExitCode::SUCCESS;
+        }
         _ => {}
     }
     if let Some(reason) = missing() {

@@ -28,7 +28,11 @@ pub(crate) fn join(group: &str, pid: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes `group`, and parents that are empty then. A group that is gone is no error.
+/// How the first part of groups begins that nobody else makes or looks after.
+const OWN: &str = "hypernetes";
+
+/// Removes `group`, and of our own groups the parents that are empty then: an empty parent of the
+/// kubelet's is the kubelet's still. A group that is gone is no error.
 pub(crate) fn remove(group: &str) -> io::Result<()> {
     let group = checked(group)?;
     let mut failure = None;
@@ -38,7 +42,7 @@ pub(crate) fn remove(group: &str) -> io::Result<()> {
             _ => {
                 // A parent with other members refuses (EBUSY), which ends the walk.
                 let mut parent = group.parent();
-                while let Some(path) = parent.filter(|p| !p.as_os_str().is_empty()) {
+                while let Some(path) = parent.filter(|path| is_own(path)) {
                     if fs::remove_dir(root.join(path)).is_err() {
                         break;
                     }
@@ -48,6 +52,11 @@ pub(crate) fn remove(group: &str) -> io::Result<()> {
         }
     }
     failure.map_or(Ok(()), Err)
+}
+
+fn is_own(path: &Path) -> bool {
+    let first = path.components().next();
+    first.is_some_and(|part| part.as_os_str().to_string_lossy().starts_with(OWN))
 }
 
 fn checked(group: &str) -> io::Result<&Path> {
@@ -151,6 +160,18 @@ garbage";
             parse_mounts(unified, |_| true),
             [Path::new("/sys/fs/cgroup")]
         );
+    }
+
+    #[test]
+    fn only_own_parents_are_taken_away() {
+        for (path, own) in [
+            ("hypernetes-ab12", true),
+            ("hypernetes/pods", true),
+            ("kubepods/besteffort", false),
+            ("", false),
+        ] {
+            assert_eq!(is_own(Path::new(path)), own, "{path}");
+        }
     }
 
     #[test]
