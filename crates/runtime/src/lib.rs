@@ -21,6 +21,7 @@ mod container;
 mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+mod figures;
 mod guest;
 mod identity;
 mod link;
@@ -47,6 +48,7 @@ mod usage;
 pub use api::*;
 pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;
+pub use figures::{NodeFigures, StartFigures};
 pub use node::NodeRuntime;
 pub use ports::{Images, Kernels};
 pub use recovery::RecoveryReport;

@@ -9,6 +9,7 @@ use std::{
 use async_trait::async_trait;
 use hypernetes_agent_api::{AgentClient, v1};
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_vmm::VmRecord;
 use tokio::{
     sync::{broadcast, oneshot},
     time::timeout,
@@ -24,6 +25,7 @@ use crate::{
     config::RuntimeConfig,
     container,
     error::RuntimeError,
+    figures::{self, NodeFigures},
     identity,
     logs::format::now_nanos,
     process::exec_process,
@@ -203,6 +205,20 @@ impl NodeRuntime {
             Err(_late) => return Err(crate::guest::silent(&handle.id, action, patience)),
         };
         client.ok_or_else(refused)
+    }
+
+    async fn read_stats(&self, id: &SandboxId, detail: bool) -> Result<SandboxStats, RuntimeError> {
+        let action = "read statistics";
+        let handle = self.handle(id)?;
+        let client = self.client(&handle, action).await?;
+        let unix_nanos = now_nanos();
+        let answer = client
+            .stats(v1::StatsRequest { detail }, self.deadline())
+            .await
+            .map_err(|error| crate::guest::error(&handle.id, action, &error))?;
+        let snapshot = handle.snapshot.borrow();
+        let known = |id: &ContainerId| snapshot.containers.contains_key(id);
+        Ok(stats::of_guest(answer, unix_nanos, known))
     }
 
     /// Waits until a container has ended, or its sandbox with it.
@@ -428,17 +444,11 @@ impl PodRuntime for NodeRuntime {
     }
 
     async fn stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
-        let action = "read statistics";
-        let handle = self.handle(id)?;
-        let client = self.client(&handle, action).await?;
-        let unix_nanos = now_nanos();
-        let answer = client
-            .stats(v1::StatsRequest {}, self.deadline())
-            .await
-            .map_err(|error| crate::guest::error(&handle.id, action, &error))?;
-        let snapshot = handle.snapshot.borrow();
-        let known = |id: &ContainerId| snapshot.containers.contains_key(id);
-        Ok(stats::of_guest(answer, unix_nanos, known))
+        self.read_stats(id, false).await
+    }
+
+    async fn detailed_stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
+        self.read_stats(id, true).await
     }
 
     fn events(&self) -> broadcast::Receiver<RuntimeEvent> {
@@ -561,6 +571,20 @@ impl PodRuntime for NodeRuntime {
         let images = &self.shared.config.images;
         let id = images.get(reference).await?.id;
         Ok(images.remove(&id, &self.images_in_use()).await?)
+    }
+
+    async fn figures(&self) -> NodeFigures {
+        let vm = |handle: &Handle| handle.snapshot.borrow().record.vm.clone();
+        let vms: Vec<_> = self.handles().iter().filter_map(vm).collect();
+        let memory = |vm: VmRecord| Some((vm.sandbox.clone(), figures::host_memory(&vm)?));
+        let measure = move || vms.into_iter().filter_map(memory).collect();
+        NodeFigures {
+            starts: self.shared.starts.figures(),
+            // Only a panic keeps it away.
+            host_memory: tokio::task::spawn_blocking(measure)
+                .await
+                .unwrap_or_default(),
+        }
     }
 
     async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError> {

@@ -1,6 +1,7 @@
 //! A server on a runtime in memory, and its clients.
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -28,6 +29,7 @@ pub(crate) struct Bed {
     pub(crate) networks: Arc<FakeDriver>,
     pub(crate) client: RuntimeServiceClient<Channel>,
     pub(crate) images: ImageServiceClient<Channel>,
+    pub(crate) metrics: SocketAddr,
     pub(crate) stop: CancellationToken,
     pub(crate) server: Option<JoinHandle<()>>,
     _guard: DropGuard,
@@ -62,16 +64,19 @@ async fn serve(
     runtime: &FakeRuntime,
     networks: &Arc<FakeDriver>,
     stop: CancellationToken,
-) -> JoinHandle<()> {
+) -> (JoinHandle<()>, SocketAddr) {
     let mut config = CriConfig::new(directory.join("state"));
     config.kubelet_dir = directory.join("kubelet");
+    config.metrics_address = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
     let driver: Arc<dyn NetworkDriver> = networks.clone();
     let network = NodeNetwork::new(driver, network());
     let server = CriServer::new(config, Arc::new(runtime.clone()), network)
         .await
         .unwrap();
     let listener = CriServer::bind(&directory.join("run/cri.sock")).unwrap();
-    tokio::spawn(async move { server.serve(listener, stop).await.unwrap() })
+    let metrics = server.metrics_address().unwrap();
+    let served = tokio::spawn(async move { server.serve(listener, stop).await.unwrap() });
+    (served, metrics)
 }
 
 impl Bed {
@@ -81,7 +86,7 @@ impl Bed {
         runtime.add_image("web", hypernetes_image::ImageConfig::default());
         let networks = Arc::new(FakeDriver::new());
         let stop = CancellationToken::new();
-        let server = serve(temp.path(), &runtime, &networks, stop.clone()).await;
+        let (server, metrics) = serve(temp.path(), &runtime, &networks, stop.clone()).await;
         let channel = connect(temp.path().join("run/cri.sock")).await;
         Self {
             temp,
@@ -89,6 +94,7 @@ impl Bed {
             networks,
             client: RuntimeServiceClient::new(channel.clone()),
             images: ImageServiceClient::new(channel),
+            metrics,
             _guard: stop.clone().drop_guard(),
             stop,
             server: Some(server),
@@ -103,8 +109,8 @@ impl Bed {
         self.stop = CancellationToken::new();
         self._guard = self.stop.clone().drop_guard();
         let stop = self.stop.clone();
-        let server = serve(self.temp.path(), &self.runtime, &self.networks, stop).await;
-        self.server = Some(server);
+        let (server, metrics) = serve(self.temp.path(), &self.runtime, &self.networks, stop).await;
+        (self.server, self.metrics) = (Some(server), metrics);
         let channel = connect(self.temp.path().join("run/cri.sock")).await;
         self.client = RuntimeServiceClient::new(channel.clone());
         self.images = ImageServiceClient::new(channel);

@@ -11,6 +11,7 @@ mod confinement;
 mod containers;
 mod events;
 mod images;
+mod metrics;
 mod sandboxes;
 mod streams;
 mod updates;
