@@ -211,9 +211,8 @@ impl CriServer {
         // A transport that fails takes the streams with it.
         let _ended = stop.clone().drop_guard();
         let metrics = async {
-            match self.metrics {
-                Some(listener) => exporter.serve(listener, stop.clone()).await,
-                None => {}
+            if let Some(listener) = self.metrics {
+                exporter.serve(listener, stop.clone()).await;
             }
         };
         let (served, (), (), (), ()) = tokio::join!(
