@@ -224,6 +224,19 @@ impl Cgroup {
         Ok(())
     }
 
+    /// A file of it; empty if there is none.
+    pub(crate) fn read(&self, file: &str) -> String {
+        fs::read_to_string(self.path.join(file)).unwrap_or_default()
+    }
+
+    /// The files that it has, by name.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .collect()
+    }
+
     fn write(&self, file: &str, value: &str) -> io::Result<()> {
         fs::write(self.path.join(file), value)
     }
@@ -251,7 +264,7 @@ fn collect(directory: &Path, depth: u32, visit: &mut impl FnMut(&Path)) {
     }
 }
 
-fn field(text: &str, key: &str) -> Option<u64> {
+pub(crate) fn field(text: &str, key: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         line.strip_prefix(key)?
             .strip_prefix(' ')?

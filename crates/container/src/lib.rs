@@ -34,6 +34,7 @@ mod seccomp;
 mod spawn;
 mod spec;
 pub mod sys;
+pub mod usage;
 pub mod user;
 mod users;
 

@@ -5,11 +5,11 @@ use std::{collections::BTreeMap, time::Duration};
 use tonic::{Request, Response, Status, codegen::BoxStream};
 
 use crate::{
-    HOST_HANDLER, RUNTIME_NAME, container, events, exec_sync, filter,
+    HOST_HANDLER, RUNTIME_NAME, container, events, exec_sync, filter, metrics,
     pages::pages,
     sandbox,
     service::{Service, now_nanos},
-    stats,
+    stats::{self, Look},
     status::CriError,
     v1::{self, runtime_service_server::RuntimeService},
 };
@@ -317,7 +317,7 @@ impl RuntimeService for Service {
         let filter = request.into_inner().filter.unwrap_or_default();
         let mut wanted = self.runtime.list_containers(None).await;
         wanted.retain(|status| filter::stats_match(status, &filter));
-        let node = stats::of_node(&self.runtime).await;
+        let node = stats::of_node(&self.runtime, Look::Quick).await;
         let of = |(_, all)| stats::of_containers(&wanted, all);
         Ok(Response::new(v1::ListContainerStatsResponse {
             stats: node
@@ -348,7 +348,7 @@ impl RuntimeService for Service {
         let filter = request.into_inner().filter.unwrap_or_default();
         let containers = self.runtime.list_containers(None).await;
         let mut found = Vec::new();
-        for (status, all) in stats::of_node(&self.runtime).await {
+        for (status, all) in stats::of_node(&self.runtime, Look::Quick).await {
             let wanted = status.id.as_str().starts_with(&filter.id)
                 && filter::labels_match(&status.config.labels, &filter.label_selector);
             if wanted {
@@ -416,6 +416,44 @@ impl RuntimeService for Service {
             .stats;
         pages(items, |pod_sandbox_stats| {
             v1::StreamPodSandboxStatsResponse { pod_sandbox_stats }
+        })
+    }
+
+    async fn list_metric_descriptors(
+        &self,
+        _: Request<v1::ListMetricDescriptorsRequest>,
+    ) -> Answer<v1::ListMetricDescriptorsResponse> {
+        Ok(Response::new(v1::ListMetricDescriptorsResponse {
+            descriptors: metrics::descriptors(),
+        }))
+    }
+
+    async fn list_pod_sandbox_metrics(
+        &self,
+        _: Request<v1::ListPodSandboxMetricsRequest>,
+    ) -> Answer<v1::ListPodSandboxMetricsResponse> {
+        let containers = self.runtime.list_containers(None).await;
+        let node = stats::of_node(&self.runtime, Look::Detailed).await;
+        let of = |(status, stats)| metrics::of_sandbox(status, &containers, stats);
+        Ok(Response::new(v1::ListPodSandboxMetricsResponse {
+            pod_metrics: node
+                .iter()
+                .map(|(status, stats)| (status, stats))
+                .map(of)
+                .collect(),
+        }))
+    }
+
+    async fn stream_pod_sandbox_metrics(
+        &self,
+        _: Request<v1::StreamPodSandboxMetricsRequest>,
+    ) -> Answer<BoxStream<v1::StreamPodSandboxMetricsResponse>> {
+        let request = Request::new(v1::ListPodSandboxMetricsRequest {});
+        let items = self.list_pod_sandbox_metrics(request).await?;
+        pages(items.into_inner().pod_metrics, |pod_sandbox_metrics| {
+            v1::StreamPodSandboxMetricsResponse {
+                pod_sandbox_metrics,
+            }
         })
     }
 

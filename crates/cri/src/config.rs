@@ -11,6 +11,9 @@ use crate::{host::HostHandler, resources, v1};
 pub struct CriConfig {
     /// Where URLs of exec, attach and port-forward lead to; port 0 takes a free one.
     pub stream_address: SocketAddr,
+    /// Where Prometheus finds the node's metrics, names of pods among them; `None` = nowhere. Port 0
+    /// takes a free one.
+    pub metrics_address: Option<SocketAddr>,
     /// The kubelet's directory: what is below `pods/` there is carried into the guest.
     pub kubelet_dir: PathBuf,
     /// Other host directories and files that pods may have a read-only copy of.
@@ -89,6 +92,7 @@ impl CriConfig {
     pub fn new(state_dir: PathBuf) -> Self {
         Self {
             stream_address: SocketAddr::from(([127, 0, 0, 1], 0)),
+            metrics_address: None,
             kubelet_dir: PathBuf::from("/var/lib/kubelet"),
             copied_paths: Vec::new(),
             shared_paths: Vec::new(),

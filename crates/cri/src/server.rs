@@ -22,6 +22,7 @@ use crate::{
     config::CriConfig,
     deadline::DeadlineLayer,
     events::SUBSCRIBERS,
+    exporter::{Calls, Counted, Exporter},
     follow::Follower,
     network::NodeNetwork,
     service::{Inner, Service},
@@ -39,6 +40,15 @@ pub enum ServeError {
     /// The address for streams cannot be had.
     #[error("cannot listen on {address}")]
     Streams {
+        /// Of the configuration.
+        address: std::net::SocketAddr,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The address for metrics cannot be had.
+    #[error("cannot listen on {address} for metrics")]
+    Metrics {
         /// Of the configuration.
         address: std::net::SocketAddr,
         /// Cause.
@@ -70,6 +80,7 @@ pub struct CriServer {
     service: Service,
     streams: Arc<Streams>,
     listener: TcpListener,
+    metrics: Option<TcpListener>,
     tasks: TaskTracker,
 }
 
@@ -89,6 +100,15 @@ impl CriServer {
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         config.stream_address = listener.local_addr().map_err(failed)?;
         network.try_out().await?;
+        let metrics = match config.metrics_address {
+            Some(address) => {
+                let failed = |source| ServeError::Metrics { address, source };
+                let listener = TcpListener::bind(address).await.map_err(failed)?;
+                config.metrics_address = Some(listener.local_addr().map_err(failed)?);
+                Some(listener)
+            }
+            None => None,
+        };
         let streams = Streams::new(Arc::clone(&runtime), config.stream_address);
         let tasks = TaskTracker::new();
         let service = Service::new(Inner {
@@ -105,8 +125,14 @@ impl CriServer {
             service,
             streams,
             listener,
+            metrics,
             tasks,
         })
+    }
+
+    /// Where the metrics are to be had, with the port that was taken.
+    pub fn metrics_address(&self) -> Option<std::net::SocketAddr> {
+        self.service.config.metrics_address
     }
 
     /// Makes the socket, for root and the socket's group only. One that a dead server has left is
@@ -164,10 +190,18 @@ impl CriServer {
             carried: Arc::clone(&self.service.carried),
         };
         let closing = self.service.closing.clone();
+        let runtime_of = Arc::clone(&self.service.runtime);
         let images = ImageServiceServer::new(self.service)
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
             .max_encoding_message_size(MAX_MESSAGE_SIZE);
+        let counted = Calls::default();
+        let exporter = Exporter {
+            runtime: Arc::clone(&runtime_of),
+            calls: counted.clone(),
+        };
+        let layer = tower::layer::layer_fn(move |inner| Counted::new(inner, counted.clone()));
         let calls = Server::builder()
+            .layer(layer)
             .layer(DeadlineLayer)
             .add_service(runtime)
             .add_service(images)
@@ -177,7 +211,12 @@ impl CriServer {
             );
         // A transport that fails takes the streams with it.
         let _ended = stop.clone().drop_guard();
-        let (served, (), (), ()) = tokio::join!(
+        let metrics = async {
+            if let Some(listener) = self.metrics {
+                exporter.serve(listener, stop.clone()).await;
+            }
+        };
+        let (served, (), (), (), ()) = tokio::join!(
             async {
                 let served = calls.await;
                 stop.cancel();
@@ -185,6 +224,7 @@ impl CriServer {
             },
             self.streams.serve(self.listener, stop.clone()),
             follower.run(stop.clone()),
+            metrics,
             async {
                 stop.cancelled().await;
                 closing.cancel();

@@ -149,15 +149,33 @@ pub(crate) fn of_containers(
         .collect()
 }
 
+/// How closely guests look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Look {
+    /// At what their kernels have summed up.
+    Quick,
+    /// At every process and file.
+    Detailed,
+}
+
 /// The statistics of all sandboxes that are up. One whose guest does not answer is left out.
-pub(crate) async fn of_node(runtime: &Arc<dyn PodRuntime>) -> Vec<(SandboxStatus, SandboxStats)> {
+pub(crate) async fn of_node(
+    runtime: &Arc<dyn PodRuntime>,
+    look: Look,
+) -> Vec<(SandboxStatus, SandboxStats)> {
     let sandboxes = runtime.list_sandboxes().await;
     let ready = sandboxes
         .into_iter()
         .filter(|status| status.state == SandboxState::Ready);
     stream::iter(ready)
         .map(|status| async move {
-            match tokio::time::timeout(PATIENCE, runtime.stats(&status.id)).await {
+            let stats = async {
+                match look {
+                    Look::Quick => runtime.stats(&status.id).await,
+                    Look::Detailed => runtime.detailed_stats(&status.id).await,
+                }
+            };
+            match tokio::time::timeout(PATIENCE, stats).await {
                 Ok(Ok(stats)) => Some((status, stats)),
                 Ok(Err(error)) => {
                     tracing::debug!(sandbox = %status.id, error = %chain(&error), "no statistics");

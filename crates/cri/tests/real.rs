@@ -58,6 +58,7 @@ impl Node {
             .unwrap();
         let config = format!(
             "socket: {0}/cri.sock\nrunDir: {0}\nkubeletDir: {1}/kubelet\n\
+             metricsAddress: 127.0.0.1:0\n\
              network:\n  cidr: 10.89.0.0/24\nvm:\n  memoryMiB: 192\n  scratchMiB: 512\n{2}{3}",
             run_dir.path().display(),
             temp.path().display(),
@@ -1040,4 +1041,250 @@ async fn a_pod_is_given_images_directories_and_a_larger_vm() {
     assert!(node.picture().is_clean(), "{:?}", node.picture());
     drop(client);
     node.stop();
+}
+
+/// The user namespace of the confined pod.
+fn users() -> v1::UserNamespace {
+    let ids = vec![v1::IdMapping {
+        host_id: 200_000,
+        container_id: 0,
+        length: 65_536,
+    }];
+    v1::UserNamespace {
+        mode: v1::NamespaceMode::Pod.into(),
+        uids: ids.clone(),
+        gids: ids,
+    }
+}
+
+/// A container of the confined pod. With a target it sees the processes of that one.
+fn confined(kubelet: &Path, image: &str, name: &str, target: &str) -> v1::ContainerConfig {
+    let mut config = container(kubelet, image);
+    config.metadata.as_mut().unwrap().name = name.into();
+    config.log_path = format!("{name}/0.log");
+    // Memory of its own.
+    let held = "held=$(head -c 6000000 /dev/zero | tr '\\0' x); ";
+    config.command[2].insert_str(0, held);
+    let profile = kubelet.join("seccomp/deny.json");
+    config.linux = Some(v1::LinuxContainerConfig {
+        resources: Some(v1::LinuxContainerResources {
+            memory_limit_in_bytes: 128 << 20,
+            ..Default::default()
+        }),
+        security_context: Some(v1::LinuxContainerSecurityContext {
+            namespace_options: Some(v1::NamespaceOption {
+                pid: match target {
+                    "" => v1::NamespaceMode::Container.into(),
+                    _ => v1::NamespaceMode::Target.into(),
+                },
+                target_id: target.into(),
+                userns_options: Some(users()),
+                ..Default::default()
+            }),
+            seccomp: Some(v1::SecurityProfile {
+                profile_type: v1::security_profile::ProfileType::Localhost.into(),
+                localhost_ref: profile.to_str().unwrap().into(),
+            }),
+            ..Default::default()
+        }),
+    });
+    config
+}
+
+/// What the guest's kernel says of the container whose cgroup this shell is in, by metric.
+const GUEST: &str = "cd /sys/fs/cgroup; \
+    echo container_memory_usage_bytes $(cat memory.current); \
+    echo container_memory_max_usage_bytes $(cat memory.peak); \
+    while read key value; do case $key in \
+        anon) echo container_memory_rss $value;; file) echo container_memory_cache $value;; \
+        kernel) echo container_memory_kernel_usage $value;; esac; done < memory.stat; \
+    while read key value; do case $key in \
+        usage_usec) echo container_cpu_usage_seconds_total $((value / 1000000));; \
+        user_usec) echo container_cpu_user_seconds_total $((value / 1000000));; esac; done < cpu.stat; \
+    echo container_network_transmit_packets_total $(cat /sys/class/net/eth0/statistics/tx_packets); \
+    echo container_network_receive_bytes_total $(cat /sys/class/net/eth0/statistics/rx_bytes); \
+    set -- $(stat -f -c '%b %S %c' /); \
+    echo container_fs_limit_bytes $(($1 * $2)); echo container_fs_inodes_total $3";
+
+impl Client {
+    async fn guest(&mut self, id: &str) -> Vec<(String, u64)> {
+        let (text, code) = self.exec(id, GUEST).await;
+        assert_eq!(code, 0, "{text}");
+        let pair = |line: &str| {
+            let (name, value) = line.split_once(' ').unwrap();
+            (name.to_owned(), value.parse().unwrap())
+        };
+        text.lines().map(pair).collect()
+    }
+
+    /// Values of a pod's metrics and of one of its containers', the first of each family.
+    async fn metrics(&mut self, pod: &str, id: &str) -> std::collections::BTreeMap<String, u64> {
+        let request = v1::ListPodSandboxMetricsRequest {};
+        let all = self
+            .runtime
+            .list_pod_sandbox_metrics(request)
+            .await
+            .unwrap();
+        let all = all.into_inner().pod_metrics;
+        let one = all.iter().find(|one| one.pod_sandbox_id == pod).unwrap();
+        let own = |one: &&v1::ContainerMetrics| one.container_id == id;
+        let container = one.container_metrics.iter().find(own).unwrap();
+        let mut values = std::collections::BTreeMap::new();
+        for metric in one.metrics.iter().chain(&container.metrics) {
+            let value = metric.value.unwrap().value;
+            values.entry(metric.name.clone()).or_insert(value);
+        }
+        values
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_is_confined_and_measured() {
+    if !can_run_pods() {
+        return;
+    }
+    let registry = Registry::start();
+    let mut node = Node::start();
+    let kubelet = node.temp.path().join("kubelet");
+    let logs = node.temp.path().join("logs");
+    prepare(&kubelet);
+    fs::create_dir_all(kubelet.join("seccomp")).unwrap();
+    fs::write(
+        kubelet.join("seccomp/deny.json"),
+        r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+            {"names": ["chmod", "fchmodat", "fchmodat2"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}"#,
+    )
+    .unwrap();
+    let mut client = Client::of(&node).await;
+    let events = v1::GetEventsRequest {};
+    let events = client.runtime.get_container_events(events).await.unwrap();
+    let mut events = events.into_inner();
+    let request = v1::PullImageRequest {
+        image: Some(v1::ImageSpec {
+            image: registry.image("busybox:1"),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let image = client.images.pull_image(request).await.unwrap();
+    let image = image.into_inner().image_ref;
+
+    let mut config = sandbox(&logs);
+    let linux = config.linux.as_mut().unwrap();
+    let options = &mut linux.security_context.as_mut().unwrap().namespace_options;
+    options.as_mut().unwrap().userns_options = Some(users());
+    let request = v1::RunPodSandboxRequest {
+        config: Some(config.clone()),
+        runtime_handler: String::new(),
+    };
+    let pod = client.runtime.run_pod_sandbox(request).await.unwrap();
+    let pod = pod.into_inner().pod_sandbox_id;
+    let mut start = async |container: v1::ContainerConfig| {
+        let request = v1::CreateContainerRequest {
+            pod_sandbox_id: pod.clone(),
+            config: Some(container),
+            sandbox_config: Some(config.clone()),
+        };
+        let id = client.runtime.create_container(request).await.unwrap();
+        let container_id = id.into_inner().container_id;
+        let request = v1::StartContainerRequest {
+            container_id: container_id.clone(),
+        };
+        client.runtime.start_container(request).await.unwrap();
+        container_id
+    };
+    let main = start(confined(&kubelet, &image, "main", "")).await;
+    let debug = start(confined(&kubelet, &image, "debug", &main)).await;
+
+    let (text, _) = client
+        .exec(
+            &main,
+            "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox /settings/greeting; \
+             touch /work/f && stat -c %u /work/f; chmod 600 /work/f",
+        )
+        .await;
+    assert!(text.starts_with(" 0 200000 65536\n0\n0\n0\n"), "{text}");
+    assert!(text.contains("Permission denied"), "{text}");
+    let (text, _) = client.exec(&debug, "tr '\\0' ' ' < /proc/1/cmdline").await;
+    assert!(text.contains("echo line"), "{text}");
+
+    eventually("both hold their memory", PATIENCE, || {
+        let written = |name: &str| !words(&logs.join(name).join("0.log")).is_empty();
+        let both = written("main") && written("debug");
+        both.then_some(()).ok_or("not yet".to_owned())
+    });
+    // What is told is what the guest says, before or after.
+    let (text, code) = client
+        .exec(
+            &main,
+            "head -c 20000000 /dev/urandom > /dev/shm/a && head -c 8000000 /dev/urandom > /data && sync",
+        )
+        .await;
+    assert_eq!(code, 0, "{text}");
+    let before = client.guest(&main).await;
+    let told = client.metrics(&pod, &main).await;
+    let after = client.guest(&main).await;
+    for ((name, before), (_, after)) in before.iter().zip(&after) {
+        // What the shell that asks takes itself, while it asks.
+        let own = match name.starts_with("container_memory_") {
+            true => 512 * 1024,
+            false => 1,
+        };
+        let (least, most) = (before.min(after) * 9 / 10, before.max(after) * 11 / 10 + 1);
+        let least = least.saturating_sub(own);
+        let told = told[name];
+        assert!(
+            (least..=most).contains(&told),
+            "{name}: {told} is not in {least}..={most}"
+        );
+    }
+    let written = told["container_fs_usage_bytes"];
+    assert!((7_900_000..9_000_000).contains(&written), "{written}");
+    assert!(told["container_memory_usage_bytes"] > 20_000_000);
+    assert_eq!(told["container_processes"], 2);
+    assert_eq!(told["container_spec_memory_limit_bytes"], 128 << 20);
+
+    // Everything was told in order: of the sandbox, and of both containers.
+    use v1::ContainerEventType::{ContainerCreatedEvent, ContainerStartedEvent};
+    for id in [&pod, &main, &debug] {
+        for kind in [ContainerCreatedEvent, ContainerStartedEvent] {
+            let event = tokio::time::timeout(PATIENCE, events.message()).await;
+            let event = event.unwrap().unwrap().unwrap();
+            assert_eq!(
+                (&event.container_id, event.container_event_type()),
+                (id, kind)
+            );
+        }
+    }
+
+    // The node's own metrics are where its log says.
+    let log = fs::read_to_string(node.temp.path().join("node.log")).unwrap();
+    let address = log.lines().find(|line| line.contains("metrics are served"));
+    let address = address.unwrap().rsplit("127.0.0.1:").next().unwrap();
+    let port: String = address.chars().take_while(char::is_ascii_digit).collect();
+    let mut stream = std::net::TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
+    std::io::Write::write_all(&mut stream, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    let text = std::io::read_to_string(stream).unwrap();
+    for line in [
+        "hypernetes_node_sandboxes{state=\"ready\"} 1",
+        "hypernetes_node_containers{state=\"running\"} 2",
+        "hypernetes_node_calls_total{method=\"StartContainer\",code=\"Ok\"} 2",
+    ] {
+        assert!(text.contains(line), "{line}\n{text}");
+    }
+    let memory = text.lines().find_map(|line| {
+        line.strip_prefix(
+            "hypernetes_node_sandbox_host_memory_bytes{namespace=\"default\",pod=\"pod\"",
+        )
+    });
+    let memory: u64 = memory.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(memory > 28_000_000, "{memory}");
+
+    let request = v1::RemovePodSandboxRequest {
+        pod_sandbox_id: pod,
+    };
+    client.runtime.remove_pod_sandbox(request).await.unwrap();
+    drop((client, events));
+    node.stop();
+    assert!(node.picture().is_clean(), "{:?}", node.picture());
 }

@@ -204,6 +204,7 @@ impl Hierarchies {
             page_faults: 0,
             major_page_faults: 0,
             pids: 0,
+            detail: None,
         };
         let read = |directory: &Path, file: &str| {
             fs::read_to_string(directory.join(file)).unwrap_or_default()

@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use hypernetes_image::{Credentials, Image, ImageError};
 use hypernetes_runtime::{
     Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
-    HostDevice, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxStats,
-    SandboxStatus, SandboxUpdate, Session, VolumeConfig,
+    HostDevice, NodeFigures, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig,
+    SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
 };
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
 use hypernetes_vmm::HostShare;
@@ -183,6 +183,15 @@ impl PodRuntime for JointRuntime {
 
     async fn stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
         self.of_sandbox(id).stats(id).await
+    }
+
+    async fn detailed_stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
+        self.of_sandbox(id).detailed_stats(id).await
+    }
+
+    /// Of the VMs: host pods start none.
+    async fn figures(&self) -> NodeFigures {
+        self.vms.figures().await
     }
 
     async fn console(&self, id: &SandboxId) -> Result<String, RuntimeError> {

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use hypernetes_image::{Credentials, Image};
 use hypernetes_runtime::{
     Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
-    FilesystemUsage, HostDevice, PodRuntime, PullProgress, RuntimeError, RuntimeEvent,
+    FilesystemUsage, HostDevice, NodeFigures, PodRuntime, PullProgress, RuntimeError, RuntimeEvent,
     SandboxConfig, SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
 };
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
@@ -458,6 +458,15 @@ impl PodRuntime for HostRuntime {
             .filter(|record| record.phase != ContainerPhase::Creating)
             .map(|record| record.status())
             .collect()
+    }
+
+    /// Without details: what is on the host is measured by the kubelet itself.
+    async fn detailed_stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
+        self.stats(id).await
+    }
+
+    async fn figures(&self) -> NodeFigures {
+        NodeFigures::default()
     }
 
     async fn stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {

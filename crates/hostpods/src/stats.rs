@@ -69,19 +69,20 @@ fn interfaces(table: &str) -> Vec<hypernetes_runtime::InterfaceStats> {
             .split_whitespace()
             .filter_map(|number| number.parse().ok())
             .collect();
-        // Received: bytes packets errs drop fifo frame compressed multicast; sent: bytes packets errs.
+        // Received: bytes packets errs drop fifo frame compressed multicast; sent: bytes packets errs drop.
         let [
             rx_bytes,
-            _,
+            rx_packets,
             rx_errors,
-            _,
+            rx_dropped,
             _,
             _,
             _,
             _,
             tx_bytes,
-            _,
+            tx_packets,
             tx_errors,
+            tx_dropped,
             ..,
         ] = numbers[..]
         else {
@@ -93,6 +94,10 @@ fn interfaces(table: &str) -> Vec<hypernetes_runtime::InterfaceStats> {
             rx_errors,
             tx_bytes,
             tx_errors,
+            rx_packets,
+            rx_dropped,
+            tx_packets,
+            tx_dropped,
         })
     };
     let all = table.lines().filter_map(parse);

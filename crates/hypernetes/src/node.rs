@@ -34,6 +34,9 @@ pub(crate) async fn run(paths: &Paths, options: cli::Node) -> Result<()> {
     let network = NodeNetwork::new(parts.networks.clone(), usual, tenants);
     let cri = config.cri(paths.state().to_owned(), &parts.instance);
     let server = CriServer::new(cri, parts.runtime.clone(), network).await?;
+    if let Some(address) = server.metrics_address() {
+        info!(%address, "metrics are served");
+    }
     let socket = CriServer::bind(&config.socket)?;
 
     let stop = CancellationToken::new();

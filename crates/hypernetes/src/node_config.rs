@@ -29,6 +29,7 @@ const NETWORK: &str = "default";
 pub(crate) struct NodeConfig {
     pub(crate) socket: PathBuf,
     stream_address: SocketAddr,
+    metrics_address: Option<SocketAddr>,
     kubelet_dir: PathBuf,
     host_paths: HostPaths,
     network: Network,
@@ -202,6 +203,7 @@ impl Default for NodeConfig {
         Self {
             socket: "/run/hypernetes/cri.sock".into(),
             stream_address: cri.stream_address,
+            metrics_address: cri.metrics_address,
             kubelet_dir: cri.kubelet_dir,
             host_paths: HostPaths::default(),
             network: Network::default(),
@@ -393,6 +395,7 @@ impl NodeConfig {
         let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
         CriConfig {
             stream_address: self.stream_address,
+            metrics_address: self.metrics_address,
             kubelet_dir: self.kubelet_dir.clone(),
             copied_paths: self.host_paths.copied.clone(),
             shared_paths: self

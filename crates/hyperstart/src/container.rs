@@ -42,6 +42,7 @@ use crate::{
     reaper::Ended,
     request::{self, Places},
     sandbox,
+    stats::Layer,
     streams::{self, Input},
 };
 
@@ -82,6 +83,7 @@ pub(crate) struct Container {
     pub(crate) input: Input,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     state: Mutex<State>,
+    layer: Mutex<Layer>,
     gate: watch::Sender<Gate>,
     ended: watch::Sender<bool>,
 }
@@ -251,6 +253,7 @@ async fn launch(
             control: Some(control),
             pumps,
         }),
+        layer: Mutex::default(),
         gate: watch::channel(Gate::Closed).0,
         ended,
     });
@@ -273,6 +276,19 @@ impl Container {
 
     pub(crate) fn cgroup(&self) -> &Cgroup {
         &self.cgroup
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// What its programs have written.
+    pub(crate) fn upper(&self) -> PathBuf {
+        self.places.writable.join("upper")
+    }
+
+    pub(crate) fn layer(&self) -> MutexGuard<'_, Layer> {
+        self.layer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn is_privileged(&self) -> bool {

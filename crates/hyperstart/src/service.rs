@@ -250,8 +250,9 @@ impl Agent for Pod {
         Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
     }
 
-    async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsResponse> {
-        Ok(Response::new(stats::collect(self)))
+    async fn stats(&self, request: Request<v1::StatsRequest>) -> Answer<v1::StatsResponse> {
+        let detail = request.into_inner().detail;
+        Ok(Response::new(stats::collect(self, detail).await))
     }
 
     async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownResponse> {

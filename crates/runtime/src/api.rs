@@ -12,6 +12,7 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 
 use crate::{
     error::RuntimeError,
+    figures::NodeFigures,
     host::{HostContainer, HostLimits, HostPod},
     seccomp::SeccompProfile,
 };
@@ -518,6 +519,14 @@ pub struct InterfaceStats {
     pub tx_bytes: u64,
     /// Failed transmissions.
     pub tx_errors: u64,
+    /// Packets in.
+    pub rx_packets: u64,
+    /// Packets in that were dropped.
+    pub rx_dropped: u64,
+    /// Packets out.
+    pub tx_packets: u64,
+    /// Packets out that were dropped.
+    pub tx_dropped: u64,
 }
 
 /// What one container uses.
@@ -539,6 +548,95 @@ pub struct ContainerStats {
     pub major_page_faults: u64,
     /// Processes.
     pub pids: u64,
+    /// More, if it was asked for and the guest knows it.
+    pub detail: Option<Box<ContainerDetail>>,
+}
+
+/// What one container uses, in detail. Counters are from its start on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ContainerDetail {
+    /// CPU time in programs, in nanoseconds.
+    pub cpu_user_nanos: u64,
+    /// CPU time in the guest's kernel, in nanoseconds.
+    pub cpu_system_nanos: u64,
+    /// Periods of the CPU limit.
+    pub cfs_periods: u64,
+    /// Periods in which it was held up by the limit.
+    pub cfs_throttled_periods: u64,
+    /// Nanoseconds for which it was held up by the limit.
+    pub cfs_throttled_nanos: u64,
+    /// Bytes of files in memory.
+    pub memory_cache: u64,
+    /// Bytes of files that are mapped.
+    pub memory_mapped_file: u64,
+    /// Bytes of the kernel's for it.
+    pub memory_kernel: u64,
+    /// Bytes swapped out.
+    pub memory_swap: u64,
+    /// Most bytes at a time.
+    pub memory_peak: u64,
+    /// Times that the memory limit was hit.
+    pub memory_failures: u64,
+    /// Processes killed for want of memory.
+    pub oom_kills: u64,
+    /// Processes.
+    pub processes: u64,
+    /// Most threads; 0 = no limit.
+    pub threads_max: u64,
+    /// Open descriptors, up to a limit.
+    pub file_descriptors: u64,
+    /// Of those, sockets.
+    pub sockets: u64,
+    /// Soft limit of open files of the first process.
+    pub open_files_soft: u64,
+    /// Page size, bytes in use, most bytes at a time (0 = not known).
+    pub huge_pages: Vec<(String, u64, u64)>,
+    /// By device of the guest.
+    pub devices: Vec<DeviceStats>,
+    /// If the guest's kernel measures it.
+    pub pressure: Option<Pressure>,
+    /// Device of the guest that the writable layer is on.
+    pub fs_device: String,
+    /// Bytes of that file system.
+    pub fs_limit: u64,
+    /// Files that it can have.
+    pub fs_inodes: u64,
+    /// Files that it can have still.
+    pub fs_inodes_free: u64,
+    /// Bytes of the writable layer, a while ago.
+    pub fs_usage: u64,
+    /// Files of the writable layer, a while ago.
+    pub fs_inodes_used: u64,
+}
+
+/// What was read from and written to a device of the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceStats {
+    /// Its name, without a directory.
+    pub name: String,
+    /// Number of its driver.
+    pub major: u32,
+    /// Number of its own.
+    pub minor: u32,
+    /// Requests.
+    pub reads: u64,
+    /// Bytes.
+    pub read_bytes: u64,
+    /// Requests.
+    pub writes: u64,
+    /// Bytes.
+    pub write_bytes: u64,
+}
+
+/// Nanoseconds for which some, and all, tasks waited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pressure {
+    /// For a CPU.
+    pub cpu: (u64, u64),
+    /// For memory.
+    pub memory: (u64, u64),
+    /// For a disk.
+    pub io: (u64, u64),
 }
 
 /// A new size of a sandbox's VM, and the note that goes with it.
@@ -640,6 +738,8 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
             rule: format!("{id} is no VM and has no console"),
         })
     }
+    /// The same in detail, which has the guest look at every process and file of its containers.
+    async fn detailed_stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError>;
     /// Changes from now on.
     fn events(&self) -> broadcast::Receiver<RuntimeEvent>;
     /// Runs a process in a running container.
@@ -661,6 +761,8 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     async fn list_images(&self) -> Result<Vec<hypernetes_image::Image>, RuntimeError>;
     /// Takes an image with all of its names out of the store. An image of a container is refused.
     async fn remove_image(&self, reference: &str) -> Result<(), RuntimeError>;
+    /// Figures of the whole node, for whoever watches it.
+    async fn figures(&self) -> NodeFigures;
     /// What images and scratch disks take.
     async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError>;
 }

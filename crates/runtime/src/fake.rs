@@ -21,10 +21,11 @@ use hypernetes_vmm::HostShare;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::{
-    Connection, ContainerConfig, ContainerState, ContainerStats, ContainerStatus, ContainerUpdate,
-    ContainerUser, DiskUsage, ExecConfig, Failure, FilesystemUsage, HostDevice, InterfaceStats,
-    Output, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState,
-    SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
+    Connection, ContainerConfig, ContainerDetail, ContainerState, ContainerStats, ContainerStatus,
+    ContainerUpdate, ContainerUser, DeviceStats, DiskUsage, ExecConfig, Failure, FilesystemUsage,
+    HostDevice, InterfaceStats, NodeFigures, Output, PodRuntime, Pressure, PullProgress,
+    RuntimeError, RuntimeEvent, SandboxConfig, SandboxState, SandboxStats, SandboxStatus,
+    SandboxUpdate, Session, StartFigures, VolumeConfig,
     actor::not_found,
     logs::{
         fanout::Fanout,
@@ -709,6 +710,7 @@ impl PodRuntime for FakeRuntime {
             page_faults: 7,
             major_page_faults: 1,
             pids: 1,
+            detail: None,
         };
         Ok(SandboxStats {
             unix_nanos: now_nanos(),
@@ -722,6 +724,40 @@ impl PodRuntime for FakeRuntime {
             }],
             containers: running.map(stats).collect(),
         })
+    }
+
+    async fn detailed_stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
+        let mut stats = self.stats(id).await?;
+        for container in &mut stats.containers {
+            container.detail = Some(Box::new(ContainerDetail {
+                cpu_user_nanos: 600_000_000,
+                cpu_system_nanos: 400_000_000,
+                processes: 1,
+                threads_max: 100,
+                file_descriptors: 3,
+                sockets: 1,
+                open_files_soft: 1024,
+                huge_pages: vec![("2MB".into(), 0, 0)],
+                devices: vec![DeviceStats {
+                    name: "sdb".into(),
+                    major: 8,
+                    minor: 16,
+                    reads: 1,
+                    read_bytes: 4096,
+                    writes: 2,
+                    write_bytes: 8192,
+                }],
+                pressure: Some(Pressure::default()),
+                fs_device: "sda".into(),
+                fs_limit: 1 << 30,
+                fs_inodes: 1000,
+                fs_inodes_free: 900,
+                fs_usage: 12_288,
+                fs_inodes_used: 2,
+                ..ContainerDetail::default()
+            }));
+        }
+        Ok(stats)
     }
 
     fn events(&self) -> broadcast::Receiver<RuntimeEvent> {
@@ -881,6 +917,22 @@ impl PodRuntime for FakeRuntime {
         }
         state.images.retain(|_, other| other.id != image.id);
         Ok(())
+    }
+
+    async fn figures(&self) -> NodeFigures {
+        let state = self.lock();
+        let ready = state
+            .sandboxes
+            .iter()
+            .filter(|(_, sandbox)| sandbox.status.state == SandboxState::Ready);
+        let host_memory: BTreeMap<_, _> = ready.map(|(id, _)| (id.clone(), 64 << 20)).collect();
+        NodeFigures {
+            starts: StartFigures {
+                from_template: host_memory.len() as u64,
+                ..StartFigures::default()
+            },
+            host_memory,
+        }
     }
 
     async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError> {

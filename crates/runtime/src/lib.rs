@@ -21,6 +21,7 @@ mod container;
 mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+mod figures;
 mod guest;
 mod host;
 mod identity;
@@ -50,6 +51,7 @@ pub use hypernetes_vmm::{HostShare, VmExtras};
 
 pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;
+pub use figures::{NodeFigures, StartFigures};
 pub use host::*;
 pub use identity::{check_sandbox, network_request};
 pub use node::NodeRuntime;

@@ -10,7 +10,7 @@ use std::{
 use async_trait::async_trait;
 use hypernetes_agent_api::{AgentClient, v1};
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
-use hypernetes_vmm::{HostShare, VmExtras};
+use hypernetes_vmm::{HostShare, VmExtras, VmRecord};
 use tokio::{
     sync::{broadcast, oneshot},
     time::timeout,
@@ -26,6 +26,7 @@ use crate::{
     config::RuntimeConfig,
     container,
     error::RuntimeError,
+    figures::{self, NodeFigures},
     identity,
     logs::format::now_nanos,
     process::exec_process,
@@ -219,6 +220,20 @@ impl NodeRuntime {
             Err(_late) => return Err(crate::guest::silent(&handle.id, action, patience)),
         };
         client.ok_or_else(refused)
+    }
+
+    async fn read_stats(&self, id: &SandboxId, detail: bool) -> Result<SandboxStats, RuntimeError> {
+        let action = "read statistics";
+        let handle = self.handle(id)?;
+        let client = self.client(&handle, action).await?;
+        let unix_nanos = now_nanos();
+        let answer = client
+            .stats(v1::StatsRequest { detail }, self.deadline())
+            .await
+            .map_err(|error| crate::guest::error(&handle.id, action, &error))?;
+        let snapshot = handle.snapshot.borrow();
+        let known = |id: &ContainerId| snapshot.containers.contains_key(id);
+        Ok(stats::of_guest(answer, unix_nanos, known))
     }
 
     /// Waits until a container has ended, or its sandbox with it.
@@ -468,17 +483,11 @@ impl PodRuntime for NodeRuntime {
     }
 
     async fn stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
-        let action = "read statistics";
-        let handle = self.handle(id)?;
-        let client = self.client(&handle, action).await?;
-        let unix_nanos = now_nanos();
-        let answer = client
-            .stats(v1::StatsRequest {}, self.deadline())
-            .await
-            .map_err(|error| crate::guest::error(&handle.id, action, &error))?;
-        let snapshot = handle.snapshot.borrow();
-        let known = |id: &ContainerId| snapshot.containers.contains_key(id);
-        Ok(stats::of_guest(answer, unix_nanos, known))
+        self.read_stats(id, false).await
+    }
+
+    async fn detailed_stats(&self, id: &SandboxId) -> Result<SandboxStats, RuntimeError> {
+        self.read_stats(id, true).await
     }
 
     async fn console(&self, id: &SandboxId) -> Result<String, RuntimeError> {
@@ -620,6 +629,20 @@ impl PodRuntime for NodeRuntime {
         let images = &self.shared.config.images;
         let id = images.get(reference).await?.id;
         Ok(images.remove(&id, &self.images_in_use()).await?)
+    }
+
+    async fn figures(&self) -> NodeFigures {
+        let vm = |handle: &Handle| handle.snapshot.borrow().record.vm.clone();
+        let vms: Vec<_> = self.handles().iter().filter_map(vm).collect();
+        let memory = |vm: VmRecord| Some((vm.sandbox.clone(), figures::host_memory(&vm)?));
+        let measure = move || vms.into_iter().filter_map(memory).collect();
+        NodeFigures {
+            starts: self.shared.starts.figures(),
+            // Only a panic keeps it away.
+            host_memory: tokio::task::spawn_blocking(measure)
+                .await
+                .unwrap_or_default(),
+        }
     }
 
     async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError> {

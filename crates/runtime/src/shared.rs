@@ -15,6 +15,7 @@ use crate::{
     config::RuntimeConfig,
     container,
     error::RuntimeError,
+    figures::Starts,
     link::LinkState,
     records::{ContainerRecord, Records, SandboxRecord},
     sandbox,
@@ -33,6 +34,7 @@ pub(crate) struct Shared {
     pub(crate) records: Records,
     pub(crate) scratch: ScratchDisks,
     pub(crate) templates: Templates,
+    pub(crate) starts: Starts,
     pub(crate) events: broadcast::Sender<RuntimeEvent>,
     /// Cancelled when the runtime is dropped.
     pub(crate) closing: CancellationToken,
@@ -53,6 +55,7 @@ impl Shared {
             records: Records::new(config.store.clone()),
             scratch: ScratchDisks::new(&config.state_dir, config.defaults.mkfs.clone()),
             templates: Templates::new(config.templates),
+            starts: Starts::default(),
             events: broadcast::channel(EVENTS).0,
             closing: CancellationToken::new(),
             sessions: TaskTracker::new(),

@@ -4,12 +4,16 @@ use hypernetes_agent_api::v1;
 use hypernetes_types::ContainerId;
 
 use crate::{
-    api::{ContainerStats, InterfaceStats, SandboxStats},
+    api::{ContainerDetail, ContainerStats, DeviceStats, InterfaceStats, Pressure, SandboxStats},
     guest::clean,
 };
 
 /// Interfaces that are taken from a guest.
 const MAX_INTERFACES: usize = 16;
+/// Devices of a container that are taken from a guest.
+const MAX_DEVICES: usize = 64;
+/// Sizes of huge pages that are taken from a guest.
+const MAX_PAGE_SIZES: usize = 8;
 
 /// A guest's answer, about containers that are known here only.
 pub(crate) fn of_guest(
@@ -34,6 +38,7 @@ pub(crate) fn of_guest(
             page_faults: stats.page_faults,
             major_page_faults: stats.major_page_faults,
             pids: stats.pids,
+            detail: stats.detail.map(|detail| Box::new(self::detail(detail))),
         });
     }
     let interface = |stats: v1::InterfaceStats| InterfaceStats {
@@ -42,6 +47,10 @@ pub(crate) fn of_guest(
         rx_errors: stats.rx_errors,
         tx_bytes: stats.tx_bytes,
         tx_errors: stats.tx_errors,
+        rx_packets: stats.rx_packets,
+        rx_dropped: stats.rx_dropped,
+        tx_packets: stats.tx_packets,
+        tx_dropped: stats.tx_dropped,
     };
     SandboxStats {
         unix_nanos,
@@ -57,6 +66,62 @@ pub(crate) fn of_guest(
     }
 }
 
+fn detail(detail: v1::ContainerDetail) -> ContainerDetail {
+    let pages = |pages: v1::HugePages| (clean(&pages.page_size), pages.usage, pages.peak);
+    let device = |device: v1::DeviceStats| DeviceStats {
+        name: clean(&device.name),
+        major: device.major,
+        minor: device.minor,
+        reads: device.reads,
+        read_bytes: device.read_bytes,
+        writes: device.writes,
+        write_bytes: device.write_bytes,
+    };
+    let pressure = |pressure: v1::Pressure| Pressure {
+        cpu: (pressure.cpu_some, pressure.cpu_full),
+        memory: (pressure.memory_some, pressure.memory_full),
+        io: (pressure.io_some, pressure.io_full),
+    };
+    ContainerDetail {
+        cpu_user_nanos: detail.cpu_user_nanos,
+        cpu_system_nanos: detail.cpu_system_nanos,
+        cfs_periods: detail.cfs_periods,
+        cfs_throttled_periods: detail.cfs_throttled_periods,
+        cfs_throttled_nanos: detail.cfs_throttled_nanos,
+        memory_cache: detail.memory_cache,
+        memory_mapped_file: detail.memory_mapped_file,
+        memory_kernel: detail.memory_kernel,
+        memory_swap: detail.memory_swap,
+        memory_peak: detail.memory_peak,
+        memory_failures: detail.memory_failures,
+        oom_kills: detail.oom_kills,
+        processes: detail.processes,
+        threads_max: detail.threads_max,
+        file_descriptors: detail.file_descriptors,
+        sockets: detail.sockets,
+        open_files_soft: detail.open_files_soft,
+        huge_pages: detail
+            .huge_pages
+            .into_iter()
+            .take(MAX_PAGE_SIZES)
+            .map(pages)
+            .collect(),
+        devices: detail
+            .devices
+            .into_iter()
+            .take(MAX_DEVICES)
+            .map(device)
+            .collect(),
+        pressure: detail.pressure.map(pressure),
+        fs_device: clean(&detail.fs_device),
+        fs_limit: detail.fs_limit,
+        fs_inodes: detail.fs_inodes,
+        fs_inodes_free: detail.fs_inodes_free.min(detail.fs_inodes),
+        fs_usage: detail.fs_usage,
+        fs_inodes_used: detail.fs_inodes_used,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,6 +132,12 @@ mod tests {
         let of = |id: &str, pids| v1::ContainerStats {
             id: id.to_owned(),
             pids,
+            detail: Some(v1::ContainerDetail {
+                devices: vec![v1::DeviceStats::default(); 1000],
+                huge_pages: vec![v1::HugePages::default(); 1000],
+                fs_inodes_free: 9,
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let answer = v1::StatsResponse {
@@ -89,5 +160,9 @@ mod tests {
         assert_eq!(found, [(&ours, 1)]);
         assert_eq!(stats.memory_available, 10);
         assert_eq!(stats.interfaces.len(), MAX_INTERFACES);
+        let detail = stats.containers[0].detail.as_ref().unwrap();
+        assert_eq!(detail.devices.len(), MAX_DEVICES);
+        assert_eq!(detail.huge_pages.len(), MAX_PAGE_SIZES);
+        assert_eq!(detail.fs_inodes_free, 0);
     }
 }

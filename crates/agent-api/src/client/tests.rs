@@ -111,7 +111,7 @@ async fn lies_and_oversized_answers_are_refused() {
 
     agent.set_behaviour(Method::Stats, Behaviour::Stall);
     let error = client
-        .stats(v1::StatsRequest {}, Duration::from_millis(50))
+        .stats(v1::StatsRequest::default(), Duration::from_millis(50))
         .await
         .unwrap_err();
     assert!(matches!(error, AgentError::Deadline { call: "Stats", .. }));
@@ -148,7 +148,10 @@ async fn one_stalled_stream_does_not_stop_the_others() {
     assert!(stalled.message().await.unwrap().is_some());
     // Nobody reads on: the window of that stream fills up, the connection's does not.
     for _ in 0..20 {
-        client.stats(v1::StatsRequest {}, SOON).await.unwrap();
+        client
+            .stats(v1::StatsRequest::default(), SOON)
+            .await
+            .unwrap();
     }
     assert!(stalled.message().await.unwrap().is_some());
 }

@@ -1,6 +1,7 @@
 //! A server on a runtime in memory, and its clients.
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -29,6 +30,7 @@ pub(crate) struct Bed {
     pub(crate) networks: Arc<FakeDriver>,
     pub(crate) client: RuntimeServiceClient<Channel>,
     pub(crate) images: ImageServiceClient<Channel>,
+    pub(crate) metrics: SocketAddr,
     pub(crate) stop: CancellationToken,
     pub(crate) server: Option<JoinHandle<()>>,
     _guard: DropGuard,
@@ -67,9 +69,10 @@ async fn serve(
     runtime: &FakeRuntime,
     networks: &Arc<FakeDriver>,
     stop: CancellationToken,
-) -> JoinHandle<()> {
+) -> (JoinHandle<()>, SocketAddr) {
     let mut config = CriConfig::new(directory.join("state"));
     config.kubelet_dir = directory.join("kubelet");
+    config.metrics_address = Some(SocketAddr::from(([127, 0, 0, 1], 0)));
     adjust(&mut config);
     let driver: Arc<dyn NetworkDriver> = networks.clone();
     let network = NodeNetwork::new(driver, PodNetwork::Own(network()), Vec::new());
@@ -77,7 +80,9 @@ async fn serve(
         .await
         .unwrap();
     let listener = CriServer::bind(&directory.join("run/cri.sock")).unwrap();
-    tokio::spawn(async move { server.serve(listener, stop).await.unwrap() })
+    let metrics = server.metrics_address().unwrap();
+    let served = tokio::spawn(async move { server.serve(listener, stop).await.unwrap() });
+    (served, metrics)
 }
 
 impl Bed {
@@ -92,7 +97,7 @@ impl Bed {
         runtime.add_image("web", hypernetes_image::ImageConfig::default());
         let networks = Arc::new(FakeDriver::new());
         let stop = CancellationToken::new();
-        let server = serve(adjust, temp.path(), &runtime, &networks, stop.clone()).await;
+        let (server, metrics) = serve(adjust, temp.path(), &runtime, &networks, stop.clone()).await;
         let channel = connect(temp.path().join("run/cri.sock")).await;
         Self {
             adjust,
@@ -101,6 +106,7 @@ impl Bed {
             networks,
             client: RuntimeServiceClient::new(channel.clone()),
             images: ImageServiceClient::new(channel),
+            metrics,
             _guard: stop.clone().drop_guard(),
             stop,
             server: Some(server),
@@ -116,7 +122,7 @@ impl Bed {
         self._guard = self.stop.clone().drop_guard();
         let stop = self.stop.clone();
         let adjust = self.adjust;
-        let server = serve(
+        let (server, metrics) = serve(
             adjust,
             self.temp.path(),
             &self.runtime,
@@ -124,7 +130,7 @@ impl Bed {
             stop,
         )
         .await;
-        self.server = Some(server);
+        (self.server, self.metrics) = (Some(server), metrics);
         let channel = connect(self.temp.path().join("run/cri.sock")).await;
         self.client = RuntimeServiceClient::new(channel.clone());
         self.images = ImageServiceClient::new(channel);

@@ -12,6 +12,7 @@ mod containers;
 mod events;
 mod host;
 mod images;
+mod metrics;
 mod sandboxes;
 mod streams;
 mod updates;

@@ -37,6 +37,8 @@ impl Actor {
         let begun = self.start_phases(asked).await;
         let Err(error) = begun else {
             self.timing.total = asked.elapsed();
+            let starts = &self.shared.starts;
+            starts.came_up(self.timing.from_template, self.timing.total);
             tracing::info!(total = ?self.timing.total, from_template = self.timing.from_template, phases = ?self.timing.phases, "sandbox is ready");
             self.publish_sandbox();
             return Ok(());
@@ -47,6 +49,7 @@ impl Actor {
             message = format!("{message}; console: {console}");
         }
         tracing::warn!(error = message, "cannot start the sandbox");
+        self.shared.starts.failed();
         self.record.failure = Some(Failure {
             reason: reason(&error).into(),
             message,
