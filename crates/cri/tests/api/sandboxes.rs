@@ -64,9 +64,9 @@ async fn a_kubelet_finds_what_it_needs_at_its_start() {
     bed.client.update_runtime_config(update).await.unwrap();
     let verbose = bed.client.status(status(true)).await.unwrap().into_inner();
     assert!(verbose.info["config"].contains("10.1.0.0/24"));
-    let metrics = v1::ListMetricDescriptorsRequest {};
+    let checkpoint = v1::CheckpointContainerRequest::default();
     refused(
-        bed.client.list_metric_descriptors(metrics).await,
+        bed.client.checkpoint_container(checkpoint).await,
         Code::Unimplemented,
         "",
     );
