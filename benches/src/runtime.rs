@@ -300,7 +300,7 @@ impl Client {
     }
 }
 
-fn millis(times: Vec<Duration>) -> Samples {
+fn millis(times: &[Duration]) -> Samples {
     Samples::new(
         times
             .iter()
@@ -347,9 +347,9 @@ async fn one(
     }
     let total: u64 = pod_processes().into_iter().filter_map(pss_kib).sum();
     let figures = Figures {
-        starts: millis(times),
+        starts: millis(&times),
         cpu_seconds,
-        execs: millis(execs),
+        execs: millis(&execs),
         pod_kib: total / PODS as u64,
         daemon_kib: rss_kib(daemon).context("the daemon runs")?,
     };

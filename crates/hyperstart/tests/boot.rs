@@ -167,16 +167,16 @@ async fn containers_live_as_they_should() {
             tonic::Code::AlreadyExists
         );
 
-        exit_codes(&client).await;
+        Box::pin(exit_codes(&client)).await;
         Box::pin(lifecycle(&client)).await;
-        standard_input(&client).await;
-        terminal(&client).await;
-        exec(&client).await;
-        identity(&client).await;
-        filters(&client).await;
-        other_processes(&client).await;
-        network(&client).await;
-        limits(&client).await;
+        Box::pin(standard_input(&client)).await;
+        Box::pin(terminal(&client)).await;
+        Box::pin(exec(&client)).await;
+        Box::pin(identity(&client)).await;
+        Box::pin(filters(&client)).await;
+        Box::pin(other_processes(&client)).await;
+        Box::pin(network(&client)).await;
+        Box::pin(limits(&client)).await;
         assert_eq!(client.remove("none").await, Vec::<u32>::new());
 
         let list = client
