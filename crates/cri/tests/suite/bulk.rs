@@ -70,10 +70,7 @@ async fn a_gigabyte_passes_through_exec_both_ways() {
     assert_eq!(sent.finalize(), received.finalize());
     let peak = node.proc_status("VmHWM");
     assert!(peak < before + FLAT, "{before} KiB grew to {peak}");
-    client.stop(&pod).await;
-    client.remove(&pod).await;
-    node.stop();
-    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
+    end(&mut node, client, &pod).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -82,7 +79,7 @@ async fn two_hundred_execs_at_once() {
         return;
     }
     let registry = Registry::start();
-    let node = Node::start("10.89.2.0/24", "");
+    let mut node = Node::start("10.89.2.0/24", "");
     let mut client = Client::of(&node).await;
     let image = client.pull(&registry.image("busybox:1")).await;
     let config = sandbox(&node, "many");
@@ -125,6 +122,15 @@ async fn two_hundred_execs_at_once() {
     let (processes, _) = client.exec(&id, "ls /proc | grep -c '^[0-9]'").await;
     let processes: u32 = processes.trim().parse().unwrap();
     assert!(processes < 10, "{processes} processes in the container");
+    end(&mut node, client, &pod).await;
+}
+
+/// Removes the pod and ends the daemon, which leaves nothing.
+async fn end(node: &mut Node, mut client: Client, pod: &str) {
+    client.stop(pod).await;
+    client.remove(pod).await;
+    node.stop();
+    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -135,7 +141,7 @@ async fn a_container_logs_a_gigabyte() {
     const LINE: &str = "0123456789abcdefghijklmnopqrstuvwxyz 0123456789abcdefghijklmnopqrstuvwxyz 0123456789abcdefghijklmno";
     const SIZE: usize = 1_000_000_000;
     let registry = Registry::start();
-    let node = Node::start("10.89.3.0/24", "");
+    let mut node = Node::start("10.89.3.0/24", "");
     let mut client = Client::of(&node).await;
     let image = client.pull(&registry.image("busybox:1")).await;
     let config = sandbox(&node, "loud");
@@ -188,4 +194,5 @@ async fn a_container_logs_a_gigabyte() {
     }
     assert_eq!(bytes, SIZE);
     assert_eq!(found.finalize(), wanted.finalize());
+    end(&mut node, client, &pod).await;
 }
