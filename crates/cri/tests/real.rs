@@ -1065,6 +1065,16 @@ fn confined(kubelet: &Path, image: &str, name: &str, target: &str) -> v1::Contai
     // Memory of its own.
     let held = "held=$(head -c 6000000 /dev/zero | tr '\\0' x); ";
     config.command[2].insert_str(0, held);
+    // The layers of its own root once more, as a volume.
+    config.mounts.push(v1::Mount {
+        container_path: "/image".into(),
+        readonly: true,
+        image: Some(v1::ImageSpec {
+            image: image.into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
     let profile = kubelet.join("seccomp/deny.json");
     config.linux = Some(v1::LinuxContainerConfig {
         resources: Some(v1::LinuxContainerResources {
@@ -1200,10 +1210,10 @@ async fn a_pod_is_confined_and_measured() {
         .exec(
             &main,
             "tr -s ' ' < /proc/self/uid_map; stat -c %u /bin/busybox /settings/greeting; \
-             touch /work/f && stat -c %u /work/f; chmod 600 /work/f",
+             /image/bin/busybox stat -c %u /image/bin/busybox; touch /work/f && stat -c %u /work/f; chmod 600 /work/f",
         )
         .await;
-    assert!(text.starts_with(" 0 200000 65536\n0\n0\n0\n"), "{text}");
+    assert!(text.starts_with(" 0 200000 65536\n0\n0\n0\n0\n"), "{text}");
     assert!(text.contains("Permission denied"), "{text}");
     let (text, _) = client.exec(&debug, "tr '\\0' ' ' < /proc/1/cmdline").await;
     assert!(text.contains("echo line"), "{text}");
