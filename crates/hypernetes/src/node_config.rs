@@ -129,7 +129,7 @@ struct Shared {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct Network {
     driver: Driver,
-    cni: Cni,
+    cni: CniOptions,
     tenants: Vec<Tenant>,
     cidr: Ipv4Net,
     egress: bool,
@@ -146,15 +146,6 @@ enum Driver {
     #[default]
     Builtin,
     Cni,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Cni {
-    conf_dir: PathBuf,
-    bin_dirs: Vec<PathBuf>,
-    anti_spoofing: bool,
-    collect_garbage: bool,
 }
 
 /// A network of the built-in driver for the pods of some namespaces.
@@ -223,30 +214,13 @@ impl Default for Network {
     fn default() -> Self {
         Self {
             driver: Driver::default(),
-            cni: Cni::default(),
+            cni: CniOptions::default(),
             tenants: Vec::new(),
             cidr: Ipv4Net::new_assert([10, 88, 0, 0].into(), 16),
             egress: true,
             mtu: 1500,
             domain: "cluster.local".to_owned(),
             upstream_dns: Vec::new(),
-        }
-    }
-}
-
-impl Default for Cni {
-    fn default() -> Self {
-        let CniOptions {
-            conf_dir,
-            bin_dirs,
-            anti_spoofing,
-            collect_garbage,
-        } = CniOptions::default();
-        Self {
-            conf_dir,
-            bin_dirs,
-            anti_spoofing,
-            collect_garbage,
         }
     }
 }
@@ -363,12 +337,7 @@ impl NodeConfig {
             insecure_registries: self.registries.insecure.clone(),
             mirrors: self.registries.mirrors.clone(),
             upstream_dns: self.network.upstream_dns.clone(),
-            cni: (self.network.driver == Driver::Cni).then(|| CniOptions {
-                conf_dir: self.network.cni.conf_dir.clone(),
-                bin_dirs: self.network.cni.bin_dirs.clone(),
-                anti_spoofing: self.network.cni.anti_spoofing,
-                collect_garbage: self.network.cni.collect_garbage,
-            }),
+            cni: (self.network.driver == Driver::Cni).then(|| self.network.cni.clone()),
             hyperstart: some(&self.hyperstart),
             kernel_dir: some(&self.kernel_dir),
             run_dir: Some(self.run_dir.clone()),

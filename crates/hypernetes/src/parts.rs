@@ -28,6 +28,7 @@ use hypernetes_vmm::{
     VmExtras, Vmm,
     qemu::{QemuConfig, QemuDriver},
 };
+use serde::Deserialize;
 use tracing::info;
 
 use crate::{kernel, paths, paths::Paths};
@@ -61,8 +62,9 @@ pub(crate) struct PartsOptions {
 /// Name of the network by CNI plugins.
 pub(crate) const CNI_NETWORK: &str = "cni";
 
-/// The network by CNI plugins.
-#[derive(Debug, Clone)]
+/// The network by CNI plugins, as it is configured.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(crate) struct CniOptions {
     pub(crate) conf_dir: PathBuf,
     pub(crate) bin_dirs: Vec<PathBuf>,

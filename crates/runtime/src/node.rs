@@ -42,8 +42,6 @@ use crate::{
     usage,
 };
 
-/// Console of a VM, in its directory; the VMM's driver starts a new file at 256 KiB.
-const CONSOLE_LOG: &str = "console.log";
 /// Most that is read of a file, and shown.
 const MAX_CONSOLE: u64 = 512 << 10;
 const CONSOLE_TEXT: usize = 512 << 10;
@@ -491,12 +489,11 @@ impl PodRuntime for NodeRuntime {
     }
 
     async fn console(&self, id: &SandboxId) -> Result<String, RuntimeError> {
-        let path = self.shared.run_dir(&self.handle(id)?.id).join(CONSOLE_LOG);
-        let action = format!("read {}", path.display());
+        let dir = self.shared.run_dir(&self.handle(id)?.id);
+        let action = format!("read the console's files in {}", dir.display());
         let text = blocking(action, move || {
             let mut bytes = Vec::new();
-            // The older of the two files that take turns comes first.
-            for path in [path.with_extension("log.1"), path] {
+            for path in hypernetes_vmm::console_logs(&dir) {
                 match std::fs::File::open(path) {
                     Ok(file) => drop(file.take(MAX_CONSOLE).read_to_end(&mut bytes)?),
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -24,6 +24,7 @@ use hypernetes_types::SandboxId;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
+pub use run_dir::console_logs;
 pub use share::HostShare;
 pub use template::Template;
 

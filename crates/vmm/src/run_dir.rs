@@ -32,6 +32,13 @@ const SERVER_RECORD: &str = "server.json";
 const RECORD: &str = "launch.json";
 const CONSOLE_LOG: &str = "console.log";
 
+/// The two files that take turns in holding what is on the console of the VM with that directory,
+/// the older one first. Either may be missing.
+pub fn console_logs(dir: &Path) -> [PathBuf; 2] {
+    let log = dir.join(CONSOLE_LOG);
+    [log.with_extension("log.1"), log]
+}
+
 /// The run directory of a VM.
 #[derive(Debug, Clone)]
 pub(crate) struct RunDir(PathBuf);

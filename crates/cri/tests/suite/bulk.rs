@@ -5,7 +5,7 @@ use hypernetes_cri::v1;
 use hypernetes_testkit::{Node, Registry, can_run_pods};
 use sha2::{Digest, Sha256};
 
-use crate::client::{Client, PATIENCE, log_content, log_dir, pump, sandbox, shell};
+use crate::client::{Client, PATIENCE, end, log_content, log_dir, pump, sandbox, shell};
 
 const PIECE: usize = 256 << 10;
 /// What the daemon may take on top of what it had, in KiB, whatever passes through it.
@@ -123,14 +123,6 @@ async fn two_hundred_execs_at_once() {
     let processes: u32 = processes.trim().parse().unwrap();
     assert!(processes < 10, "{processes} processes in the container");
     end(&mut node, client, &pod).await;
-}
-
-/// Removes the pod and ends the daemon, which leaves nothing.
-async fn end(node: &mut Node, mut client: Client, pod: &str) {
-    client.stop(pod).await;
-    client.remove(pod).await;
-    node.stop();
-    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -269,3 +269,11 @@ pub(crate) fn log_content(path: &Path, mut content: impl FnMut(&[u8])) -> u64 {
     }
     count
 }
+
+/// Removes the pod and ends the daemon, which leaves nothing.
+pub(crate) async fn end(node: &mut Node, mut client: Client, pod: &str) {
+    client.stop(pod).await;
+    client.remove(pod).await;
+    node.stop();
+    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
+}

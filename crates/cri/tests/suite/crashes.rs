@@ -3,7 +3,7 @@
 use hypernetes_cri::v1;
 use hypernetes_testkit::{Node, Registry, can_run_pods, eventually};
 
-use crate::client::{Client, PATIENCE, log_content, log_dir, sandbox, shell};
+use crate::client::{Client, PATIENCE, end, log_content, log_dir, sandbox, shell};
 
 /// SIGKILL, and a new daemon.
 async fn crash(node: &mut Node) -> Client {
@@ -209,10 +209,7 @@ async fn a_kernel_s_words_are_kept() {
         !unknown.status.success() && error.contains("default/nobody"),
         "{error}"
     );
-    client.stop(&pod).await;
-    client.remove(&pod).await;
-    node.stop();
-    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
+    end(&mut node, client, &pod).await;
 }
 
 /// Kills while calls are under way: what was answered holds, what was not can be repeated.
