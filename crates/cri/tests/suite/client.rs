@@ -275,5 +275,12 @@ pub(crate) async fn end(node: &mut Node, mut client: Client, pod: &str) {
     client.stop(pod).await;
     client.remove(pod).await;
     node.stop();
-    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
+    // The kernel ends namespaces and processes in its own time.
+    hypernetes_testkit::eventually("nothing is left", PATIENCE, || {
+        let picture = node.host_picture();
+        picture
+            .is_clean()
+            .then_some(())
+            .ok_or(format!("{picture:?}"))
+    });
 }

@@ -190,8 +190,12 @@ async fn a_kernel_s_words_are_kept() {
     client.start(&id).await;
     let reads = |node: &Node, pod: &str, words: &str| {
         eventually("the console has the words", PATIENCE, || {
-            let text = hypernetes_testkit::stdout(&mut node.hypernetes(&["console", pod]));
-            text.contains(words).then_some(()).ok_or(text)
+            // A daemon that has just started may not answer the operator yet.
+            let output = node.hypernetes(&["console", pod]).output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            text.contains(words)
+                .then_some(())
+                .ok_or_else(|| format!("{text}{}", String::from_utf8_lossy(&output.stderr)))
         });
     };
     reads(&node, "default/speaker", "first words");
