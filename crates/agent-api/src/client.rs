@@ -233,6 +233,7 @@ unary! {
     start_container: "StartContainer", StartContainerRequest -> StartContainerResponse;
     update_container: "UpdateContainer", UpdateContainerRequest -> UpdateContainerResponse;
     resize: "Resize", ResizeRequest -> ResizeResponse;
+    clock: "Clock", ClockRequest -> ClockResponse;
     signal: "Signal", SignalRequest -> SignalResponse;
     remove_container: "RemoveContainer", RemoveContainerRequest -> RemoveContainerResponse;
     list_containers: "ListContainers", ListContainersRequest -> ListContainersResponse;

@@ -44,11 +44,18 @@ pub const FEATURE_PID_TARGET: &str = "pid-target";
 /// Feature of an agent: a user namespace for the pod's containers
 /// ([`v1::ConfigureSandboxRequest::user_namespace`]).
 pub const FEATURE_USER_NAMESPACE: &str = "user-namespace";
+/// Feature of an agent: huge pages for containers ([`v1::Resources::huge_pages`]) and as volumes
+/// ([`v1::HugePagesVolume`]).
+pub const FEATURE_HUGE_PAGES: &str = "huge-pages";
+/// Feature of an agent: its wall clock can be asked and changed ([`v1::ClockRequest`]).
+pub const FEATURE_CLOCK: &str = "clock";
 /// All features of an agent of this build.
 pub const FEATURES: &[&str] = &[
     FEATURE_SECCOMP_PROFILE,
     FEATURE_PID_TARGET,
     FEATURE_USER_NAMESPACE,
+    FEATURE_HUGE_PAGES,
+    FEATURE_CLOCK,
 ];
 /// Most features that are taken from an agent.
 const MAX_FEATURES: usize = 64;

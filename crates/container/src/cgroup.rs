@@ -26,6 +26,8 @@ pub struct Limits {
     pub cpu_shares: u64,
     /// Processes.
     pub pids: u64,
+    /// Bytes of huge pages by the size's name in the cgroup's files (`2MB`); of others none.
+    pub huge_pages: BTreeMap<String, u64>,
     /// Files and what is written to them after the rest; see [`is_limit`].
     pub unified: BTreeMap<String, String>,
 }
@@ -121,7 +123,21 @@ impl Cgroup {
         if limits.pids > 0 {
             self.write("pids.max", &limits.pids.to_string())?;
         }
+        self.set_huge_pages(limits)?;
         self.set_unified(limits)
+    }
+
+    /// The pool of a size is what the containers were promised: who was promised none must not take
+    /// another's, by using pages or by reserving them.
+    fn set_huge_pages(&self, limits: &Limits) -> io::Result<()> {
+        for file in self.files() {
+            let Some(size) = huge_page_size(&file) else {
+                continue;
+            };
+            let limit = limits.huge_pages.get(size).copied().unwrap_or_default();
+            self.write(&file, &limit.to_string())?;
+        }
+        Ok(())
     }
 
     fn set_unified(&self, limits: &Limits) -> io::Result<()> {
@@ -157,6 +173,7 @@ impl Cgroup {
         };
         self.write("cpu.weight", &weight(shares).to_string())?;
         self.write("pids.max", &or_max(limits.pids))?;
+        self.set_huge_pages(limits)?;
         self.set_unified(limits)
     }
 
@@ -251,6 +268,12 @@ impl Cgroup {
     }
 }
 
+/// The size of page that a file limits.
+fn huge_page_size(file: &str) -> Option<&str> {
+    let limit = file.strip_prefix("hugetlb.")?.strip_suffix(".max")?;
+    Some(limit.strip_suffix(".rsvd").unwrap_or(limit))
+}
+
 /// Visits a cgroup and those below, parents first.
 fn collect(directory: &Path, depth: u32, visit: &mut impl FnMut(&Path)) {
     visit(directory);
@@ -310,6 +333,14 @@ mod tests {
         ] {
             assert!(!is_limit(other), "{other}");
         }
+    }
+
+    #[test]
+    fn limits_of_huge_pages_are_found_by_their_files() {
+        assert_eq!(huge_page_size("hugetlb.2MB.max"), Some("2MB"));
+        assert_eq!(huge_page_size("hugetlb.1GB.rsvd.max"), Some("1GB"));
+        assert_eq!(huge_page_size("hugetlb.2MB.current"), None);
+        assert_eq!(huge_page_size("memory.max"), None);
     }
 
     #[test]

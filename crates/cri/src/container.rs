@@ -21,6 +21,8 @@ use crate::{
 
 /// Where a request has who the container runs as.
 const SECURITY: &str = "config.linux.security_context";
+/// Where a container's limits are in a request.
+pub(crate) const RESOURCES: &str = "config.linux.resources";
 
 /// The parts of a request that must be there.
 pub(crate) struct Asked<'a> {
@@ -103,10 +105,7 @@ pub(crate) fn plan(
             seccomp: confinement.seccomp,
             ..security::of_container(SECURITY, &context)?
         },
-        resources: resources::of_container(
-            "config.linux.resources",
-            &linux.resources.unwrap_or_default(),
-        )?,
+        resources: resources::of_container(RESOURCES, &linux.resources.unwrap_or_default())?,
         stop_signal: signal::number(config.stop_signal)?,
         termination_path: mounts.termination_path.clone(),
         log_path: log_path(&config.log_path, asked.metadata)?,
@@ -124,6 +123,13 @@ pub(crate) fn seccomp_file<'a>(asked: &Asked<'a>) -> Result<Option<(String, &'a 
         Some(context) => security::seccomp_file(SECURITY, context),
         None => Ok(None),
     }
+}
+
+/// Whether huge pages are promised to it.
+pub(crate) fn has_huge_pages(asked: &Asked<'_>) -> bool {
+    let linux = asked.config.linux.as_ref();
+    let resources = linux.and_then(|linux| linux.resources.as_ref());
+    resources.is_some_and(|limits| limits.hugepage_limits.iter().any(|huge| huge.limit > 0))
 }
 
 /// The container whose processes it shall see, with the field that names it.

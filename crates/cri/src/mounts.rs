@@ -2,7 +2,7 @@
 //!
 //! | host path | in the guest |
 //! | --- | --- |
-//! | `pods/UID/volumes/kubernetes.io~empty-dir/NAME` | an emptyDir, on the scratch disk or in memory |
+//! | `pods/UID/volumes/kubernetes.io~empty-dir/NAME` | an emptyDir, on the scratch disk, in memory or in huge pages |
 //! | `pods/UID/volumes/kubernetes.io~{configmap,secret,projected,downward-api}/NAME` | its files |
 //! | `pods/UID/etc-hosts` | that file |
 //! | `pods/UID/containers/NAME/…` (termination log) | a file of the container's own; see [`crate::termination`] |
@@ -21,7 +21,7 @@ use hypernetes_runtime::{
 
 use crate::{
     config::{CriConfig, SharedPath},
-    files::{self, Content, ReadError},
+    files::{self, Backing, Content, ReadError},
     hostpath,
     lookup::shown,
     status::CriError,
@@ -368,13 +368,18 @@ fn carried(name: String, path: &Path) -> Result<(VolumeConfig, String), ReadErro
 }
 
 fn empty_dir(name: &str, path: &Path) -> Result<VolumeConfig, ReadError> {
-    let memory = files::memory_limit(path)?;
+    let empty = |memory, size_limit| VolumeKind::EmptyDir { memory, size_limit };
+    let kind = match files::backing(path)? {
+        Backing::Disk => empty(false, 0),
+        Backing::Memory { limit } => empty(true, limit),
+        Backing::HugePages { page_bytes, limit } => VolumeKind::HugePages {
+            page_size: files::page_size_name(page_bytes),
+            size_limit: limit,
+        },
+    };
     Ok(VolumeConfig {
         name: plain_name("empty-dir", name),
-        kind: VolumeKind::EmptyDir {
-            memory: memory.is_some(),
-            size_limit: memory.unwrap_or(0),
-        },
+        kind,
         gid: files::shared_group(path)?,
     })
 }

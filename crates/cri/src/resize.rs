@@ -2,12 +2,14 @@
 //!
 //! The VM has room for the sum of its containers' limits and for the pod's own, within what was planned
 //! when it was made. It grows before a limit does and shrinks after one has; memory that a guest
-//! does not give back stays with it, and is asked for again with the next change.
+//! does not give back stays with it, and is asked for again with the next change. Huge pages are
+//! memory beside the limits, and known only when a container is made: the kubelet's sums do not have them.
 
 use hypernetes_runtime::{
-    ContainerState, ContainerStatus, ContainerUpdate, SandboxStatus, SandboxUpdate,
+    ContainerState, ContainerStatus, ContainerUpdate, ResourceConfig, SandboxStatus, SandboxUpdate,
 };
 use hypernetes_telemetry::chain;
+use hypernetes_types::ContainerId;
 
 use crate::{
     memo,
@@ -24,6 +26,8 @@ const MIB: i64 = 1 << 20;
 struct Limits {
     /// Bytes.
     memory: i64,
+    /// Bytes beside `memory`.
+    huge_pages: i64,
     cpu_milli: i64,
 }
 
@@ -34,13 +38,15 @@ impl Limits {
         };
         VmSize {
             vcpus: up(self.cpu_milli, 1000),
-            memory_mib: up(self.memory, MIB).saturating_add(overhead_mib),
+            memory_mib: up(self.memory.saturating_add(self.huge_pages), MIB)
+                .saturating_add(overhead_mib),
         }
     }
 
     fn sum(containers: impl Iterator<Item = Self>) -> Self {
         containers.fold(Self::default(), |sum, limits| Self {
             memory: sum.memory.saturating_add(limits.memory),
+            huge_pages: sum.huge_pages.saturating_add(limits.huge_pages),
             cpu_milli: sum.cpu_milli.saturating_add(limits.cpu_milli),
         })
     }
@@ -48,17 +54,29 @@ impl Limits {
     fn or_more(self, other: Self) -> Self {
         Self {
             memory: self.memory.max(other.memory),
+            huge_pages: self.huge_pages.max(other.huge_pages),
             cpu_milli: self.cpu_milli.max(other.cpu_milli),
         }
     }
 }
 
 fn limits_of(resources: &v1::LinuxContainerResources) -> Result<Limits, CriError> {
-    let config = resources::of_container("resources", resources)?;
-    Ok(Limits {
-        memory: config.memory_limit,
-        cpu_milli: config.cpu_limit_milli,
-    })
+    Ok(resources::of_container("resources", resources)?.limits())
+}
+
+trait OfConfig {
+    fn limits(&self) -> Limits;
+}
+
+impl OfConfig for ResourceConfig {
+    fn limits(&self) -> Limits {
+        let huge = self.huge_pages.values().copied();
+        Limits {
+            memory: self.memory_limit,
+            huge_pages: i64::try_from(huge.fold(0, u64::saturating_add)).unwrap_or(i64::MAX),
+            cpu_milli: self.cpu_limit_milli,
+        }
+    }
 }
 
 /// The pod's own limits, as they were asked for last.
@@ -114,22 +132,8 @@ impl Service {
         let config = resources::of_container("linux", &merged)?;
         self.check_memory("linux", config.memory_limit, &sandbox)?;
 
-        let changed = Limits {
-            memory: config.memory_limit,
-            cpu_milli: config.cpu_limit_milli,
-        };
-        let containers = self.runtime.list_containers(Some(&sandbox.id)).await;
-        let live = |container: &&ContainerStatus| container.state != ContainerState::Exited;
-        let sum = Limits::sum(containers.iter().filter(live).map(|container| {
-            if container.id == status.id {
-                return changed;
-            }
-            let resources = &container.config.resources;
-            Limits {
-                memory: resources.memory_limit,
-                cpu_milli: resources.cpu_limit_milli,
-            }
-        }));
+        let others = self.sum_of_live(&sandbox, Some(&status.id)).await;
+        let sum = Limits::sum([others, config.limits()].into_iter());
         let wanted = sum.or_more(limits_of_pod(&sandbox));
         let wanted = within(wanted.size(self.config.vm.overhead_mib), range(&sandbox));
         self.grow(&sandbox, wanted, None).await?;
@@ -179,21 +183,50 @@ impl Service {
             return Err(CriError::invalid("resources.cpu_quota", rule));
         }
         linux.resources = Some(merged);
-        let containers = self.runtime.list_containers(Some(&sandbox.id)).await;
-        let live = |container: &&ContainerStatus| container.state != ContainerState::Exited;
-        let sum = Limits::sum(containers.iter().filter(live).map(|container| {
-            let resources = &container.config.resources;
-            Limits {
-                memory: resources.memory_limit,
-                cpu_milli: resources.cpu_limit_milli,
-            }
-        }));
+        let sum = self.sum_of_live(&sandbox, None).await;
         let wanted = sum.or_more(limits).size(self.config.vm.overhead_mib);
         let wanted = within(wanted, (least, most));
         self.grow(&sandbox, wanted, Some(memo::of_sandbox(&asked)))
             .await?;
         self.shrink(&sandbox, wanted).await;
         Ok(())
+    }
+
+    /// Makes room for the huge pages of a container that is about to be made.
+    pub(crate) async fn make_room(
+        &self,
+        base: &str,
+        sandbox: &SandboxStatus,
+        container: &ResourceConfig,
+    ) -> Result<(), CriError> {
+        if container.huge_pages.is_empty() {
+            return Ok(());
+        }
+        let others = self.sum_of_live(sandbox, None).await;
+        let sum = Limits::sum([others, container.limits()].into_iter());
+        let wanted = sum.or_more(limits_of_pod(sandbox));
+        let wanted = wanted.size(self.config.vm.overhead_mib);
+        let (least, most) = range(sandbox);
+        if wanted.memory_mib > most.memory_mib {
+            let rule = format!(
+                "the pod's VM of {} MiB has no room for them beside the memory limits, {} MiB in all; the \
+                 node's setting vm.resizeMemoryMiB lets VMs grow",
+                most.memory_mib, wanted.memory_mib
+            );
+            return Err(CriError::invalid(format!("{base}.hugepage_limits"), rule));
+        }
+        let wanted = within(wanted, (least, most));
+        self.grow(sandbox, wanted, None).await
+    }
+
+    /// What the containers of a pod that have not ended are promised, but for one.
+    async fn sum_of_live(&self, sandbox: &SandboxStatus, but: Option<&ContainerId>) -> Limits {
+        let containers = self.runtime.list_containers(Some(&sandbox.id)).await;
+        let counted = |container: &&ContainerStatus| {
+            container.state != ContainerState::Exited && but != Some(&container.id)
+        };
+        let counted = containers.iter().filter(counted);
+        Limits::sum(counted.map(|container| container.config.resources.limits()))
     }
 
     /// Refuses a limit that the VM can never have room for.
@@ -265,6 +298,7 @@ mod tests {
     fn a_vm_holds_what_it_must_within_what_was_planned() {
         let limits = Limits {
             memory: (1 << 30) + 1,
+            huge_pages: 0,
             cpu_milli: 1001,
         };
         let size = limits.size(64);
@@ -274,9 +308,14 @@ mod tests {
         assert_eq!(within(at(0, 64), (at(1, 320), at(4, 512))), at(1, 320));
         let sum = Limits::sum([limits, limits].into_iter());
         assert_eq!(sum.cpu_milli, 2002);
+        let huge = Limits {
+            huge_pages: 2 << 20,
+            ..limits
+        };
+        assert_eq!(huge.size(64).memory_mib, 1091);
         let most = Limits {
             memory: i64::MAX,
-            cpu_milli: 0,
+            ..Limits::default()
         };
         assert_eq!(Limits::sum([most, most].into_iter()).size(1).vcpus, 0);
     }

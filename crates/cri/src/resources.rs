@@ -1,9 +1,12 @@
 //! Amounts: a container's limits, and the size of the VM around them.
 
+use std::collections::BTreeMap;
+
 use hypernetes_runtime::{ResourceConfig, VmExtras};
 
 use crate::{
     config::{CriConfig, VmSizes},
+    files, lookup,
     status::CriError,
     v1,
 };
@@ -48,13 +51,6 @@ fn check(base: &str, resources: &v1::LinuxContainerResources) -> Result<(), CriE
     if !resources.cpuset_mems.is_empty() {
         return refused("cpuset_mems", "the VM's memory has no NUMA nodes");
     }
-    if resources
-        .hugepage_limits
-        .iter()
-        .any(|limit| limit.limit > 0)
-    {
-        return refused("hugepage_limits", "huge pages are not served by this node");
-    }
     Ok(())
 }
 
@@ -76,7 +72,40 @@ pub(crate) fn of_container(
         pids_limit: 0,
         oom_score_adj: i32::try_from(resources.oom_score_adj).ok(),
         unified: resources.unified.clone(),
+        huge_pages: huge_pages(base, resources)?,
     })
+}
+
+/// Huge pages by size. The kubelet names every size that the host has, most of them with nothing; the
+/// guest may have fewer.
+fn huge_pages(
+    base: &str,
+    resources: &v1::LinuxContainerResources,
+) -> Result<BTreeMap<String, u64>, CriError> {
+    let mut pages = BTreeMap::new();
+    let asked = resources.hugepage_limits.iter().enumerate();
+    for (index, asked) in asked.filter(|(_, asked)| asked.limit > 0) {
+        let refused = |field: &str, rule: String| {
+            let field = format!("{base}.hugepage_limits[{index}].{field}");
+            Err(CriError::invalid(field, rule))
+        };
+        let shown = lookup::shown(&asked.page_size);
+        let Some(size) = files::page_size_bytes(&asked.page_size) else {
+            let rule = format!("{shown:?} is no size of huge pages: it must be as 2MB");
+            return refused("page_size", rule);
+        };
+        if asked.limit % size != 0 {
+            let rule = format!(
+                "{} bytes are no whole number of pages of {shown}",
+                asked.limit
+            );
+            return refused("limit", rule);
+        }
+        if pages.insert(asked.page_size.clone(), asked.limit).is_some() {
+            return refused("page_size", format!("{shown:?} is limited twice"));
+        }
+    }
+    Ok(pages)
 }
 
 /// What is in force after an update: what the update leaves out stays.
@@ -192,13 +221,16 @@ mod tests {
             ),
             (
                 v1::LinuxContainerResources {
-                    hugepage_limits: vec![v1::HugepageLimit {
-                        page_size: "2MB".into(),
-                        limit: 1 << 21,
-                    }],
+                    hugepage_limits: vec![
+                        v1::HugepageLimit {
+                            page_size: "2MB".into(),
+                            limit: 1 << 21,
+                        };
+                        2
+                    ],
                     ..Default::default()
                 },
-                "r.hugepage_limits",
+                "r.hugepage_limits[1].page_size",
             ),
             (
                 v1::LinuxContainerResources {
@@ -214,6 +246,20 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn only_huge_pages_that_are_asked_for_are_promised() {
+        let limit = |page_size: &str, limit| v1::HugepageLimit {
+            page_size: page_size.into(),
+            limit,
+        };
+        let resources = v1::LinuxContainerResources {
+            hugepage_limits: vec![limit("2MB", 4 << 20), limit("1GB", 0)],
+            ..Default::default()
+        };
+        let config = of_container("r", &resources).unwrap();
+        assert_eq!(config.huge_pages, [("2MB".to_owned(), 4 << 20)].into());
     }
 
     #[test]

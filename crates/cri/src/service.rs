@@ -173,7 +173,9 @@ impl Service {
             ledger.write(self.runtime(), &sandbox.id, volume).await?;
         }
         // Devices that wait for their container must not be taken for another's.
-        let turn = Some(ledger).filter(|_| !asked.config.devices.is_empty());
+        // And memory that a VM grows by, not for another's huge pages.
+        let apart = !asked.config.devices.is_empty() || container::has_huge_pages(&asked);
+        let turn = Some(ledger).filter(|_| apart);
         let made = self.attach_and_create(&asked, &sandbox, mounts, confinement);
         let (id, wanted) = made.await?;
         drop(turn);
@@ -222,6 +224,10 @@ impl Service {
                 }
             }
             let config = container::plan(asked, sandbox, &mounts, confinement)?;
+            if !same {
+                self.make_room(container::RESOURCES, sandbox, &config.resources)
+                    .await?;
+            }
             let memo = config.memo.clone();
             let id = self.runtime.create_container(&sandbox.id, config).await?;
             Ok((id, memo))

@@ -106,6 +106,14 @@ pub(crate) async fn create(
     let limits = request::limits(request.resources.as_ref())?;
     let slots = request::slots(&request);
     pod.layers().acquire(&slots).await?;
+    if let Err(error) = pod
+        .huge_pages()
+        .promise(&request.id, &limits.huge_pages)
+        .await
+    {
+        pod.layers().release(&slots).await;
+        return Err(error);
+    }
 
     let result = async {
         for path in [&places.writable, &places.root] {
@@ -141,6 +149,7 @@ pub(crate) async fn create(
         }
         Err(error) => {
             clear_places(&places).await;
+            pod.huge_pages().release(&request.id).await;
             pod.layers().release(&slots).await;
             Err(error)
         }
@@ -496,6 +505,7 @@ pub(crate) async fn remove(pod: &Pod, id: &str) -> Result<Vec<u32>, GuestError> 
         state.phase = ContainerPhase::Unknown;
         container.slots.clone()
     };
+    pod.huge_pages().release(id).await;
     pod.forget(id);
     Ok(pod.layers().release(&slots).await)
 }

@@ -12,6 +12,7 @@ mod disks;
 mod error;
 mod exec;
 mod forward;
+mod hugepages;
 mod net;
 mod netlink;
 mod output;

@@ -17,6 +17,7 @@ use crate::{
     container::Container,
     disks::{Layers, blocking},
     error::{Attempt, GuestError},
+    hugepages::HugePages,
     reaper::{Ended, Reaper},
     request, sandbox,
     users::{self, Users},
@@ -53,6 +54,7 @@ struct State {
 struct Inner {
     reaper: Reaper,
     layers: Layers,
+    huge_pages: HugePages,
     state: Mutex<State>,
     configuring: tokio::sync::Mutex<()>,
     writing: tokio::sync::Mutex<()>,
@@ -77,6 +79,7 @@ impl Pod {
         Self(Arc::new(Inner {
             reaper,
             layers: Layers::default(),
+            huge_pages: HugePages::default(),
             state: Mutex::default(),
             configuring: tokio::sync::Mutex::default(),
             writing: tokio::sync::Mutex::default(),
@@ -91,6 +94,10 @@ impl Pod {
 
     pub(crate) fn layers(&self) -> &Layers {
         &self.0.layers
+    }
+
+    pub(crate) fn huge_pages(&self) -> &HugePages {
+        &self.0.huge_pages
     }
 
     pub(crate) fn execs(&self) -> &Arc<Semaphore> {

@@ -10,7 +10,7 @@ use hypernetes_container::{
     cgroup::{self, Limits},
 };
 
-use crate::{boot::dir, disks, error::GuestError, profile, volume::Volumes};
+use crate::{boot::dir, disks, error::GuestError, hugepages, profile, volume::Volumes};
 
 const MAX_LAYERS: usize = 128;
 const MAX_MOUNTS: usize = 512;
@@ -302,6 +302,7 @@ pub(crate) fn limits(resources: Option<&v1::Resources>) -> Result<Limits, GuestE
         }
     }
     Ok(Limits {
+        huge_pages: hugepages::limits(&resources.huge_pages)?,
         memory: positive(resources.memory_limit),
         cpu_quota: positive(resources.cpu_quota),
         cpu_period: resources.cpu_period,

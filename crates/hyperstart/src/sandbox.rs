@@ -8,7 +8,7 @@ use std::{
 };
 
 use hypernetes_agent_api::v1;
-use hypernetes_container::{FileBind, UserMap, open_beneath};
+use hypernetes_container::{FileBind, UserMap, open_beneath, sys};
 use nix::mount::{MsFlags, mount};
 use rustix::{
     fs::OFlags,
@@ -22,9 +22,12 @@ use crate::{
     disks,
     error::{Attempt, GuestError},
     net,
+    pod::now,
 };
 
 const MAX_FILES: usize = 64;
+/// Nanoseconds from which on a clock is set: making up for it would take minutes. As ntpd(8) does.
+const STEP: u64 = 128_000_000;
 const DEFAULT_SHM: u64 = 64 * 1024 * 1024;
 
 /// Sets the clock from the node's. Done at every configuration, also of a pod that has one.
@@ -39,11 +42,28 @@ pub(crate) fn set_clock(unix_nanos: i64) -> Result<(), GuestError> {
     clock_settime(ClockId::Realtime, time).attempt("set the clock")
 }
 
+/// Changes the clock by an amount and tells it. Small amounts are made up for bit by bit, so that time
+/// neither jumps nor goes back for programs.
+pub(crate) fn adjust_clock(nanos: i64) -> Result<i64, GuestError> {
+    let attempt = "change the clock";
+    if nanos.unsigned_abs() >= STEP {
+        let wanted = i128::from(now()) + i128::from(nanos);
+        let wanted = i64::try_from(wanted).ok().filter(|wanted| *wanted > 0);
+        let wanted = wanted.ok_or_else(|| GuestError::invalid("there is no such time"))?;
+        // What was left of an earlier change was measured before this one.
+        sys::slew_clock(0).attempt(attempt)?;
+        set_clock(wanted)?;
+    } else if nanos != 0 {
+        sys::slew_clock(nanos / 1000).attempt(attempt)?;
+    }
+    Ok(now())
+}
+
 /// Mixes the node's entropy in: VMs cloned from one template would else draw the same numbers.
 pub(crate) fn add_entropy(seed: &[u8]) -> Result<(), GuestError> {
     let seed = <[u8; 32]>::try_from(seed)
         .map_err(|_wrong| GuestError::invalid("the seed must have 32 bytes"))?;
-    hypernetes_container::sys::add_entropy(seed).attempt("add entropy")
+    sys::add_entropy(seed).attempt("add entropy")
 }
 
 /// Everything else, in files of the containers' root. May be repeated after a failure. Returns the files to bind into containers.

@@ -125,12 +125,19 @@ impl Agent for Pod {
     ) -> Answer<v1::UpdateContainerResponse> {
         let v1::UpdateContainerRequest { id, resources } = request.into_inner();
         let limits = request::limits(resources.as_ref())?;
-        self.container(&id)?.update(&limits)?;
+        let container = self.container(&id)?;
+        self.huge_pages().promise(&id, &limits.huge_pages).await?;
+        container.update(&limits)?;
         Ok(Response::new(v1::UpdateContainerResponse {}))
     }
 
     async fn resize(&self, request: Request<v1::ResizeRequest>) -> Answer<v1::ResizeResponse> {
         to_the_end(resize::apply(request.into_inner().vcpus)).await
+    }
+
+    async fn clock(&self, request: Request<v1::ClockRequest>) -> Answer<v1::ClockResponse> {
+        let unix_nanos = sandbox::adjust_clock(request.into_inner().adjust_nanos)?;
+        Ok(Response::new(v1::ClockResponse { unix_nanos }))
     }
 
     async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {

@@ -5,6 +5,7 @@
 //! | emptyDir | `/scratch/volumes/NAME` |
 //! | emptyDir with a disk of its own | `/disks/NAME/data`, with `/disks/NAME/ballast` beside it |
 //! | emptyDir in memory | `/volumes/NAME`, a tmpfs |
+//! | huge pages | `/volumes/NAME`, a hugetlbfs |
 //! | files | `/volumes/NAME` |
 //! | directories of the host | `/shared/NAME` |
 
@@ -25,7 +26,7 @@ use crate::{
     boot::dir,
     disks,
     error::{Attempt, GuestError},
-    request, sandbox,
+    hugepages, request, sandbox,
 };
 
 const MAX_VOLUMES: usize = 256;
@@ -45,6 +46,7 @@ const BALLAST: &str = "ballast";
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Sort {
     Empty { memory: bool, slot: u32 },
+    HugePages { kib: u64 },
     Files,
     Shared,
 }
@@ -55,7 +57,9 @@ impl Sort {
             Self::Empty { slot: 1.., .. } => own_disk(name).join(ROOT),
             Self::Empty { memory: false, .. } => Path::new(dir::SCRATCH).join("volumes").join(name),
             Self::Shared => Path::new(dir::SHARED).join(name),
-            Self::Empty { memory: true, .. } | Self::Files => Path::new(dir::VOLUMES).join(name),
+            Self::Empty { memory: true, .. } | Self::HugePages { .. } | Self::Files => {
+                Path::new(dir::VOLUMES).join(name)
+            }
         }
     }
 }
@@ -187,11 +191,15 @@ impl Volumes {
         match kind {
             None => return Err(no_kind(&name)),
             // What is in it belongs to the containers.
-            Some(Kind::EmptyDir(_)) if known => return Ok(()),
+            Some(Kind::EmptyDir(_) | Kind::HugePages(_)) if known => return Ok(()),
             // Mounted before.
             Some(Kind::Shared(_)) => {}
             Some(Kind::EmptyDir(empty)) => {
                 make_empty(&path, &empty, gid).attempt(format!("make volume {name}"))?;
+            }
+            Some(Kind::HugePages(huge)) => {
+                make_huge(&path, &sort, huge.size_limit, gid)
+                    .attempt(format!("make volume {name}"))?;
             }
             Some(Kind::Files(files)) => {
                 check(&files)?;
@@ -246,6 +254,13 @@ impl Volumes {
                 }
                 Sort::Empty { memory, slot }
             }
+            Some(Kind::HugePages(huge)) => {
+                let size = &huge.page_size;
+                let kib = hugepages::size_kib(size).ok_or_else(|| {
+                    GuestError::Invalid(format!("{size:?} is no size of huge pages"))
+                })?;
+                Sort::HugePages { kib }
+            }
             Some(Kind::Files(_)) => Sort::Files,
             Some(Kind::Shared(shared)) => {
                 if !request::is_plain_name(&shared.tag) || shared.tag.len() > 36 {
@@ -291,12 +306,33 @@ fn make_empty(path: &Path, empty: &v1::EmptyDir, gid: Option<u32>) -> io::Result
             Some(format!("mode=0777{size}").as_str()),
         )?;
     }
-    chown(path, None, gid)?;
-    // Files made in a volume with a group belong to the group.
-    fs::set_permissions(
+    open_to_all(path, gid)
+}
+
+fn make_huge(path: &Path, sort: &Sort, size_limit: u64, gid: Option<u32>) -> io::Result<()> {
+    let Sort::HugePages { kib } = sort else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let size = match size_limit {
+        0 => String::new(),
+        limit => format!(",size={limit}"),
+    };
+    fs::create_dir_all(path)?;
+    mount(
+        Some("hugetlbfs"),
         path,
-        PermissionsExt::from_mode(if gid.is_some() { 0o2777 } else { 0o777 }),
-    )
+        Some("hugetlbfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some(format!("pagesize={kib}K{size}").as_str()),
+    )?;
+    open_to_all(path, gid)
+}
+
+/// Every user of the containers writes here. Files made in a volume with a group belong to it.
+fn open_to_all(path: &Path, gid: Option<u32>) -> io::Result<()> {
+    chown(path, None, gid)?;
+    let mode = if gid.is_some() { 0o2777 } else { 0o777 };
+    fs::set_permissions(path, PermissionsExt::from_mode(mode))
 }
 
 /// Refuses paths that a file cannot have, and too much.

@@ -144,6 +144,13 @@ pub enum VolumeKind {
         /// Bytes; 0 = none.
         size_limit: u64,
     },
+    /// Memory in huge pages, as files to map. The pages are those that containers were promised.
+    HugePages {
+        /// `2MB`, as in the names of cgroup files.
+        page_size: String,
+        /// Bytes; 0 = none.
+        size_limit: u64,
+    },
     /// Files that the node sends, replaced atomically as a whole.
     Files {
         /// Relative path to content.
@@ -311,6 +318,10 @@ pub struct ResourceConfig {
     /// Files of the container's cgroup (version 2) and what is written to them.
     #[serde(default)]
     pub unified: BTreeMap<String, String>,
+    /// Bytes of huge pages that it is promised and limited to, by size (`2MB`). They come out of the VM's
+    /// memory, beside `memory_limit`.
+    #[serde(default)]
+    pub huge_pages: BTreeMap<String, u64>,
 }
 
 /// User and groups of a process.

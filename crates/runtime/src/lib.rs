@@ -16,6 +16,7 @@
 mod actor;
 mod api;
 mod backoff;
+mod beat;
 mod config;
 mod container;
 mod error;

@@ -3,6 +3,7 @@
 //! One task connects, subscribes to events, lists, and then passes on what comes; when the session
 //! breaks it starts again. A guest that breaks sessions on purpose is met with growing pauses, one
 //! that floods events with a rate limit: the node reads no faster, and the guest's own window fills.
+//! One that is silent is asked now and then; without an answer its session is over.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,7 +17,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument;
 
-use crate::{backoff::Backoff, config::Deadlines};
+use crate::{backoff::Backoff, beat::beat, config::Deadlines};
 
 /// Events that may wait for the sandbox's task.
 const QUEUE: usize = 32;
@@ -75,6 +76,7 @@ impl Link {
             state: state_tx,
             events: events_tx,
             call: deadlines.call,
+            beat: deadlines.beat,
             limiter: Limiter::new(),
         };
         let span = tracing::info_span!("link", sandbox = %sandbox);
@@ -134,6 +136,7 @@ struct Keeper {
     state: watch::Sender<LinkState>,
     events: mpsc::Sender<GuestEvent>,
     call: Duration,
+    beat: Duration,
     limiter: Limiter,
 }
 
@@ -206,10 +209,17 @@ impl Keeper {
             return SessionEnd::Abandoned;
         }
         if self.state.borrow().client.is_none() {
-            self.state.send_replace(LinkState::new(Some(client)));
+            self.state
+                .send_replace(LinkState::new(Some(client.clone())));
         }
+        let alive = beats(&client, self.beat, self.call);
+        tokio::pin!(alive);
         loop {
-            match events.message().await {
+            let event = tokio::select! {
+                event = events.message() => event,
+                silence = &mut alive => return SessionEnd::Broken(silence),
+            };
+            match event {
                 Ok(Some(v1::Event {
                     event: Some(v1::event::Event::Container(state)),
                 })) => {
@@ -222,6 +232,16 @@ impl Keeper {
                 Ok(None) => return broken("the guest ended the events"),
                 Err(status) => return broken(&crate::guest::clean(status.message())),
             }
+        }
+    }
+}
+
+/// Looks after a guest until it does not answer, and says so.
+async fn beats(client: &AgentClient, every: Duration, call: Duration) -> String {
+    loop {
+        sleep(every).await;
+        if let Err(error) = beat(client, call).await {
+            return hypernetes_telemetry::chain(&error).to_string();
         }
     }
 }

@@ -250,6 +250,14 @@ pub(crate) fn resources(config: &ResourceConfig) -> v1::Resources {
         cpu_shares: shares.unsigned_abs(),
         pids_limit: config.pids_limit.max(0),
         unified: config.unified.clone().into_iter().collect(),
+        huge_pages: config
+            .huge_pages
+            .iter()
+            .map(|(page_size, limit)| v1::HugePageLimit {
+                page_size: page_size.clone(),
+                limit: *limit,
+            })
+            .collect(),
     }
 }
 

@@ -244,6 +244,7 @@ impl World {
                 kill: Duration::from_secs(5),
                 drain: Duration::from_secs(5),
                 shutdown: Duration::from_secs(5),
+                beat: Duration::from_secs(30),
                 silent: Duration::from_secs(30),
                 readopt: Duration::from_secs(10),
             },

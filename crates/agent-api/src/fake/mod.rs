@@ -33,6 +33,7 @@ pub enum Method {
     StartContainer,
     UpdateContainer,
     Resize,
+    Clock,
     Signal,
     RemoveContainer,
     ListContainers,
@@ -93,6 +94,8 @@ struct State {
     exec: ExecHook,
     on_signal: SignalHook,
     session: Option<AbortHandle>,
+    /// Nanoseconds that its clock is ahead of ours.
+    clock_ahead: i64,
     next_pid: i32,
 }
 
@@ -149,6 +152,7 @@ impl FakeAgent {
                 }
             }),
             session: None,
+            clock_ahead: 0,
             next_pid: 100,
         };
         Self {
@@ -318,6 +322,17 @@ impl FakeAgent {
     /// The volumes written so far, by name.
     pub fn volumes(&self) -> BTreeMap<String, v1::Volume> {
         self.lock().volumes.clone()
+    }
+
+    /// Puts its clock ahead of ours, or behind.
+    pub fn set_clock_ahead(&self, nanos: i64) {
+        self.lock().clock_ahead = nanos;
+        self.touch();
+    }
+
+    /// Nanoseconds that its clock is ahead of ours.
+    pub fn clock_ahead(&self) -> i64 {
+        self.lock().clock_ahead
     }
 
     /// Waits until the agent's state satisfies a condition. Without a deadline of its own.

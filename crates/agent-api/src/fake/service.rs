@@ -1,6 +1,9 @@
 //! The generated server trait over [`FakeAgent`]'s state.
 
-use std::pin::Pin;
+use std::{
+    pin::Pin,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use futures::{Stream, StreamExt, stream};
 use tokio::sync::mpsc;
@@ -173,6 +176,19 @@ impl Agent for FakeAgent {
             vcpus,
             memory_total: 0,
         }))
+    }
+
+    async fn clock(&self, request: Request<v1::ClockRequest>) -> Answer<v1::ClockResponse> {
+        self.enter(Method::Clock).await?;
+        let mut state = self.lock();
+        let change = request.into_inner().adjust_nanos;
+        state.clock_ahead = state.clock_ahead.saturating_add(change);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.unwrap_or_default().as_nanos();
+        let unix_nanos = i64::try_from(now)
+            .unwrap_or(i64::MAX)
+            .saturating_add(state.clock_ahead);
+        Ok(Response::new(v1::ClockResponse { unix_nanos }))
     }
 
     async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {

@@ -119,6 +119,21 @@ pub fn add_entropy(seed: [u8; 32]) -> io::Result<()> {
     check(result.into())
 }
 
+/// Has the wall clock go faster or slower, at 0.5 ms a second, until it has gained this much
+/// (adjtimex(2), `ADJ_OFFSET_SINGLESHOT`). Replaces what was left of an earlier call.
+///
+/// JUSTIFICATION: rustix and nix have no adjtimex.
+pub fn slew_clock(microseconds: i64) -> io::Result<()> {
+    // SAFETY: a timex is integers only; all zeros is one.
+    let mut change: libc::timex = unsafe { std::mem::zeroed() };
+    change.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    change.offset = microseconds;
+    // SAFETY: the argument is a timex that lives through the call.
+    let result = unsafe { libc::adjtimex(&raw mut change) };
+    // The state of the clock is no error: TIME_ERROR only says that nobody claims to have set it.
+    check(result.min(0).into())
+}
+
 /// Sends a signal, real-time ones included, to a process, or with a negative pid to its group.
 /// The caller guarantees that the pid is not yet reaped, else it may be somebody else's.
 ///

@@ -116,13 +116,22 @@ impl Client {
         sandbox: &v1::PodSandboxConfig,
         config: &v1::ContainerConfig,
     ) -> String {
+        self.try_create(pod, sandbox, config).await.unwrap()
+    }
+
+    pub(crate) async fn try_create(
+        &mut self,
+        pod: &str,
+        sandbox: &v1::PodSandboxConfig,
+        config: &v1::ContainerConfig,
+    ) -> Result<String, tonic::Status> {
         let request = v1::CreateContainerRequest {
             pod_sandbox_id: pod.into(),
             config: Some(config.clone()),
             sandbox_config: Some(sandbox.clone()),
         };
-        let answer = self.runtime.create_container(request).await.unwrap();
-        answer.into_inner().container_id
+        let answer = self.runtime.create_container(request).await?;
+        Ok(answer.into_inner().container_id)
     }
 
     pub(crate) async fn start(&mut self, id: &str) {

@@ -13,3 +13,5 @@ mod client;
 mod cni;
 mod crashes;
 mod cycles;
+mod guests;
+mod huge_pages;

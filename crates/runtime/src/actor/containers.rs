@@ -8,7 +8,8 @@ use std::{
 };
 
 use hypernetes_agent_api::{
-    AgentClient, FEATURE_PID_TARGET, FEATURE_SECCOMP_PROFILE, IMAGE_VOLUME_FAILED, defaults, v1,
+    AgentClient, FEATURE_HUGE_PAGES, FEATURE_PID_TARGET, FEATURE_SECCOMP_PROFILE,
+    IMAGE_VOLUME_FAILED, defaults, v1,
 };
 use hypernetes_image::{Image, ImageError};
 use hypernetes_types::{ContainerId, Digest};
@@ -317,6 +318,11 @@ impl Actor {
         let seccomp = seccomp.is_some_and(|process| process.seccomp.is_some());
         if seccomp && !client.has(FEATURE_SECCOMP_PROFILE) {
             return Err(unknown_to_guest("seccomp"));
+        }
+        let huge = request.resources.as_ref();
+        let huge = huge.is_some_and(|limits| limits.huge_pages.iter().any(|huge| huge.limit > 0));
+        if huge && !client.has(FEATURE_HUGE_PAGES) {
+            return Err(unknown_to_guest("huge_pages"));
         }
         if !request.pid_target.is_empty() && !client.has(FEATURE_PID_TARGET) {
             return Err(unknown_to_guest("pid_target"));

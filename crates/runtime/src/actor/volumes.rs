@@ -6,10 +6,13 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use hypernetes_agent_api::v1;
+use hypernetes_agent_api::{FEATURE_HUGE_PAGES, v1};
 use hypernetes_vmm::{Disk, Vm};
 
-use super::{Actor, containers::invalid};
+use super::{
+    Actor,
+    containers::{invalid, unknown_to_guest},
+};
 use crate::{
     api::{VolumeConfig, VolumeKind},
     error::RuntimeError,
@@ -28,7 +31,7 @@ const PROTOCOL_WITH_DISKS: u32 = 2;
 fn has_owners(kind: &VolumeKind) -> bool {
     match kind {
         VolumeKind::Files { files } => files.values().any(|file| file.uid != 0),
-        VolumeKind::EmptyDir { .. } => false,
+        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } => false,
     }
 }
 
@@ -40,6 +43,9 @@ impl Actor {
         if client.hello().version < PROTOCOL_WITH_DISKS && has_owners(&volume.kind) {
             let rule = "have no owner in the guest of an earlier release: make the pod anew";
             return Err(invalid("files", rule));
+        }
+        if matches!(volume.kind, VolumeKind::HugePages { .. }) && !client.has(FEATURE_HUGE_PAGES) {
+            return Err(unknown_to_guest("huge_pages"));
         }
         let slot = match own_disk(&volume.kind, self.record.config.scratch_mib) {
             None => 0,
@@ -161,7 +167,9 @@ fn own_disk(kind: &VolumeKind, scratch_mib: u64) -> Option<u64> {
             let scratch = scratch_mib << 20;
             (scratch == 0 || *limit < scratch).then_some(*limit)
         }
-        VolumeKind::EmptyDir { .. } | VolumeKind::Files { .. } => None,
+        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } | VolumeKind::Files { .. } => {
+            None
+        }
     }
 }
 
@@ -171,6 +179,13 @@ fn request(volume: VolumeConfig, disk_slot: u32) -> Result<v1::WriteVolumeReques
             memory,
             size_limit,
             disk_slot,
+        }),
+        VolumeKind::HugePages {
+            page_size,
+            size_limit,
+        } => v1::volume::Kind::HugePages(v1::HugePagesVolume {
+            page_size,
+            size_limit,
         }),
         VolumeKind::Files { files } => {
             let size: usize = files

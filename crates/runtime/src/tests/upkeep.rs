@@ -1,6 +1,8 @@
 //! What is done to containers while they run: rotation of logs, new limits, statistics.
 
-use hypernetes_agent_api::fake::Method;
+use std::time::Duration;
+
+use hypernetes_agent_api::fake::{Behaviour, Method};
 
 use crate::{
     testing::{STDOUT, World, eventually, exited, running},
@@ -255,4 +257,54 @@ async fn a_path_of_the_host_is_shared_once_and_only_where_that_was_planned() {
         volume.kind,
         Some(hypernetes_agent_api::v1::volume::Kind::Shared(_))
     ));
+}
+
+#[tokio::test]
+async fn a_guest_s_clock_is_put_right() {
+    let mut world = World::new().await;
+    world.deadlines.beat = Duration::from_millis(20);
+    let runtime = world.open().await;
+    let (sandbox, _) = running(&world, &runtime, "a").await;
+    let agent = world.agent(&sandbox);
+    for hours in [1, -2] {
+        agent.set_clock_ahead(hours * 3_600_000_000_000);
+        let right = || async { agent.clock_ahead().abs() < 100_000_000 };
+        eventually("a clock that is right", right).await;
+    }
+    // A guest that does not change it is left alone, and asked again.
+    let no = Behaviour::Fail(tonic::Code::Internal, "no".into());
+    agent.set_behaviour(Method::Clock, no);
+    let asked = || {
+        agent
+            .calls()
+            .iter()
+            .filter(|call| **call == Method::Clock)
+            .count()
+    };
+    let before = asked();
+    eventually("more questions", || async { asked() > before + 2 }).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_falls_silent_is_noticed_without_being_called() {
+    let mut world = World::new().await;
+    world.deadlines.beat = Duration::from_millis(20);
+    world.deadlines.call = Duration::from_millis(300);
+    world.deadlines.silent = Duration::from_millis(100);
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let agent = world.agent(&sandbox);
+    let state = || async { runtime.container(&container).await.unwrap().state };
+    agent.set_behaviour(Method::Hello, Behaviour::Stall);
+    agent.set_behaviour(Method::Clock, Behaviour::Stall);
+    eventually("an unknown state", || async {
+        state().await == ContainerState::Unknown
+    })
+    .await;
+    agent.set_behaviour(Method::Clock, Behaviour::Normal);
+    agent.set_behaviour(Method::Hello, Behaviour::Normal);
+    eventually("a running container", || async {
+        state().await == ContainerState::Running
+    })
+    .await;
 }
