@@ -49,6 +49,8 @@ pub const FEATURE_USER_NAMESPACE: &str = "user-namespace";
 pub const FEATURE_HUGE_PAGES: &str = "huge-pages";
 /// Feature of an agent: its wall clock can be asked and changed ([`v1::ClockRequest`]).
 pub const FEATURE_CLOCK: &str = "clock";
+/// Feature of an agent: processes of the guest itself ([`v1::ExecStart::guest`]).
+pub const FEATURE_GUEST_EXEC: &str = "guest-exec";
 /// All features of an agent of this build.
 pub const FEATURES: &[&str] = &[
     FEATURE_SECCOMP_PROFILE,
@@ -56,6 +58,7 @@ pub const FEATURES: &[&str] = &[
     FEATURE_USER_NAMESPACE,
     FEATURE_HUGE_PAGES,
     FEATURE_CLOCK,
+    FEATURE_GUEST_EXEC,
 ];
 /// Most features that are taken from an agent.
 const MAX_FEATURES: usize = 64;

@@ -10,6 +10,7 @@ use std::{
 
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::{
+    mount::{MountFlags, MountPropagationFlags, mount, mount_change},
     process::{DumpableBehavior, WaitOptions, ioctl_tiocsctty, set_dumpable_behavior, setsid},
     stdio::{dup2_stderr, dup2_stdin, dup2_stdout},
 };
@@ -84,6 +85,7 @@ pub fn main() -> ExitCode {
         Job::Namespaces => return namespaces(&control),
         Job::Init(spec) => init(*spec, fds),
         Job::Exec(spec) => join(*spec, fds),
+        Job::Guest(spec) => borrow_files(*spec, fds),
     };
     let (spec, filters, ready, master) = match prepared {
         Ok(prepared) => prepared,
@@ -165,6 +167,26 @@ fn join(spec: ProcessSpec, mut fds: Vec<OwnedFd>) -> Result<Prepared, Refusal> {
     let (streams, master) = attach(&spec, fds)?;
     let door = spec.users.map(|_| Door::Process(container));
     finish(spec, &streams, master, door)
+}
+
+/// Takes on the container's files and nothing else of it: what runs is the guest's own, and sees all
+/// its processes.
+fn borrow_files(mut spec: ProcessSpec, mut fds: Vec<OwnedFd>) -> Result<Prepared, Refusal> {
+    if fds.is_empty() {
+        return Err(Refusal::internal("no container to enter"));
+    }
+    let container = fds.remove(0);
+    let failed = "cannot enter the container's files";
+    setns(&container, CloneFlags::CLONE_NEWNS).or_machine(failed)?;
+    // The container's own view stays as it is.
+    unshare(CloneFlags::CLONE_NEWNS).or_machine(failed)?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    mount_change("/", private).or_machine(failed)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("proc", "/proc", "proc", flags, None).or_machine("cannot show the guest's processes")?;
+    let (streams, master) = attach(&spec, fds)?;
+    spec.capabilities.privileged = true;
+    finish(spec, &streams, master, None)
 }
 
 fn finish(

@@ -23,6 +23,8 @@ pub enum PidNamespace<'a> {
     New,
     /// That of the process with this pidfd.
     Of(BorrowedFd<'a>),
+    /// The caller's.
+    Own,
 }
 
 /// A child that waits for its job.
@@ -44,6 +46,7 @@ pub fn spawn(namespace: PidNamespace<'_>) -> io::Result<Spawned> {
     match namespace {
         PidNamespace::New => unshare(CloneFlags::CLONE_NEWPID)?,
         PidNamespace::Of(pidfd) => setns(pidfd, CloneFlags::CLONE_NEWPID)?,
+        PidNamespace::Own => {}
     }
     let spawned = Command::new("/proc/self/exe")
         .arg0(CHILD_NAME)

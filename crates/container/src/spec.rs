@@ -14,6 +14,8 @@ pub enum Job {
     Init(Box<InitSpec>),
     /// One more process in the container whose pidfd comes along.
     Exec(Box<ProcessSpec>),
+    /// A process of the guest itself, with the files of the container whose pidfd comes along.
+    Guest(Box<ProcessSpec>),
     /// First process of a shared pid namespace: reaps until it is killed.
     Pause,
     /// Makes a user namespace, and after the gate, when its ids are mapped, the network, IPC and UTS

@@ -206,6 +206,14 @@ impl PodRuntime for JointRuntime {
         self.of_container(id).exec(id, config).await
     }
 
+    async fn exec_in_guest(
+        &self,
+        id: &ContainerId,
+        config: ExecConfig,
+    ) -> Result<Session, RuntimeError> {
+        self.of_container(id).exec_in_guest(id, config).await
+    }
+
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
         self.of_container(id).attach(id, stdin).await
     }

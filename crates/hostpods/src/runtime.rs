@@ -483,6 +483,16 @@ impl PodRuntime for HostRuntime {
         exec::start(&self.inner, id, config).await
     }
 
+    async fn exec_in_guest(
+        &self,
+        id: &ContainerId,
+        _config: ExecConfig,
+    ) -> Result<Session, RuntimeError> {
+        self.running(id, "run a command in a VM")?;
+        let rule = "is on the host's kernel: there is no VM around it";
+        Err(crate::records::invalid("container", rule))
+    }
+
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
         let container = self.running(id, "attach to a container")?;
         attach::start(&self.inner, &container, stdin)

@@ -21,7 +21,9 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::warn;
+
+use crate::debug;
 
 /// Longest request and answer.
 const MAX_MESSAGE: u64 = 4 << 20;
@@ -36,6 +38,18 @@ enum Request {
     Backup { path: PathBuf },
     /// What is on a pod's console.
     Console { pod: String },
+    /// A program in a pod's VM. The answer is [`Answer::Started`], and frames follow both ways.
+    GuestExec(GuestExec),
+}
+
+/// A program to run in a pod's VM.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct GuestExec {
+    pub(crate) pod: String,
+    pub(crate) container: Option<String>,
+    pub(crate) command: Vec<String>,
+    pub(crate) stdin: bool,
+    pub(crate) tty: bool,
 }
 
 /// What is answered.
@@ -45,6 +59,7 @@ enum Answer {
     ImagesInUse(HashSet<Digest>),
     Backup(Revision),
     Console(String),
+    Started,
     Failed(String),
 }
 
@@ -53,6 +68,8 @@ enum Answer {
 pub(crate) struct Backend {
     pub(crate) runtime: Arc<dyn PodRuntime>,
     pub(crate) store: Store,
+    /// Whether programs may be run in pods' VMs.
+    pub(crate) guest_exec: bool,
 }
 
 impl Backend {
@@ -69,6 +86,7 @@ impl Backend {
                 let sandbox = find(&self.runtime.list_sandboxes().await, &pod)?;
                 Ok(Answer::Console(self.runtime.console(&sandbox).await?))
             }
+            Request::GuestExec(_) => bail!("a program in a VM needs a connection of its own"),
             Request::Backup { path } => {
                 if path.exists() {
                     bail!("{} exists already", path.display());
@@ -83,7 +101,7 @@ impl Backend {
 }
 
 /// The sandbox that is meant by the beginning of its id, or by NAMESPACE/NAME.
-fn find(all: &[SandboxStatus], pod: &str) -> Result<SandboxId> {
+pub(crate) fn find(all: &[SandboxStatus], pod: &str) -> Result<SandboxId> {
     let matches = |status: &&SandboxStatus| match pod.split_once('/') {
         Some((namespace, name)) => {
             let metadata = &status.config.metadata;
@@ -119,7 +137,7 @@ pub(crate) async fn serve(path: &Path, backend: Backend, stop: CancellationToken
                 let backend = backend.clone();
                 connections.spawn(async move {
                     if let Err(error) = answer(stream, &backend).await {
-                        debug!(%error, "operator's connection ended");
+                        tracing::debug!(%error, "operator's connection ended");
                     }
                 });
             }
@@ -142,6 +160,16 @@ fn remove(path: &Path) {
 async fn answer(mut stream: UnixStream, backend: &Backend) -> Result<()> {
     let request = read(&mut stream).await?;
     let answer = match serde_json::from_str(&request) {
+        Ok(Request::GuestExec(wanted)) => {
+            let peer = stream.peer_cred()?;
+            match debug::start(backend, &wanted, &peer).await {
+                Ok(session) => {
+                    write(&mut stream, &Answer::Started).await?;
+                    return debug::carry(stream, session).await;
+                }
+                Err(error) => Answer::Failed(format!("{error:#}")),
+            }
+        }
         Ok(request) => match backend.handle(request).await {
             Ok(answer) => answer,
             Err(error) => Answer::Failed(format!("{error:#}")),
@@ -151,12 +179,12 @@ async fn answer(mut stream: UnixStream, backend: &Backend) -> Result<()> {
     write(&mut stream, &answer).await
 }
 
+/// One line and not a byte more: frames may follow it.
 async fn read(stream: &mut UnixStream) -> Result<String> {
-    let mut line = String::new();
-    BufReader::new(stream.take(MAX_MESSAGE))
-        .read_line(&mut line)
-        .await?;
-    Ok(line)
+    let mut line = Vec::new();
+    let mut stream = BufReader::with_capacity(1, stream.take(MAX_MESSAGE));
+    stream.read_until(b'\n', &mut line).await?;
+    Ok(String::from_utf8(line)?)
 }
 
 async fn write(stream: &mut UnixStream, message: &impl Serialize) -> Result<()> {
@@ -175,6 +203,20 @@ async fn ask(path: &Path, request: &Request) -> Result<Option<Answer>> {
     match serde_json::from_str(&text).context("the daemon ended before it answered")? {
         Answer::Failed(message) => Err(anyhow!(message)),
         answer => Ok(Some(answer)),
+    }
+}
+
+/// Has a program run in a pod's VM; the connection that its frames go over.
+pub(crate) async fn guest_exec(path: &Path, wanted: GuestExec) -> Result<UnixStream> {
+    let mut stream = UnixStream::connect(path)
+        .await
+        .with_context(|| format!("no daemon answers on {}", path.display()))?;
+    write(&mut stream, &Request::GuestExec(wanted)).await?;
+    let text = read(&mut stream).await?;
+    match serde_json::from_str(&text).context("the daemon ended before it answered")? {
+        Answer::Started => Ok(stream),
+        Answer::Failed(message) => Err(anyhow!(message)),
+        other => bail!("the daemon answered something else: {other:?}"),
     }
 }
 

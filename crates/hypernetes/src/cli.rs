@@ -58,6 +58,13 @@ pub(crate) enum Command {
     Backup(Backup),
     /// Print what a pod's kernel has written on its console
     Console(Console),
+    /// Run a program in a pod's VM itself, outside its containers
+    ///
+    /// It has the files of a running container of the pod, and is else the guest's own: root with all
+    /// privileges, and all processes of the VM in sight; the guest's own files are below /proc/1/root.
+    /// Off unless the node's configuration allows it (debug.guestExec, --allow-guest-exec); each use is told
+    /// in the daemon's log.
+    Debug(Debug),
     /// Print a completion script for a shell
     Completion {
         /// The shell
@@ -79,7 +86,33 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Debug {
+    /// NAMESPACE/NAME, or the beginning of a sandbox's id
+    pub(crate) pod: String,
+
+    /// Container whose files the program has; by default the pod's first running one
+    #[arg(short, long)]
+    pub(crate) container: Option<String>,
+
+    /// Pass standard input to the program
+    #[arg(short = 'i', long)]
+    pub(crate) stdin: bool,
+
+    /// With a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+
+    /// The program and its arguments
+    #[arg(last = true, required = true)]
+    pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Up {
+    /// Let the operator run programs in pods' VMs: hypernetes debug
+    #[arg(long)]
+    pub(crate) allow_guest_exec: bool,
+
     /// Address of the API server
     #[arg(long, env = "HYPERNETES_LISTEN", default_value = "127.0.0.1:6443")]
     pub(crate) listen: SocketAddr,

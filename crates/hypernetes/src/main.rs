@@ -3,6 +3,7 @@
 
 mod admin;
 mod cli;
+mod debug;
 mod doctor;
 mod image;
 mod kernel;
@@ -75,6 +76,7 @@ async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let text = admin::console(&paths.admin_socket(), options.pod).await?;
             terminal::line(text.trim_end());
         }
+        Command::Debug(options) => return debug::run(&paths.admin_socket(), options).await,
         Command::Backup(options) => backup(&paths, options).await?,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "hypernetes", &mut io::stdout());

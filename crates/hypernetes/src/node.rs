@@ -49,6 +49,7 @@ pub(crate) async fn run(paths: &Paths, options: cli::Node) -> Result<()> {
     let backend = admin::Backend {
         runtime: parts.runtime.clone(),
         store: parts.store.clone(),
+        guest_exec: config.guest_exec(),
     };
     let (admin_socket, token) = (paths.admin_socket(), stop.clone());
     tasks.spawn(async move {

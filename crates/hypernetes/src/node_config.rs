@@ -39,8 +39,16 @@ pub(crate) struct NodeConfig {
     uid_base: u32,
     templates: usize,
     host_handler: Host,
+    debug: Debug,
     hyperstart: PathBuf,
     kernel_dir: PathBuf,
+}
+
+/// What an operator may do to find faults.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Debug {
+    guest_exec: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -204,6 +212,7 @@ impl Default for NodeConfig {
             uid_base: 0x7000_0000,
             templates: TemplateConfig::default().most,
             host_handler: Host::default(),
+            debug: Debug::default(),
             hyperstart: PathBuf::new(),
             kernel_dir: PathBuf::new(),
         }
@@ -350,6 +359,11 @@ impl NodeConfig {
     }
 
     /// For pods on the node's own kernel.
+    /// Whether programs may be run in pods' VMs.
+    pub(crate) fn guest_exec(&self) -> bool {
+        self.debug.guest_exec
+    }
+
     pub(crate) fn host_pods(&self) -> HostPodsOptions {
         HostPodsOptions {
             on: self.host_handler.handler().is_on(),

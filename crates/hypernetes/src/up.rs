@@ -149,6 +149,7 @@ impl Node {
         let backend = admin::Backend {
             runtime: self.parts.runtime.clone(),
             store: self.parts.store.clone(),
+            guest_exec: options.allow_guest_exec,
         };
         let (socket, token) = (paths.admin_socket(), stop.clone());
         parts.spawn(async move {

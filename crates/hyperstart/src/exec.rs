@@ -81,7 +81,7 @@ pub(crate) async fn start(
         .as_ref()
         .ok_or_else(|| GuestError::invalid("no process"))?;
     let mut spec: ProcessSpec = request::process(process, container.is_privileged())?;
-    spec.users = pod.users().map(|users| users.map);
+    spec.users = pod.users().map(|users| users.map).filter(|_| !start.guest);
     let (ends, theirs) = match process.tty {
         true => (
             streams::Ends {
@@ -96,13 +96,21 @@ pub(crate) async fn start(
         .pidfd()
         .try_clone()
         .attempt("open the container")?;
-    let (Spawned { pid, control }, exit) = pod.spawn_exec(&pidfd)?;
+    let (Spawned { pid, control }, exit) = match start.guest {
+        true => pod.spawn_own()?,
+        false => pod.spawn_exec(&pidfd)?,
+    };
     let (running, exit) = track(pid, exit);
-    container
-        .cgroup()
-        .add(pid)
-        .attempt("put the process into the container's cgroup")?;
-    let job = Job::Exec(Box::new(spec));
+    let job = match start.guest {
+        true => Job::Guest(Box::new(spec)),
+        false => {
+            container
+                .cgroup()
+                .add(pid)
+                .attempt("put the process into the container's cgroup")?;
+            Job::Exec(Box::new(spec))
+        }
+    };
     let (control, answer, master) = blocking(move || {
         let mut fds = vec![pidfd.as_fd()];
         fds.extend(streams::borrow(&theirs));

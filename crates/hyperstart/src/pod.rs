@@ -238,6 +238,11 @@ impl Pod {
         self.0.reaper.spawn(PidNamespace::Of(container.as_fd()))
     }
 
+    /// Starts a child in the guest's own pid namespace.
+    pub(crate) fn spawn_own(&self) -> Result<(Spawned, oneshot::Receiver<Ended>), GuestError> {
+        self.0.reaper.spawn(PidNamespace::Own)
+    }
+
     pub(crate) async fn write_volume(
         &self,
         volume: v1::Volume,

@@ -78,6 +78,7 @@ impl Exec {
             container_id: id.into(),
             process: Some(process),
             stdin,
+            guest: false,
         };
         inputs
             .send(v1::ExecInput {

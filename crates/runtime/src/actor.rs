@@ -50,6 +50,7 @@ use crate::{
 /// Requests that may wait for one sandbox.
 const QUEUE: usize = 64;
 
+pub(crate) use containers::unknown_to_guest;
 pub(crate) use release::KILLED;
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, RuntimeError>>;

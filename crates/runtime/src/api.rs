@@ -755,6 +755,15 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     fn events(&self) -> broadcast::Receiver<RuntimeEvent>;
     /// Runs a process in a running container.
     async fn exec(&self, id: &ContainerId, config: ExecConfig) -> Result<Session, RuntimeError>;
+
+    /// Runs a process of the pod's VM itself, with the files of a running container: as root, with all
+    /// privileges, in the guest's own namespaces. It can do anything to the pod and nothing beyond
+    /// its VM. For an operator who looks for a fault. Containers without a VM are refused.
+    async fn exec_in_guest(
+        &self,
+        id: &ContainerId,
+        config: ExecConfig,
+    ) -> Result<Session, RuntimeError>;
     /// Joins the first process of a running container; output from now on.
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError>;
     /// Connects to a TCP port on the pod's localhost.

@@ -764,6 +764,15 @@ impl PodRuntime for FakeRuntime {
         self.events.subscribe()
     }
 
+    async fn exec_in_guest(
+        &self,
+        id: &ContainerId,
+        config: ExecConfig,
+    ) -> Result<Session, RuntimeError> {
+        self.enter("exec_in_guest", id.as_str())?;
+        self.exec(id, config).await
+    }
+
     async fn exec(&self, id: &ContainerId, config: ExecConfig) -> Result<Session, RuntimeError> {
         self.enter("exec", id.as_str())?;
         self.running(id, "run a process")?;

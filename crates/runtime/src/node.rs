@@ -8,7 +8,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use hypernetes_agent_api::{AgentClient, v1};
+use hypernetes_agent_api::{AgentClient, FEATURE_GUEST_EXEC, v1};
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
 use hypernetes_vmm::{HostShare, VmExtras, VmRecord};
 use tokio::{
@@ -29,7 +29,7 @@ use crate::{
     figures::{self, NodeFigures},
     identity,
     logs::format::now_nanos,
-    process::exec_process,
+    process::{exec_process, guest_process},
     records::{SandboxRecord, storage},
     recovery::RecoveryReport,
     sandbox,
@@ -250,6 +250,49 @@ impl NodeRuntime {
 }
 
 type Boot = oneshot::Receiver<Result<(), RuntimeError>>;
+
+impl NodeRuntime {
+    async fn start_exec(
+        &self,
+        id: &ContainerId,
+        config: ExecConfig,
+        guest: bool,
+    ) -> Result<Session, RuntimeError> {
+        let action = "run a process";
+        let handle = self.handle_of(id)?;
+        let record = handle.snapshot.borrow().containers.get(id).cloned();
+        let record = record.ok_or_else(|| not_found("container", id))?;
+        if record.phase != container::Phase::Running {
+            let state = format!("{:?}", record.phase).to_lowercase();
+            return Err(RuntimeError::State {
+                action,
+                kind: "container",
+                id: id.to_string(),
+                state,
+            });
+        }
+        let client = self.client(&handle, action).await?;
+        if guest && !client.has(FEATURE_GUEST_EXEC) {
+            return Err(crate::actor::unknown_to_guest("guest"));
+        }
+        let process = match guest {
+            true => guest_process(&record, &config)?,
+            false => exec_process(&record, &config)?,
+        };
+        let start = v1::ExecStart {
+            container_id: id.to_string(),
+            process: Some(process),
+            stdin: config.stdin,
+            guest,
+        };
+        let place = Place {
+            sandbox: handle.id.clone(),
+            client,
+            deadline: self.deadline(),
+        };
+        sessions::exec(&self.shared, place, start, config.tty).await
+    }
+}
 
 #[async_trait]
 impl PodRuntime for NodeRuntime {
@@ -511,31 +554,15 @@ impl PodRuntime for NodeRuntime {
     }
 
     async fn exec(&self, id: &ContainerId, config: ExecConfig) -> Result<Session, RuntimeError> {
-        let action = "run a process";
-        let handle = self.handle_of(id)?;
-        let record = handle.snapshot.borrow().containers.get(id).cloned();
-        let record = record.ok_or_else(|| not_found("container", id))?;
-        if record.phase != container::Phase::Running {
-            let state = format!("{:?}", record.phase).to_lowercase();
-            return Err(RuntimeError::State {
-                action,
-                kind: "container",
-                id: id.to_string(),
-                state,
-            });
-        }
-        let start = v1::ExecStart {
-            container_id: id.to_string(),
-            process: Some(exec_process(&record, &config)?),
-            stdin: config.stdin,
-        };
-        let client = self.client(&handle, action).await?;
-        let place = Place {
-            sandbox: handle.id.clone(),
-            client,
-            deadline: self.deadline(),
-        };
-        sessions::exec(&self.shared, place, start, config.tty).await
+        self.start_exec(id, config, false).await
+    }
+
+    async fn exec_in_guest(
+        &self,
+        id: &ContainerId,
+        config: ExecConfig,
+    ) -> Result<Session, RuntimeError> {
+        self.start_exec(id, config, true).await
     }
 
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {

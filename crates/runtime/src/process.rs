@@ -206,6 +206,22 @@ pub(crate) fn exec_process(
     })
 }
 
+/// A process of the guest itself: root, with the environment of the container whose files it has.
+pub(crate) fn guest_process(
+    container: &ContainerRecord,
+    config: &ExecConfig,
+) -> Result<v1::Process, RuntimeError> {
+    let process = exec_process(container, config)?;
+    Ok(v1::Process {
+        args: process.args,
+        env: process.env,
+        cwd: "/".to_owned(),
+        user: Some(v1::User::default()),
+        tty: process.tty,
+        ..Default::default()
+    })
+}
+
 fn privileges(security: &SecurityConfig) -> v1::Process {
     v1::Process {
         capabilities: capabilities(security),

@@ -20,6 +20,7 @@ pub struct Node {
     temp: TempDir,
     run_dir: TempDir,
     namespace: Option<String>,
+    cidr: String,
     child: Option<Child>,
 }
 
@@ -37,25 +38,31 @@ impl Node {
             .prefix("hn-")
             .tempdir_in("/run")
             .unwrap();
-        let network = match cidr {
+        let mut node = Self {
+            temp,
+            run_dir,
+            namespace: namespace.map(str::to_owned),
+            cidr: cidr.to_owned(),
+            child: None,
+        };
+        node.configure(settings);
+        node.spawn();
+        node
+    }
+
+    /// Replaces the further lines of its configuration, for the next start.
+    pub fn configure(&self, settings: &str) {
+        let network = match self.cidr.as_str() {
             "" => String::new(),
             cidr => format!("network:\n  cidr: {cidr}\n"),
         };
         let config = format!(
             "socket: {0}/cri.sock\nrunDir: {0}\nkubeletDir: {1}/kubelet\n\
              vm:\n  memoryMiB: 192\n  scratchMiB: 2048\n{network}{settings}",
-            run_dir.path().display(),
-            temp.path().display(),
+            self.run_dir.path().display(),
+            self.temp.path().display(),
         );
-        fs::write(temp.path().join("node.yaml"), config).unwrap();
-        let mut node = Self {
-            temp,
-            run_dir,
-            namespace: namespace.map(str::to_owned),
-            child: None,
-        };
-        node.spawn();
-        node
+        fs::write(self.temp.path().join("node.yaml"), config).unwrap();
     }
 
     /// Starts the daemon, again if it was ended, and waits until it serves its socket.

@@ -118,3 +118,71 @@ async fn disks_come_and_go_fifty_times_beside_one_that_is_written() {
     );
     end(&mut node, client, &pod).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_runs_programs_in_a_vm_only_where_that_is_allowed() {
+    if !can_run_pods() {
+        return;
+    }
+    let registry = Registry::start();
+    let mut node = Node::start("10.89.14.0/24", "debug: {guestExec: true}\n");
+    let mut client = Client::of(&node).await;
+    let image = client.pull(&registry.image("busybox:1")).await;
+    let config = sandbox(&node, "debug");
+    let pod = client.run(&config).await;
+    let mut owner = shell("owner", &image, "exec sleep 1000");
+    // What the container may not do the operator may.
+    owner.linux = Some(v1::LinuxContainerConfig {
+        security_context: Some(v1::LinuxContainerSecurityContext {
+            run_as_user: Some(v1::Int64Value { value: 1000 }),
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let id = client.create(&pod, &config, &owner).await;
+    client.start(&id).await;
+
+    let debug = |node: &Node, args: &[&str]| {
+        let all = [&["debug", "default/debug"], args].concat();
+        let mut command = node.hypernetes(&all);
+        let output = command.stdin(std::process::Stdio::null()).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        let code = output.status.code().unwrap();
+        (text(&output.stdout), text(&output.stderr), code)
+    };
+    let script = "id -u; cat /proc/1/comm; ls /proc/1/root/scratch >/dev/null && echo guest; \
+                  echo gone >&2; exit 7";
+    let (out, err, code) = debug(&node, &["--", "sh", "-c", script]);
+    assert_eq!(
+        (out.as_str(), err.as_str(), code),
+        ("0\ninit\nguest\n", "gone\n", 7)
+    );
+    // The container's own view is as it was.
+    let first = client.exec(&id, "tr '\\0' ' ' < /proc/1/cmdline").await.0;
+    assert_eq!(first, "container-init ", "the pod's first process");
+    let mut with_input = node.hypernetes(&["debug", "default/debug", "-i", "--", "wc", "-c"]);
+    let file = std::fs::File::open("/proc/self/exe").unwrap();
+    let size = file.metadata().unwrap().len();
+    let output = with_input.stdin(file).output().unwrap();
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap().trim(),
+        size.to_string()
+    );
+    let (_, err, code) = debug(&node, &["-c", "nobody", "--", "id"]);
+    assert_eq!((err.contains("\"nobody\""), code), (true, 1), "{err}");
+    let log = node.log_tail();
+    let told = log
+        .lines()
+        .filter(|line| line.contains("audit") && line.contains("user=0"));
+    assert_eq!(told.count(), 3, "{log}");
+
+    // Off unless it is allowed, and that is told too.
+    node.kill();
+    node.configure("debug: {guestExec: false}\n");
+    node.spawn();
+    let (_, err, code) = debug(&node, &["--", "id"]);
+    assert_eq!((err.contains("debug.guestExec"), code), (true, 1), "{err}");
+    assert!(node.log_tail().contains("was not run in a pod's VM"));
+    let client = Client::of(&node).await;
+    end(&mut node, client, &pod).await;
+}

@@ -96,7 +96,7 @@ impl Slots {
 }
 
 /// The guest was booted by an earlier release, which would leave the field unread.
-pub(super) fn unknown_to_guest(field: &str) -> RuntimeError {
+pub(crate) fn unknown_to_guest(field: &str) -> RuntimeError {
     let rule = "is not known to the guest of an earlier release: make the pod anew";
     invalid(field, rule)
 }
