@@ -16,6 +16,7 @@ use hypernetes_apiserver::{ApiServer, ApiServerConfig, tls_config};
 use hypernetes_controllers::ControllersConfig;
 use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
+use hypernetes_runtime::ship_logs;
 use hypernetes_telemetry::{VERSION, chain};
 use tokio::{
     net::TcpListener,
@@ -29,6 +30,7 @@ use crate::{
     admin,
     cli::Up,
     lock::StateLock,
+    logs::LogOptions,
     parts::{HostPodsOptions, Parts, PartsOptions},
     paths::Paths,
     terminal,
@@ -156,6 +158,18 @@ impl Node {
             admin::serve(&socket, backend, token).await?;
             Ok("operator's socket")
         });
+
+        let logs = LogOptions {
+            forward: options.log_forward.clone(),
+            token_file: options.log_forward_token.clone(),
+        };
+        if let Some(shipping) = logs.shipping(paths)? {
+            let (runtime, token) = (self.parts.runtime.clone(), stop.clone());
+            parts.spawn(async move {
+                ship_logs(runtime, shipping, token).await?;
+                Ok("logs' way to the collector")
+            });
+        }
 
         self.write_admin_kubeconfig(&paths.admin_kubeconfig(), address)?;
         info!(%address, node = node_name, "the API server listens");
