@@ -260,7 +260,10 @@ fn compile(raw: &Map<String, Value>) -> Definitions {
             Some("FieldsV1" | "RawExtension" | "Patch") => Shape::Any,
             _ => schema.shape,
         };
-        if matches!(name.rsplit('.').next(), Some("ContainerPort" | "ServicePort")) {
+        if matches!(
+            name.rsplit('.').next(),
+            Some("ContainerPort" | "ServicePort")
+        ) {
             // A key of its list; the definitions say its default in words only.
             for (property, schema) in &mut schema.properties {
                 if &**property == "protocol" {

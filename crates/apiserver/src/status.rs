@@ -1,7 +1,8 @@
 //! Errors of the rooms below → Kubernetes' Status. Inner details stay here.
 
 use hypernetes_apimachinery::{
-    ResourceKind, Status, managed::ApplyError, patch::PatchError, protobuf::ProtobufError, strict::DecodeError,
+    ResourceKind, Status, managed::ApplyError, patch::PatchError, protobuf::ProtobufError,
+    strict::DecodeError,
 };
 use hypernetes_identity::AuthenticationError;
 use hypernetes_store::StoreError;
@@ -98,7 +99,12 @@ pub(crate) fn of_stream(error: &StreamError, pod: &str) -> Status {
 }
 
 /// A configuration that cannot be applied to anything; upstream has no reason for it.
-pub(crate) fn of_malformed(error: &ApplyError, kind: &ResourceKind, namespace: &str, name: &str) -> Status {
+pub(crate) fn of_malformed(
+    error: &ApplyError,
+    kind: &ResourceKind,
+    namespace: &str,
+    name: &str,
+) -> Status {
     let place = if namespace.is_empty() {
         format!("/{name}")
     } else {

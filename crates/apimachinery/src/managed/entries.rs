@@ -133,9 +133,9 @@ impl Managers {
 
     /// Everything that somebody manages.
     pub(crate) fn all_fields(&self) -> FieldSet {
-        self.0.values().fold(FieldSet::default(), |all, owned| {
-            all.union(&owned.fields)
-        })
+        self.0
+            .values()
+            .fold(FieldSet::default(), |all, owned| all.union(&owned.fields))
     }
 
     /// Joins the oldest of too many managers that update.
@@ -185,13 +185,20 @@ impl Managers {
     pub fn to_value(&self) -> Value {
         let mut entries: Vec<(&Manager, &Owned)> = self.0.iter().collect();
         entries.sort_by(|(a, x), (b, y)| {
-            (a.operation, &x.time, &a.name, &x.api_version, &a.subresource).cmp(&(
-                b.operation,
-                &y.time,
-                &b.name,
-                &y.api_version,
-                &b.subresource,
-            ))
+            (
+                a.operation,
+                &x.time,
+                &a.name,
+                &x.api_version,
+                &a.subresource,
+            )
+                .cmp(&(
+                    b.operation,
+                    &y.time,
+                    &b.name,
+                    &y.api_version,
+                    &b.subresource,
+                ))
         });
         let entries = entries.into_iter().map(|(manager, owned)| {
             let mut out = Map::new();

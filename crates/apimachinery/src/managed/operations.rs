@@ -76,7 +76,11 @@ pub enum ApplyError {
 
 fn shown(conflicts: &[Conflict]) -> String {
     if let [one] = conflicts {
-        return format!("1 conflict: conflict with {}: {}", one.manager.shown(), one.field);
+        return format!(
+            "1 conflict: conflict with {}: {}",
+            one.manager.shown(),
+            one.field
+        );
     }
     let mut out = format!("{} conflicts: ", conflicts.len());
     let mut before: Option<&Manager> = None;
@@ -111,8 +115,15 @@ fn stripped(fields: &FieldSet) -> FieldSet {
 fn unmanaged() -> FieldSet {
     let nothing = json!({});
     let of_metadata: serde_json::Map<String, Value> = [
-        "name", "namespace", "creationTimestamp", "selfLink", "uid", "clusterName", "generation",
-        "managedFields", "resourceVersion",
+        "name",
+        "namespace",
+        "creationTimestamp",
+        "selfLink",
+        "uid",
+        "clusterName",
+        "generation",
+        "managedFields",
+        "resourceVersion",
     ]
     .into_iter()
     .map(|name| (format!("f:{name}"), nothing.clone()))
@@ -147,7 +158,10 @@ fn take_over(
             return true;
         }
         let conflict = owned.fields.intersection(&changed);
-        owned.fields = owned.fields.difference(&conflict).difference(&difference.removed);
+        owned.fields = owned
+            .fields
+            .difference(&conflict)
+            .difference(&difference.removed);
         if !conflict.is_empty() {
             lost.push((manager.clone(), conflict));
         }
@@ -161,12 +175,7 @@ fn take_over(
 ///
 /// An object that was stored before managers were recorded, or whose managers a client has
 /// removed, stays without.
-pub fn update(
-    schema: &Schema,
-    old: Option<&Value>,
-    new: &Value,
-    writer: &Writer<'_>,
-) -> Managers {
+pub fn update(schema: &Schema, old: Option<&Value>, new: &Value, writer: &Writer<'_>) -> Managers {
     let sent = &new["metadata"]["managedFields"];
     let live = || old.map(Managers::of).unwrap_or_default();
     let mut managers = if !writer.subresource.is_empty() {
@@ -295,7 +304,7 @@ fn apply_to(
         },
     );
     let object = match &last {
-        Some(last) => prune(schema, merged, &managers, &last.fields),
+        Some(last) => prune(schema, &merged, &managers, &last.fields),
         None => merged,
     };
     let mut difference = typed::compare(Some(schema), before, &object);
@@ -326,16 +335,16 @@ fn apply_to(
 }
 
 /// Takes out of the merged object what was applied before, is not applied now, and is nobody's.
-fn prune(schema: &Schema, merged: Value, managers: &Managers, last: &FieldSet) -> Value {
+fn prune(schema: &Schema, merged: &Value, managers: &Managers, last: &FieldSet) -> Value {
     let schema = Some(schema);
     let last = last.with_named_fields(schema);
     let has = |object: &Value| typed::fields_of(schema, object).with_named_fields(schema);
     let without = |fields: &FieldSet| {
-        let mut out = typed::remove(schema, &merged, fields);
+        let mut out = typed::remove(schema, merged, fields);
         typed::without_nulls(&mut out);
         out
     };
-    let all = has(&merged);
+    let all = has(merged);
     let pruned = without(&last);
     // What others have comes back, with all that leads to it.
     let owned = managers.all_fields().with_named_fields(schema);

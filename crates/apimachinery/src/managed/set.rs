@@ -51,12 +51,12 @@ impl FieldSet {
     }
 
     /// Adds paths below an element.
-    pub(crate) fn add_below(&mut self, element: Element, set: FieldSet) {
+    pub(crate) fn add_below(&mut self, element: Element, set: &FieldSet) {
         if set.is_empty() {
             return;
         }
         let node = self.nodes.entry(element).or_default();
-        node.children = std::mem::take(&mut node.children).union(&set);
+        node.children = std::mem::take(&mut node.children).union(set);
     }
 
     /// Paths that are in either set.
@@ -83,8 +83,7 @@ impl FieldSet {
             let member = keep(node.member, theirs.member);
             let children = node.children.combine(&theirs.children, keep);
             if member || !children.is_empty() {
-                out.nodes
-                    .insert(element.clone(), Node { member, children });
+                out.nodes.insert(element.clone(), Node { member, children });
             }
         }
         out
@@ -122,8 +121,7 @@ impl FieldSet {
             });
             let children = node.children.with_named_fields(below);
             let member = node.member || (named && !children.is_empty());
-            out.nodes
-                .insert(element.clone(), Node { member, children });
+            out.nodes.insert(element.clone(), Node { member, children });
         }
         out
     }
@@ -179,8 +177,7 @@ impl FieldSet {
             let fields = value.as_object()?;
             let member = fields.is_empty() || fields.contains_key(".");
             let children = Self::read(value, depth + 1)?;
-            out.nodes
-                .insert(canonical(key)?, Node { member, children });
+            out.nodes.insert(canonical(key)?, Node { member, children });
         }
         Some(out)
     }

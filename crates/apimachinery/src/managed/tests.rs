@@ -1,4 +1,4 @@
-//! The cases of `data/apply.yaml`.
+//! The cases of `data/apply-cases.yaml`.
 
 use serde_json::{Value, json};
 

@@ -100,7 +100,7 @@ pub(crate) fn fields_of(schema: Option<&Schema>, value: &Value) -> FieldSet {
                 if leaf || value.is_null() || empty || !is_named(schema, name) {
                     out.add(element.clone());
                 }
-                out.add_below(element, fields_of(below, value));
+                out.add_below(element, &fields_of(below, value));
             }
         }
         Atom::List(items, list) => {
@@ -116,7 +116,7 @@ pub(crate) fn fields_of(schema: Option<&Schema>, value: &Value) -> FieldSet {
                 };
                 out.add(element.clone());
                 if seen.get(&element) == Some(&1) {
-                    out.add_below(element, fields_of(list.items(), item));
+                    out.add_below(element, &fields_of(list.items(), item));
                 }
             }
         }
@@ -151,7 +151,7 @@ impl Difference {
             if member {
                 set.add(element.clone());
             }
-            set.add_below(element.clone(), below);
+            set.add_below(element.clone(), &below);
         }
     }
 
@@ -305,12 +305,7 @@ pub(crate) fn merge(
 }
 
 /// Items of the configuration keep its order; the others stay between those that they were between.
-fn merge_lists(
-    list: &Schema,
-    old: &[Value],
-    new: &[Value],
-    path: &str,
-) -> Result<Value, String> {
+fn merge_lists(list: &Schema, old: &[Value], new: &[Value], path: &str) -> Result<Value, String> {
     let mut wanted: Vec<(Element, &Value)> = Vec::with_capacity(new.len());
     let mut names: HashSet<Element> = HashSet::new();
     for (index, item) in new.iter().enumerate() {
