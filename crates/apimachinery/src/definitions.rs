@@ -84,6 +84,10 @@ pub struct Schema {
     pub merge: bool,
     /// `x-kubernetes-patch-strategy` holds `retainKeys`.
     pub retain_keys: bool,
+    /// `default`.
+    pub default: Option<Value>,
+    /// `x-kubernetes-preserve-unknown-fields`: fields that are not known are kept.
+    pub preserve_unknown: bool,
 }
 
 impl Schema {
@@ -148,6 +152,11 @@ impl Schema {
             || (schema.shape == Shape::Object
                 && schema.properties.is_empty()
                 && schema.values.is_none())
+    }
+
+    /// Whether fields without a schema are taken apart by server-side apply.
+    pub fn separable(&self) -> bool {
+        self.resolve().preserve_unknown
     }
 
     /// The schema at a path of property names; a list is stepped into by `*` or an index.
@@ -224,6 +233,12 @@ pub(crate) fn raw() -> Map<String, Value> {
     all
 }
 
+/// Compiles a schema that stands for itself, as that of a custom resource.
+#[cfg(test)]
+pub(crate) fn compile_one(source: &Value) -> Schema {
+    node(source, &HashMap::new())
+}
+
 fn compile(raw: &Map<String, Value>) -> Definitions {
     let mut names: Vec<&String> = raw.keys().collect();
     names.sort();
@@ -245,6 +260,17 @@ fn compile(raw: &Map<String, Value>) -> Definitions {
             Some("FieldsV1" | "RawExtension" | "Patch") => Shape::Any,
             _ => schema.shape,
         };
+        if matches!(
+            name.rsplit('.').next(),
+            Some("ContainerPort" | "ServicePort")
+        ) {
+            // A key of its list; the definitions say its default in words only.
+            for (property, schema) in &mut schema.properties {
+                if &**property == "protocol" {
+                    schema.default = Some("TCP".into());
+                }
+            }
+        }
         all.push(schema);
         for kind in source["x-kubernetes-group-version-kind"]
             .as_array()
@@ -314,6 +340,8 @@ fn node(source: &Value, names: &HashMap<Box<str>, u16>) -> Schema {
         merge_key: text("x-kubernetes-patch-merge-key").map(Into::into),
         merge: strategy.split(',').any(|s| s == "merge"),
         retain_keys: strategy.split(',').any(|s| s == "retainKeys"),
+        default: source.get("default").filter(|v| !v.is_null()).cloned(),
+        preserve_unknown: source["x-kubernetes-preserve-unknown-fields"] == true,
     }
 }
 

@@ -18,6 +18,7 @@ pub mod defaults;
 pub mod definitions;
 pub mod discovery;
 pub mod kinds;
+pub mod managed;
 pub mod meta;
 pub mod openapi;
 pub mod patch;

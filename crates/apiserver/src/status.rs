@@ -1,7 +1,8 @@
 //! Errors of the rooms below → Kubernetes' Status. Inner details stay here.
 
 use hypernetes_apimachinery::{
-    ResourceKind, Status, patch::PatchError, protobuf::ProtobufError, strict::DecodeError,
+    ResourceKind, Status, managed::ApplyError, patch::PatchError, protobuf::ProtobufError,
+    strict::DecodeError,
 };
 use hypernetes_identity::AuthenticationError;
 use hypernetes_store::StoreError;
@@ -95,4 +96,24 @@ pub(crate) fn of_stream(error: &StreamError, pod: &str) -> Status {
         }
         _ => Status::internal("the stream broke"),
     }
+}
+
+/// A configuration that cannot be applied to anything; upstream has no reason for it.
+pub(crate) fn of_malformed(
+    error: &ApplyError,
+    kind: &ResourceKind,
+    namespace: &str,
+    name: &str,
+) -> Status {
+    let place = if namespace.is_empty() {
+        format!("/{name}")
+    } else {
+        format!("{namespace}/{name}")
+    };
+    let message = format!(
+        "failed to create typed patch object ({place}; {}, Kind={}): {error}",
+        kind.api_version(),
+        kind.kind
+    );
+    Status::failure(500, "", message)
 }

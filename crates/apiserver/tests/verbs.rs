@@ -344,7 +344,7 @@ async fn three_patches() {
     let apply = admin.patch(&path, "apply", &config_map("a", "1")).await;
     assert_eq!(
         (apply.code, apply.value["reason"].as_str()),
-        (415, Some("UnsupportedMediaType"))
+        (422, Some("Invalid"))
     );
     assert_eq!(
         admin

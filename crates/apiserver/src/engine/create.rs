@@ -4,19 +4,18 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::Response;
-use hypernetes_apimachinery::{Status, defaults, meta, validation};
+use hypernetes_apimachinery::{Status, defaults, managed::Managers, meta, validation};
 use hypernetes_store::{Compare, Op, StoreError};
 use serde_json::Value;
 
 use super::{
-    Call, Engine, Written,
-    decode::{self, Expected},
-    strategy,
+    Call, Engine, Written, decode, managers,
+    strategy::{self, Part},
 };
 use crate::{
     body::ApiBody,
     codec::{self, Encoded},
-    events, keys, negotiate,
+    keys, negotiate,
     status::{self, Result},
 };
 
@@ -27,13 +26,7 @@ impl Engine {
     /// `create`.
     pub(crate) async fn create(&self, call: &Call, bytes: &Bytes) -> Result<Response<ApiBody>> {
         negotiate::view(&call.headers, &call.query)?;
-        let (object, warnings) =
-            decode::body(bytes, &call.headers, &call.query, Expected::of(call.kind))?;
-        let object = if events::is_view(call.kind) {
-            events::to_stored(object)
-        } else {
-            object
-        };
+        let (object, warnings) = decode::object(bytes, call)?;
         let mut written = self.create_object(call, object).await?;
         written.warnings.splice(0..0, warnings);
         self.answer(call, written)
@@ -41,6 +34,16 @@ impl Engine {
 
     /// Makes an object that has been decoded.
     pub(crate) async fn create_object(&self, call: &Call, object: Value) -> Result<Written> {
+        self.create_managed(call, object, None).await
+    }
+
+    /// Makes an object; who manages its fields is found out, or known already.
+    pub(crate) async fn create_managed(
+        &self,
+        call: &Call,
+        object: Value,
+        managers: Option<&Managers>,
+    ) -> Result<Written> {
         let dry_run = call.is_dry_run()?;
         let base = match (meta::name(&object), meta::generate_name(&object)) {
             (None | Some(""), Some(base)) if !base.is_empty() => Some(base.to_owned()),
@@ -53,7 +56,7 @@ impl Engine {
             if let Some(base) = &base {
                 meta::set(&mut candidate, "name", meta::generate(base));
             }
-            match self.try_create(call, candidate, dry_run).await {
+            match self.try_create(call, candidate, managers, dry_run).await {
                 Err(status)
                     if base.is_some()
                         && status.reason == "AlreadyExists"
@@ -63,7 +66,13 @@ impl Engine {
         }
     }
 
-    async fn try_create(&self, call: &Call, mut object: Value, dry_run: bool) -> Result<Written> {
+    async fn try_create(
+        &self,
+        call: &Call,
+        mut object: Value,
+        managers: Option<&Managers>,
+        dry_run: bool,
+    ) -> Result<Written> {
         let kind = strategy::stored_kind(call.kind);
         self.place(call, &mut object)?;
         if meta::resource_version(&object).is_some_and(|text| !text.is_empty()) {
@@ -76,10 +85,16 @@ impl Engine {
         strategy::prepare_create(kind, &mut object, (self.clock)());
         defaults::apply(kind, &mut object);
         strategy::finish_create(kind, &mut object);
+        let mut common = managers::dedup_owners(&mut object);
+        match managers {
+            Some(managers) => managers.write(&mut object),
+            None => self.record(call, Part::Main, None, &mut object)?,
+        }
         loop {
             let home = self.open_namespace(kind, namespace, &name)?;
             let mut object = object.clone();
-            let warnings = self.admit_create(call, &mut object, home.as_ref())?;
+            let mut warnings = std::mem::take(&mut common);
+            warnings.extend(self.admit_create(call, &mut object, home.as_ref())?);
             self.bind_to_node(kind, &mut object);
             let errors = validation::validate_create(kind, &object);
             if !errors.is_empty() {

@@ -2,12 +2,14 @@
 
 use http::HeaderMap;
 use hypernetes_apimachinery::{
-    ResourceKind, Status, definitions, meta, protobuf,
+    ResourceKind, Schema, Status, definitions, meta, protobuf,
     strict::{self, FieldValidation, Parsed},
 };
 use serde_json::Value;
 
+use super::Call;
 use crate::{
+    events,
     negotiate::{self, BodyForm},
     query::Query,
     status::{self, Result},
@@ -58,8 +60,29 @@ pub(crate) fn body(
     expected: Expected<'_>,
 ) -> Result<(Value, Vec<String>)> {
     let mode = field_validation(query)?;
+    let schema = definitions()
+        .by_kind(expected.group, expected.version, expected.kind)
+        .ok_or_else(|| Status::internal("there is no schema for the kind"))?;
     let parsed = parsed(bytes, headers, expected)?;
-    reviewed(parsed, expected, mode)
+    reviewed(parsed, expected, schema, mode)
+}
+
+/// Decodes a body of the kind that a call is about.
+pub(crate) fn object(bytes: &[u8], call: &Call) -> Result<(Value, Vec<String>)> {
+    let mode = field_validation(&call.query)?;
+    let expected = Expected::of(call.kind);
+    let parsed = parsed(bytes, &call.headers, expected)?;
+    let (object, warnings) = reviewed(parsed, expected, call.schema()?, mode)?;
+    Ok((stored(call.kind, object), warnings))
+}
+
+/// The form in which an object is stored.
+pub(crate) fn stored(kind: &ResourceKind, object: Value) -> Value {
+    if events::is_view(kind) {
+        events::to_stored(object)
+    } else {
+        object
+    }
 }
 
 /// Parses a body without a look at its fields.
@@ -87,6 +110,7 @@ pub(crate) fn parsed(bytes: &[u8], headers: &HeaderMap, expected: Expected<'_>) 
 pub(crate) fn reviewed(
     mut parsed: Parsed,
     expected: Expected<'_>,
+    schema: &Schema,
     mode: FieldValidation,
 ) -> Result<(Value, Vec<String>)> {
     let api_version = expected.api_version();
@@ -116,9 +140,6 @@ pub(crate) fn reviewed(
             )));
         }
     }
-    let schema = definitions()
-        .by_kind(expected.group, expected.version, expected.kind)
-        .ok_or_else(|| Status::internal("there is no schema for the kind"))?;
     strict::check(parsed, schema, mode)
         .map_err(|error| status::of_decode(&error, expected.kind, &api_version))
 }

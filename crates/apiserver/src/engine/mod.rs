@@ -5,9 +5,11 @@
 //! asks for it.
 
 mod admission;
+mod apply;
 mod create;
 mod decode;
 mod delete;
+mod managers;
 mod options;
 mod read;
 mod strategy;
@@ -17,7 +19,7 @@ mod watch;
 use std::time::Duration;
 
 use http::{HeaderMap, Response};
-use hypernetes_apimachinery::{ResourceKind, Status, meta};
+use hypernetes_apimachinery::{ResourceKind, Schema, Status, definitions, meta};
 use hypernetes_identity::User;
 use hypernetes_store::{Durability, Entry, Store, StoreError};
 use serde_json::Value;
@@ -74,6 +76,23 @@ impl Call {
 
     pub(crate) fn not_found(&self) -> Status {
         not_found(self.kind, &self.info.name)
+    }
+
+    /// The schema of the kind's objects, in the form in which clients know them.
+    pub(crate) fn schema(&self) -> Result<&Schema> {
+        definitions()
+            .of(self.kind)
+            .ok_or_else(|| Status::internal("there is no schema for the kind"))
+    }
+
+    /// The schema of the kind's objects as they are stored.
+    pub(crate) fn stored_schema(&self) -> Result<&Schema> {
+        if events::is_view(self.kind) {
+            return definitions()
+                .of(strategy::stored_kind(self.kind))
+                .ok_or_else(|| Status::internal("there is no schema for the kind"));
+        }
+        self.schema()
     }
 
     /// Whether nothing is to be stored.

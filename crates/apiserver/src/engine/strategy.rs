@@ -36,7 +36,7 @@ pub(crate) fn stored_kind(kind: &'static ResourceKind) -> &'static ResourceKind 
     }
 }
 
-fn has_status(kind: &ResourceKind) -> bool {
+pub(crate) fn has_status(kind: &ResourceKind) -> bool {
     kind.subresource("status").is_some()
 }
 
@@ -56,7 +56,7 @@ pub(crate) fn creates_on_update(kind: &ResourceKind) -> bool {
 pub(crate) fn prepare_create(kind: &ResourceKind, object: &mut Value, now: Timestamp) {
     for field in SYSTEM_FIELDS
         .into_iter()
-        .chain(["resourceVersion", "selfLink", "managedFields"])
+        .chain(["resourceVersion", "selfLink"])
     {
         meta::remove(object, field);
     }
@@ -101,7 +101,6 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
             for field in SYSTEM_FIELDS {
                 restore(new, old, field);
             }
-            meta::remove(new, "managedFields");
             meta::remove(new, "selfLink");
             if has_status(kind) {
                 restore_field(new, old, "status");

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{Response, header};
 use hypernetes_apimachinery::{
-    Status, defaults, definitions, meta,
+    Status, defaults,
+    managed::Managers,
+    meta,
     patch::{self, PatchType},
     strict::{self, FieldValidation, Parsed},
-    validation,
+    validation::{self, FieldError},
 };
 use hypernetes_store::{Compare, Entry, Op};
 use serde_json::Value;
@@ -16,13 +18,13 @@ use serde_json::Value;
 use super::{
     Call, Engine, Written, conflict_of,
     decode::{self, Expected},
-    modified, revision_of,
+    managers, modified, revision_of,
     strategy::{self, Part},
 };
 use crate::{
     body::ApiBody,
     codec::{self, Encoded},
-    events, keys, negotiate,
+    keys, negotiate,
     status::{self, Result},
 };
 
@@ -31,10 +33,11 @@ const ATTEMPTS: usize = 100;
 /// How many operations a JSON patch may have (upstream's limit).
 const OPERATIONS: usize = 10_000;
 
-const PATCH_TYPES: [&str; 3] = [
+const PATCH_TYPES: [&str; 4] = [
     "application/json-patch+json",
     "application/merge-patch+json",
     "application/strategic-merge-patch+json",
+    "application/apply-patch+yaml",
 ];
 
 impl Engine {
@@ -46,19 +49,15 @@ impl Engine {
         bytes: &Bytes,
     ) -> Result<Response<ApiBody>> {
         negotiate::view(&call.headers, &call.query)?;
-        let (object, warnings) =
-            decode::body(bytes, &call.headers, &call.query, Expected::of(call.kind))?;
-        let object = if events::is_view(call.kind) {
-            events::to_stored(object)
-        } else {
-            object
-        };
+        let (object, warnings) = decode::object(bytes, call)?;
+        managers::check_options(call, "UpdateOptions")?;
         let dry_run = call.is_dry_run()?;
         let conditional = revision_of(&object)?.is_some();
         for _ in 0..ATTEMPTS {
             let Some(entry) = self.store.get(&call.key()) else {
                 if part == Part::Main && strategy::creates_on_update(call.kind) && !conditional {
                     self.check_name(call, &object)?;
+                    self.check_may_create(call)?;
                     let written = self.create_object(call, object).await?;
                     return self.answer(call, written);
                 }
@@ -94,11 +93,14 @@ impl Engine {
         let patch_type = PatchType::from_content_type(content_type)
             .ok_or_else(|| Status::unsupported_media_type(&PATCH_TYPES))?;
         if patch_type == PatchType::Apply {
-            let mut status = Status::unsupported_media_type(&PATCH_TYPES);
-            status.message = "server-side apply is not supported by this server: use client-side \
-                              apply (kubectl apply without --server-side)"
-                .into();
-            return Err(status);
+            return self.apply(call, part, bytes).await;
+        }
+        managers::check_options(call, "PatchOptions")?;
+        if call.query.text("force").is_some() {
+            return Err(managers::invalid_option(
+                "PatchOptions",
+                FieldError::forbidden("force", "may not be specified for non-apply patch"),
+            ));
         }
         let mode = decode::field_validation(&call.query)?;
         let dry_run = call.is_dry_run()?;
@@ -140,9 +142,7 @@ impl Engine {
         mode: FieldValidation,
     ) -> Result<(Value, Vec<String>)> {
         let old = Self::present(call.kind, codec::decode(&entry.value));
-        let schema = definitions()
-            .of(call.kind)
-            .ok_or_else(|| Status::internal("there is no schema for the kind"))?;
+        let schema = call.schema()?;
         let failed = |error| status::of_patch(&error, call.kind, &call.info.name);
         let value = match patch_type {
             PatchType::Json => patch::json_patch(&old, &parsed.value).map_err(failed)?,
@@ -153,18 +153,11 @@ impl Engine {
             value,
             duplicates: parsed.duplicates.clone(),
         };
-        let (object, warnings) = decode::reviewed(parsed, Expected::of(call.kind), mode)?;
-        Ok((
-            if events::is_view(call.kind) {
-                events::to_stored(object)
-            } else {
-                object
-            },
-            warnings,
-        ))
+        let (object, warnings) = decode::reviewed(parsed, Expected::of(call.kind), schema, mode)?;
+        Ok((decode::stored(call.kind, object), warnings))
     }
 
-    fn check_name(&self, call: &Call, object: &Value) -> Result<()> {
+    pub(super) fn check_name(&self, call: &Call, object: &Value) -> Result<()> {
         let name = meta::name(object).unwrap_or_default();
         if name == call.info.name {
             return Ok(());
@@ -184,7 +177,21 @@ impl Engine {
         call: &Call,
         part: Part,
         entry: &Entry,
+        new: Value,
+        dry_run: bool,
+    ) -> Result<Option<Written>> {
+        self.replace_managed(call, part, entry, new, None, dry_run)
+            .await
+    }
+
+    /// Writes a new version; who manages its fields is found out, or known already.
+    pub(crate) async fn replace_managed(
+        &self,
+        call: &Call,
+        part: Part,
+        entry: &Entry,
         mut new: Value,
+        managers: Option<&Managers>,
         dry_run: bool,
     ) -> Result<Option<Written>> {
         let kind = strategy::stored_kind(call.kind);
@@ -210,7 +217,11 @@ impl Engine {
             defaults::apply(kind, &mut new);
         }
         meta::set_resource_version(&mut new, entry.mod_revision);
-        let mut warnings = Vec::new();
+        let mut warnings = managers::dedup_owners(&mut new);
+        match managers {
+            Some(managers) => managers.write(&mut new),
+            None => self.record(call, part, Some(&old), &mut new)?,
+        }
         if new == old {
             return Ok(Some(Written {
                 code: 200,
@@ -219,7 +230,7 @@ impl Engine {
             }));
         }
         if part == Part::Main {
-            warnings = self.admit_update(call, &mut new, &old)?;
+            warnings.extend(self.admit_update(call, &mut new, &old)?);
         }
         let errors = match part {
             Part::Main => validation::validate_update(kind, &new, &old),

@@ -1,0 +1,170 @@
+//! Server-side apply.
+
+use bytes::Bytes;
+use http::Response;
+use hypernetes_apimachinery::{
+    Status,
+    managed::{self, ApplyError, Writer},
+    meta,
+    strict::{self, FieldValidation, Parsed},
+    validation::{ErrorKind, FieldError},
+};
+use serde_json::Value;
+
+use super::{
+    Call, Engine, Written,
+    decode::{self, Expected},
+    managers, modified,
+    strategy::Part,
+};
+use crate::{
+    body::ApiBody,
+    codec,
+    status::{self, Result},
+};
+
+const ATTEMPTS: usize = 100;
+const OPTIONS: &str = "PatchOptions";
+
+impl Engine {
+    /// `patch` with a configuration.
+    pub(super) async fn apply(
+        &self,
+        call: &Call,
+        part: Part,
+        bytes: &Bytes,
+    ) -> Result<Response<ApiBody>> {
+        if call.query.text("fieldManager").is_none() {
+            let error = FieldError {
+                kind: ErrorKind::Required,
+                field: "fieldManager".into(),
+                value: Value::Null,
+                detail: "is required for apply patch".into(),
+            };
+            return Err(managers::invalid_option(OPTIONS, error));
+        }
+        managers::check_options(call, OPTIONS)?;
+        let mode = decode::field_validation(&call.query)?;
+        let dry_run = call.is_dry_run()?;
+        let parsed = strict::parse_yaml(bytes)
+            .map_err(|error| Status::bad_request(format!("error decoding YAML: {error}")))?;
+        for _ in 0..ATTEMPTS {
+            let done = self.try_apply(call, part, &parsed, mode, dry_run).await?;
+            if let Some((written, warnings)) = done {
+                let mut written: Written = written;
+                written.warnings.splice(0..0, warnings);
+                return self.answer(call, written);
+            }
+        }
+        Err(modified(call.kind, &call.info.name))
+    }
+
+    /// One attempt. `None`: the object has changed meanwhile.
+    async fn try_apply(
+        &self,
+        call: &Call,
+        part: Part,
+        parsed: &Parsed,
+        mode: FieldValidation,
+        dry_run: bool,
+    ) -> Result<Option<(Written, Vec<String>)>> {
+        let expected = Expected::of(call.kind);
+        if let Some(given) = meta::api_version(&parsed.value)
+            && given != expected.api_version()
+        {
+            return Err(Status::bad_request(format!(
+                "Incorrect version specified in apply patch. Specified patch version: {given}, \
+                 expected: {}",
+                expected.api_version()
+            )));
+        }
+        let (config, warnings) = decode::reviewed(parsed.clone(), expected, call.schema()?, mode)?;
+        let mut config = decode::stored(call.kind, config);
+        if !config["metadata"]["managedFields"].is_null() {
+            return Err(Status::bad_request("metadata.managedFields must be nil"));
+        }
+        if meta::name(&config).is_none() {
+            meta::set(&mut config, "name", call.info.name.as_str());
+        }
+        self.check_name(call, &config)?;
+        let entry = self.store.get(&call.key());
+        let live = entry.as_ref().map(|entry| codec::decode(&entry.value));
+        let (api_version, time) = (
+            self.managed_version(call),
+            meta::format_time((self.clock)()),
+        );
+        let name = managers::manager_of(call);
+        let writer = Writer {
+            manager: &name,
+            api_version: &api_version,
+            subresource: managers::subresource_of(part),
+            time: &time,
+            ignored: managers::ignored(call, part),
+        };
+        let force = call.query.flag("force");
+        let schema = call.stored_schema()?;
+        let mut applied = managed::apply(schema, live.as_ref(), &config, &writer, force)
+            .map_err(|error| refusal(call, &error))?;
+        if part == Part::Main
+            && let Some(text) = managed::last_applied(live.as_ref(), &config, &name)
+        {
+            meta::set_annotation(
+                &mut applied.object,
+                "kubectl.kubernetes.io/last-applied-configuration",
+                &text,
+            );
+        }
+        let Some(entry) = entry else {
+            if part != Part::Main {
+                return Err(call.not_found());
+            }
+            if let Some(uid) = meta::uid(&config) {
+                let why = format!(
+                    "uid mismatch: the provided object specified uid {uid}, and no existing \
+                     object was found"
+                );
+                return Err(Status::conflict(
+                    call.kind.group,
+                    call.kind.plural,
+                    &call.info.name,
+                    &why,
+                ));
+            }
+            self.check_may_create(call)?;
+            let made = self
+                .create_managed(call, applied.object, Some(&applied.managers))
+                .await;
+            return match made {
+                Ok(written) => Ok(Some((written, warnings))),
+                // Somebody was faster: it is a change now.
+                Err(status) if status.reason == "AlreadyExists" => Ok(None),
+                Err(status) => Err(status),
+            };
+        };
+        let written = self
+            .replace_managed(
+                call,
+                part,
+                &entry,
+                applied.object,
+                Some(&applied.managers),
+                dry_run,
+            )
+            .await?;
+        Ok(written.map(|written| (written, warnings)))
+    }
+}
+
+fn refusal(call: &Call, error: &ApplyError) -> Status {
+    match error {
+        ApplyError::Conflicts(conflicts) => {
+            let mut status = Status::failure(409, "Conflict", error.to_string());
+            for conflict in conflicts {
+                let message = format!("conflict with {}", conflict.manager.shown());
+                status = status.with_cause("FieldManagerConflict", &message, &conflict.field);
+            }
+            status
+        }
+        _ => status::of_malformed(error, call.kind, &call.info.namespace, &call.info.name),
+    }
+}
