@@ -679,13 +679,13 @@ async fn what_does_not_exist_is_said_so() {
     let missing = "the server could not find the requested resource";
     for path in [
         "/api/v2/pods",
-        "/apis/apps/v1/deployments",
+        "/apis/apps/v2/deployments",
         "/api/v1/namespaces/default/nothings",
         "/api/v1/namespaces/default/pods/p/nothing",
         "/api/v1/namespaces/default/nodes",
         "/api/v1/pods/p",
         "/nothing",
-        "/apis/apps",
+        "/apis/extensions",
         "/openapi/v2",
     ] {
         admin.get(path).await.refused(404, "NotFound", missing);

@@ -97,6 +97,11 @@ impl Node {
         config.streams = Some(Nodelet::streams_of(self.parts.runtime.clone()));
         config.node_name = Some(node_name.clone());
         config.server_address = address.to_string();
+        config.service_account_key = Some(
+            self.authority
+                .service_account_key()
+                .context("cannot open the key of service account tokens")?,
+        );
         let server = ApiServer::new(config)
             .await
             .context("cannot start the API server")?;

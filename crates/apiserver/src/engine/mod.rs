@@ -5,14 +5,17 @@
 //! asks for it.
 
 mod admission;
+mod bounds;
 mod create;
 mod decode;
 mod delete;
+mod eviction;
 mod options;
 mod read;
 mod strategy;
 mod update;
 mod watch;
+mod workloads;
 
 use std::time::Duration;
 
