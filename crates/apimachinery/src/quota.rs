@@ -35,8 +35,27 @@ pub fn amounts(map: &Value) -> Amounts {
 pub fn to_value(amounts: &Amounts) -> Value {
     let fields = amounts
         .iter()
-        .map(|(name, quantity)| (name.clone(), quantity.to_string().into()));
+        .map(|(name, quantity)| (name.clone(), show(name, *quantity).into()));
     Value::Object(fields.collect::<Map<_, _>>())
+}
+
+/// An amount as people write it: bytes in powers of two where they are whole.
+pub fn show(name: &str, amount: Quantity) -> String {
+    let bytes = ["memory", "storage", "hugepages"]
+        .iter()
+        .any(|word| name.contains(word));
+    let units = amount.value();
+    if !bytes || units < 1024 || Quantity::from_units(units) != amount {
+        return amount.to_string();
+    }
+    let suffixes = ["Ei", "Pi", "Ti", "Gi", "Mi", "Ki"];
+    for (power, suffix) in (1..=6).rev().zip(suffixes) {
+        let unit = 1024_i64.pow(power);
+        if units % unit == 0 {
+            return format!("{}{suffix}", units / unit);
+        }
+    }
+    amount.to_string()
 }
 
 /// What one object of a kind counts.
@@ -191,6 +210,39 @@ fn in_scope(pod: &Value, scope: &str, operator: &str, values: &Value) -> bool {
     }
 }
 
+/// Whether a quota may bound objects of the kind.
+pub fn bounds_kind(hard: &Amounts, kind: &ResourceKind) -> bool {
+    let count = format!("count/{}", kind.qualified_resource());
+    hard.keys().any(|name| {
+        if *name == count {
+            return true;
+        }
+        if !kind.group.is_empty() || name.starts_with("count/") {
+            return false;
+        }
+        match kind.plural {
+            "services" => name.starts_with("services"),
+            "persistentvolumeclaims" => {
+                name == "persistentvolumeclaims" || name.contains("storage")
+            }
+            "configmaps" | "secrets" | "resourcequotas" | "replicationcontrollers" => {
+                name == kind.plural
+            }
+            "pods" => {
+                let resource = name
+                    .strip_prefix("requests.")
+                    .or_else(|| name.strip_prefix("limits."))
+                    .unwrap_or(name);
+                name == "pods"
+                    || COMPUTE.contains(&resource)
+                    || resource.starts_with("hugepages-")
+                    || resource.contains('/')
+            }
+            _ => false,
+        }
+    })
+}
+
 /// What of the amounts a quota bounds.
 pub fn bounded(amounts: &Amounts, hard: &Amounts) -> Amounts {
     amounts
@@ -259,6 +311,18 @@ mod tests {
         assert_eq!(text(&of_pod(&pod["spec"], "requests")), "cpu=2500m");
         pod["status"]["phase"] = "Succeeded".into();
         assert_eq!(text(&usage(pods, &pod)), "count/pods=1");
+    }
+
+    #[test]
+    fn bytes_are_shown_in_powers_of_two() {
+        for (name, text, shown) in [
+            ("requests.memory", "1024Mi", "1Gi"),
+            ("memory", "1500M", "1500M"),
+            ("cpu", "1500m", "1500m"),
+            ("pods", "2048", "2048"),
+        ] {
+            assert_eq!(show(name, text.parse().unwrap()), shown);
+        }
     }
 
     #[test]

@@ -5,7 +5,9 @@
 
 use http::HeaderMap;
 use hypernetes_apimachinery::{ResourceKind, kinds, meta, validation::SYSTEM_PRIORITIES};
-use hypernetes_identity::{ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, TenantRole, User};
+use hypernetes_identity::{
+    ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, TenantRole, User, WORKLOAD_CONTROLLERS,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -66,8 +68,13 @@ fn metadata(name: &str) -> Value {
     json!({"name": name, "labels": {"kubernetes.io/bootstrapping": "rbac-defaults"}})
 }
 
-const BINDINGS: [(&str, &str, &[&str]); 5] = [
+const BINDINGS: [(&str, &str, &[&str]); 6] = [
     ("cluster-admin", "cluster-admin", &["system:masters"]),
+    (
+        WORKLOAD_CONTROLLERS,
+        "cluster-admin",
+        &[WORKLOAD_CONTROLLERS],
+    ),
     ("system:discovery", "system:discovery", &[ALL_AUTHENTICATED]),
     (
         "system:basic-user",

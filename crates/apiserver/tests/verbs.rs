@@ -399,7 +399,7 @@ async fn the_status_is_written_apart() {
         .await
         .expect(200);
     assert_eq!(patched["status"]["phase"], "Running");
-    assert!(patched["spec"].get("priority").is_none());
+    assert_eq!(patched["spec"]["priority"], 0);
     let patched = admin
         .patch(
             &path,

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use hypernetes_apiserver::{ApiServer, ApiServerConfig, tls_config};
 use hypernetes_controllers::ControllersConfig;
-use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User};
+use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User, WORKLOAD_CONTROLLERS};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
 use hypernetes_telemetry::{VERSION, chain};
 use tokio::{
@@ -125,6 +125,13 @@ impl Node {
         let controllers = ControllersConfig {
             client: client("system:hypernetes-controllers"),
             networks: Some(self.parts.networks.clone()),
+            workloads: Some(kube::Client::new(
+                server.service_as(User::authenticated(
+                    "system:hypernetes-workload-controllers",
+                    [WORKLOAD_CONTROLLERS.to_owned()],
+                )),
+                "default",
+            )),
             ca_pem: self.authority.certificate_pem().to_owned(),
         };
         let token = stop.clone();

@@ -26,6 +26,6 @@ pub use service_account::{
     BoundObject, KubernetesClaims, SERVICE_ACCOUNT_ISSUER, TokenClaims, TokenError, TokenKey,
 };
 pub use user::{
-    ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, ANONYMOUS, MASTERS, TenantRole, User, tenant_group,
-    tenant_of_group,
+    ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, ANONYMOUS, MASTERS, TenantRole, User,
+    WORKLOAD_CONTROLLERS, tenant_group, tenant_of_group,
 };

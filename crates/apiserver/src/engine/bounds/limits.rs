@@ -2,7 +2,7 @@
 
 use hypernetes_apimachinery::{
     Quantity, meta,
-    quota::{amounts, of_pod, quantity},
+    quota::{amounts, of_pod, quantity, show},
 };
 use serde_json::{Map, Value, json};
 
@@ -108,27 +108,27 @@ fn one(item: &Value, requests: &Value, limits: &Value, errors: &mut Vec<String>)
     let kind = item["type"].as_str().unwrap_or_default();
     let get = |map: &Value, name: &str| -> Option<Quantity> { quantity(map.get(name)?) };
     for (name, least) in amounts(&item["min"]) {
-        let head = format!("minimum {name} usage per {kind} is {least}");
+        let head = format!("minimum {name} usage per {kind} is {}", show(&name, least));
         match (get(requests, &name), get(limits, &name)) {
             (None, _) => errors.push(format!("{head}. No request is specified")),
             (Some(request), _) if request < least => {
-                errors.push(format!("{head}, but request is {request}"));
+                errors.push(format!("{head}, but request is {}", show(&name, request)));
             }
             (_, Some(limit)) if limit < least => {
-                errors.push(format!("{head}, but limit is {limit}"));
+                errors.push(format!("{head}, but limit is {}", show(&name, limit)));
             }
             _ => {}
         }
     }
     for (name, most) in amounts(&item["max"]) {
-        let head = format!("maximum {name} usage per {kind} is {most}");
+        let head = format!("maximum {name} usage per {kind} is {}", show(&name, most));
         match (get(requests, &name), get(limits, &name)) {
             (_, None) => errors.push(format!("{head}. No limit is specified")),
             (_, Some(limit)) if limit > most => {
-                errors.push(format!("{head}, but limit is {limit}"));
+                errors.push(format!("{head}, but limit is {}", show(&name, limit)));
             }
             (Some(request), _) if request > most => {
-                errors.push(format!("{head}, but request is {request}"));
+                errors.push(format!("{head}, but request is {}", show(&name, request)));
             }
             _ => {}
         }

@@ -88,7 +88,7 @@ impl Engine {
                         .iter()
                         .map(|name| {
                             let amount = amounts.get(*name).copied().unwrap_or_default();
-                            format!("{name}={amount}")
+                            format!("{name}={}", quota::show(name, amount))
                         })
                         .collect();
                     texts.join(",")
