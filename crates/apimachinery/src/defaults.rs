@@ -1,6 +1,7 @@
 //! What Kubernetes fills in when an object leaves it out.
 
 mod pod;
+mod workloads;
 
 use serde_json::{Map, Value, json};
 
@@ -20,6 +21,8 @@ pub fn apply(kind: &ResourceKind, object: &mut Value) {
         ("", "Namespace") => namespace(object),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),
         ("hypernetes.io", "Network") => network(object),
+        ("apps" | "autoscaling" | "batch" | "policy" | "scheduling.k8s.io", _)
+        | ("", "LimitRange" | "ResourceQuota") => workloads::apply(kind, object),
         _ => {}
     }
 }

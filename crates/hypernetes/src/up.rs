@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use hypernetes_apiserver::{ApiServer, ApiServerConfig, tls_config};
 use hypernetes_controllers::ControllersConfig;
-use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User};
+use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User, WORKLOAD_CONTROLLERS};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
 use hypernetes_runtime::ship_logs;
 use hypernetes_telemetry::{VERSION, chain};
@@ -99,6 +99,11 @@ impl Node {
         config.streams = Some(Nodelet::streams_of(self.parts.runtime.clone()));
         config.node_name = Some(node_name.clone());
         config.server_address = address.to_string();
+        config.service_account_key = Some(
+            self.authority
+                .service_account_key()
+                .context("cannot open the key of service account tokens")?,
+        );
         let server = ApiServer::new(config)
             .await
             .context("cannot start the API server")?;
@@ -122,6 +127,13 @@ impl Node {
         let controllers = ControllersConfig {
             client: client("system:hypernetes-controllers"),
             networks: Some(self.parts.networks.clone()),
+            workloads: Some(kube::Client::new(
+                server.service_as(User::authenticated(
+                    "system:hypernetes-workload-controllers",
+                    [WORKLOAD_CONTROLLERS.to_owned()],
+                )),
+                "default",
+            )),
             ca_pem: self.authority.certificate_pem().to_owned(),
         };
         let token = stop.clone();
