@@ -34,8 +34,10 @@ const ROOTS: &[(&str, &[&str])] = &[
             "PodList",
             "Secret",
             "SecretList",
+            "Service",
             "ServiceAccount",
             "ServiceAccountList",
+            "ServiceList",
         ],
     ),
     (
@@ -52,6 +54,10 @@ const ROOTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("io.k8s.api.coordination.v1", &["Lease", "LeaseList"]),
+    (
+        "io.k8s.api.discovery.v1",
+        &["EndpointSlice", "EndpointSliceList"],
+    ),
     ("io.k8s.api.events.v1", &["Event", "EventList"]),
     ("io.k8s.api.node.v1", &["RuntimeClass", "RuntimeClassList"]),
     ("io.k8s.api.policy.v1", &["Eviction"]),
