@@ -3,6 +3,7 @@
 mod age;
 mod columns;
 mod pod;
+mod service;
 
 use jiff::Timestamp;
 use serde_json::{Value, json};

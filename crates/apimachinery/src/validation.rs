@@ -7,6 +7,7 @@ mod meta;
 mod ours;
 mod path;
 mod pod;
+mod service;
 mod volume;
 
 use serde_json::Value;
@@ -42,6 +43,10 @@ pub fn validate_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<Fie
         ("node.k8s.io", "RuntimeClass") => {
             found.immutable(&Path::root("handler"), &new["handler"], &old["handler"]);
         }
+        ("", "Service") => service::service_update(new, old, &mut found),
+        ("discovery.k8s.io", "EndpointSlice") => {
+            service::endpoint_slice_update(new, old, &mut found);
+        }
         ("hypernetes.io", "Network") => ours::network_update(new, old, &mut found),
         ("hypernetes.io", "Tenant") => ours::tenant_update(new, old, &mut found),
         _ => {}
@@ -65,6 +70,8 @@ fn specific(kind: &ResourceKind, object: &Value, found: &mut Found) {
         ("", "Pod") => pod::validate(object, found),
         ("", "ConfigMap") => cluster::config_map(object, found),
         ("", "Secret") => cluster::secret(object, found),
+        ("", "Service") => service::service(object, found),
+        ("discovery.k8s.io", "EndpointSlice") => service::endpoint_slice(object, found),
         ("coordination.k8s.io", "Lease") => cluster::lease(object, found),
         ("node.k8s.io", "RuntimeClass") => cluster::runtime_class(object, found),
         ("rbac.authorization.k8s.io", "Role") => cluster::role(object, true, found),

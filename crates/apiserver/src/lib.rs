@@ -41,6 +41,7 @@ mod request_info;
 mod reviews;
 mod server;
 mod service;
+mod services;
 mod status;
 
 pub use authentication::InProcessUser;

@@ -91,6 +91,8 @@ impl Engine {
                 ));
             }
             self.check_escalation(call, &object, None)?;
+            self.check_range(kind, &object)?;
+            let allocation = self.allocate(kind, &mut object, None)?;
             let key = keys::object(kind, namespace, &name);
             if dry_run {
                 if self.store.get(&key).is_some() {
@@ -112,7 +114,9 @@ impl Engine {
                 // The namespace has not begun to end meanwhile: nothing is left behind in it.
                 compares.push(Compare::ModRevision(home.key, home.mod_revision));
             }
-            let ops = vec![Op::Put(key.clone(), encoded.to_store_value())];
+            compares.extend(allocation.compares);
+            let mut ops = vec![Op::Put(key.clone(), encoded.to_store_value())];
+            ops.extend(allocation.ops);
             match self.store.txn(compares, ops, Self::durability(kind)).await {
                 Ok(revision) => {
                     let object = codec::decode(&encoded.with_revision(revision));

@@ -5,7 +5,7 @@ use hypernetes_apimachinery::{ResourceKind, kinds, meta};
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
-use crate::events;
+use crate::{events, services};
 
 /// Fields of metadata that only the server sets.
 const SYSTEM_FIELDS: [&str; 5] = [
@@ -41,7 +41,7 @@ fn has_status(kind: &ResourceKind) -> bool {
 }
 
 fn has_generation(kind: &ResourceKind) -> bool {
-    has_status(kind) && !matches!(kind.kind, "Namespace" | "Node")
+    has_status(kind) && !matches!(kind.kind, "Namespace" | "Node" | "Service")
 }
 
 /// Whether `PUT` makes an object that is not there.
@@ -112,6 +112,9 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
                 meta::set_label(new, "kubernetes.io/metadata.name", &name);
             }
             take_string_data(kind, new);
+            if services::is_service(kind) {
+                services::prepare_update(new, old);
+            }
             if has_generation(kind) && differs_in_spec(new, old) {
                 meta::set(new, "generation", meta::generation(old) + 1);
             }

@@ -23,6 +23,7 @@ use crate::{
     body::ApiBody,
     codec::{self, Encoded},
     events, keys, negotiate,
+    services::Allocation,
     status::{self, Result},
 };
 
@@ -234,6 +235,10 @@ impl Engine {
             ));
         }
         self.check_escalation(call, &new, Some(&old))?;
+        let allocation = match part {
+            Part::Main => self.allocate(kind, &mut new, Some(&old))?,
+            Part::Status | Part::Finalize => Allocation::default(),
+        };
         if dry_run {
             return Ok(Some(Written {
                 code: 200,
@@ -243,17 +248,17 @@ impl Engine {
         }
         let key = keys::object(kind, &call.info.namespace, &call.info.name);
         let encoded = Arc::new(Encoded::new(&new));
-        let op = if strategy::is_finished(kind, &new) {
-            Op::Delete(key.clone())
+        let mut compares = vec![Compare::ModRevision(key.clone(), entry.mod_revision)];
+        let mut ops;
+        if strategy::is_finished(kind, &new) {
+            ops = vec![Op::Delete(key)];
+            ops.extend(self.release(kind, &old));
         } else {
-            Op::Put(key.clone(), encoded.to_store_value())
-        };
-        let compares = vec![Compare::ModRevision(key, entry.mod_revision)];
-        match self
-            .store
-            .txn(compares, vec![op], Self::durability(kind))
-            .await
-        {
+            ops = vec![Op::Put(key, encoded.to_store_value())];
+            compares.extend(allocation.compares);
+            ops.extend(allocation.ops);
+        }
+        match self.store.txn(compares, ops, Self::durability(kind)).await {
             Ok(revision) => {
                 let object = codec::decode(&encoded.with_revision(revision));
                 Ok(Some(Written {

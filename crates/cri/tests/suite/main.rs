@@ -14,4 +14,5 @@ mod cni;
 mod crashes;
 mod cycles;
 mod guests;
+mod host_ports;
 mod huge_pages;
