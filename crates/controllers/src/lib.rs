@@ -9,10 +9,13 @@
 //! - **Network**: kept until no pod is on it, then removed from the node.
 //! - **Namespace**: gets the service account `default` and the authority's certificate; a deleted one is
 //!   emptied, pods first and networks last, before it goes.
+//! - **Service** → its EndpointSlices, from its pods.
 #![forbid(unsafe_code)]
 
 mod conditions;
+mod endpoints;
 mod error;
+mod mirror;
 mod namespace;
 mod network;
 mod objects;
@@ -64,7 +67,8 @@ pub async fn run(config: ControllersConfig, stop: CancellationToken) {
     tokio::join!(
         tenants(context.clone(), &stop),
         networks(context.clone(), &stop),
-        namespaces(context, &stop),
+        namespaces(context.clone(), &stop),
+        endpoints::run(context.client.clone(), &stop),
     );
 }
 
