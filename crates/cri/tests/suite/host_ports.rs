@@ -51,11 +51,8 @@ async fn host_ports_of_the_built_in_network() {
     web.command.clear();
     let id = client.create(&pod, &config, &web).await;
     client.start(&id).await;
-    let echo = shell(
-        "echo",
-        &image,
-        "while :; do echo pong | busybox nc -u -l -p 53 -w 1; done",
-    );
+    let net = client.pull(&registry.image("net:1")).await;
+    let echo = shell("echo", &net, "exec netprobe udp-echo 53 pong");
     let echo = client.create(&pod, &config, &echo).await;
     client.start(&echo).await;
 
@@ -73,7 +70,7 @@ async fn host_ports_of_the_built_in_network() {
     eventually("the pod answers by UDP", PATIENCE, || {
         let script = "exec 3<>/dev/udp/127.0.0.1/8053; echo ping >&3; timeout 2 head -n 1 <&3";
         match from_node(&host, script).trim() {
-            "pong" => Ok(()),
+            "pong ping" => Ok(()),
             other => Err(other.to_owned()),
         }
     });

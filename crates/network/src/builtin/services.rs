@@ -32,7 +32,7 @@ impl Inner {
             .ok_or_else(|| NetworkError::NoNetwork(id.clone()))?;
         let mut live = lock(&network.gate);
         live.check_exists(id)?;
-        if live.record.services == services {
+        if live.record.services == services && live.table.is_some() {
             return Ok(());
         }
         let plan = self.plan(&live)?;
@@ -64,7 +64,7 @@ impl Inner {
         }
         self.listen_for_api(&plan, &namespace, &mut live)
             .map_err(failed("listen for the API server"))?;
-        if names_are_new {
+        if names_are_new || range_is_new {
             self.tell_names(&live);
         }
         Ok(())
