@@ -54,6 +54,8 @@ pub enum NameRule {
     Subdomain,
     /// RFC 1123 label, at most 63 characters.
     Label,
+    /// RFC 1035 label, which begins with a letter.
+    Label1035,
     /// Anything that is one path segment (RBAC).
     PathSegment,
 }
@@ -241,6 +243,13 @@ static KINDS: &[ResourceKind] = &[
     workloads::DEPLOYMENTS,
     workloads::REPLICA_SETS,
     workloads::STATEFUL_SETS,
+    ResourceKind {
+        short_names: &["svc"],
+        categories: &["all"],
+        subresources: &[sub("status", "Service", STATUS)],
+        name_rule: NameRule::Label1035,
+        ..kind("", "v1", "Service", "services", "service")
+    },
     review(
         AUTHN,
         "SelfSubjectReview",
@@ -279,6 +288,13 @@ static KINDS: &[ResourceKind] = &[
     workloads::CRON_JOBS,
     workloads::JOBS,
     kind("coordination.k8s.io", "v1", "Lease", "leases", "lease"),
+    kind(
+        "discovery.k8s.io",
+        "v1",
+        "EndpointSlice",
+        "endpointslices",
+        "endpointslice",
+    ),
     ResourceKind {
         short_names: &["ev"],
         ..kind("events.k8s.io", "v1", "Event", "events", "event")

@@ -8,6 +8,7 @@ mod ours;
 mod path;
 mod pod;
 mod policies;
+mod service;
 mod volume;
 mod workloads;
 
@@ -51,6 +52,10 @@ pub fn validate_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<Fie
         | ("", "LimitRange" | "ResourceQuota") => {
             policies::validate_update(kind, new, old, &mut found);
         }
+        ("", "Service") => service::service_update(new, old, &mut found),
+        ("discovery.k8s.io", "EndpointSlice") => {
+            service::endpoint_slice_update(new, old, &mut found);
+        }
         ("hypernetes.io", "Network") => ours::network_update(new, old, &mut found),
         ("hypernetes.io", "Tenant") => ours::tenant_update(new, old, &mut found),
         _ => {}
@@ -74,6 +79,8 @@ fn specific(kind: &ResourceKind, object: &Value, found: &mut Found) {
         ("", "Pod") => pod::validate(object, found),
         ("", "ConfigMap") => cluster::config_map(object, found),
         ("", "Secret") => cluster::secret(object, found),
+        ("", "Service") => service::service(object, found),
+        ("discovery.k8s.io", "EndpointSlice") => service::endpoint_slice(object, found),
         ("coordination.k8s.io", "Lease") => cluster::lease(object, found),
         ("node.k8s.io", "RuntimeClass") => cluster::runtime_class(object, found),
         ("rbac.authorization.k8s.io", "Role") => cluster::role(object, true, found),

@@ -1,10 +1,11 @@
 //! What a server is made from.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use hypernetes_identity::{Authenticator, CertificateAuthenticator, SigningKey};
 use hypernetes_store::Store;
 use hypernetes_streaming::PodStreams;
+use ipnet::Ipv4Net;
 use jiff::Timestamp;
 
 /// Tells the time.
@@ -29,6 +30,8 @@ pub struct ApiServerConfig {
     pub version: VersionInfo,
     /// Bounds.
     pub limits: Limits,
+    /// Addresses of services, the same in every network.
+    pub service_cidr: Ipv4Net,
     /// Tells the time.
     pub clock: Clock,
 }
@@ -46,6 +49,7 @@ impl ApiServerConfig {
             server_address: "127.0.0.1:6443".into(),
             version: VersionInfo::default(),
             limits: Limits::default(),
+            service_cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16),
             clock: Arc::new(Timestamp::now),
         }
     }

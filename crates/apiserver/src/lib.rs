@@ -43,6 +43,7 @@ mod scale;
 mod server;
 mod service;
 mod service_accounts;
+mod services;
 mod status;
 
 pub use authentication::InProcessUser;

@@ -1,7 +1,8 @@
 //! The TLS listener: HTTP/1.1 and HTTP/2, client certificates optional but verified.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, pin::pin, sync::Arc, time::Duration};
 
+use futures::{Stream, StreamExt as _};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -134,6 +135,49 @@ impl ApiServer {
             tracing::warn!("connections were still open at shutdown");
         }
         Ok(())
+    }
+}
+
+impl ApiServer {
+    /// Serves connections that somebody else has accepted, until `shutdown` or their end. What
+    /// comes with a connection is dropped when it ends.
+    pub async fn serve_streams<G: Send + 'static>(
+        &self,
+        streams: impl Stream<Item = (TcpStream, G)>,
+        tls: Arc<ServerConfig>,
+        shutdown: CancellationToken,
+    ) {
+        let limits = &self.inner.engine.limits;
+        let acceptor = TlsAcceptor::from(tls);
+        let connections = TaskTracker::new();
+        let mut streams = pin!(streams);
+        loop {
+            let (stream, guard) = tokio::select! {
+                next = streams.next() => match next {
+                    Some(next) => next,
+                    None => break,
+                },
+                () = shutdown.cancelled() => break,
+            };
+            let connection = Connection {
+                service: self.service(),
+                handshake: limits.handshake_timeout,
+                drain: limits.drain,
+                shutdown: shutdown.clone(),
+            };
+            let acceptor = acceptor.clone();
+            connections.spawn(async move {
+                let _guard = guard;
+                connection.run(stream, acceptor).await;
+            });
+        }
+        connections.close();
+        if timeout(limits.drain + Duration::from_secs(1), connections.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!("pods' connections were still open at shutdown");
+        }
     }
 }
 

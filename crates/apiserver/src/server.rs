@@ -75,6 +75,7 @@ impl ApiServer {
             clock: config.clock,
             node_name: config.node_name,
             limits: config.limits,
+            service_range: config.service_cidr,
             shutdown: shutdown.clone(),
             tasks: TaskTracker::new(),
         };

@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
+use futures::stream;
 use hypernetes_apiserver::{ApiServer, ApiServerConfig, tls_config};
 use hypernetes_controllers::ControllersConfig;
 use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User, WORKLOAD_CONTROLLERS};
@@ -104,12 +105,17 @@ impl Node {
                 .service_account_key()
                 .context("cannot open the key of service account tokens")?,
         );
+        config.service_cidr = options.service_cidr;
         let server = ApiServer::new(config)
             .await
             .context("cannot start the API server")?;
         let mut sans = options.tls_sans.clone();
         sans.push(address.ip().to_string());
-        let tls = tls_config(&self.authority, &self.authority.serving(&sans)?)?;
+        sans.extend(names_in_networks(options.service_cidr));
+        let tls = Arc::new(tls_config(
+            &self.authority,
+            &self.authority.serving(&sans)?,
+        )?);
         let client = |user: &str| {
             let user = User::authenticated(user, [MASTERS.to_owned()]);
             kube::Client::new(server.service_as(user), "default")
@@ -118,10 +124,21 @@ impl Node {
         let stop = CancellationToken::new();
         let mut parts: JoinSet<Result<&'static str>> = JoinSet::new();
         {
-            let (server, stop) = (server.clone(), stop.clone());
+            let (server, tls, stop) = (server.clone(), tls.clone(), stop.clone());
             parts.spawn(async move {
-                server.serve_tls(listener, Arc::new(tls), stop).await?;
+                server.serve_tls(listener, tls, stop).await?;
                 Ok("API server")
+            });
+        }
+        {
+            let (server, stop) = (server.clone(), stop.clone());
+            let connections = stream::unfold(self.parts.api_connections, |mut next| async {
+                let connection = next.recv().await?;
+                Some(((connection.stream, connection.place), next))
+            });
+            parts.spawn(async move {
+                server.serve_streams(connections, tls, stop).await;
+                Ok("API server in networks")
             });
         }
         let controllers = ControllersConfig {
@@ -147,6 +164,7 @@ impl Node {
             paths.state().to_owned(),
             ipnet::IpNet::V4(options.pod_cidr),
         );
+        config.service_cidr = options.service_cidr;
         // Named like everything else that this daemon makes on the host.
         config.cgroup_root = format!("hypernetes-{}", self.parts.instance);
         let nodelet = Nodelet::new(
@@ -183,7 +201,7 @@ impl Node {
             });
         }
 
-        self.write_admin_kubeconfig(&paths.admin_kubeconfig(), address)?;
+        write_admin_kubeconfig(&self.authority, &paths.admin_kubeconfig(), address)?;
         info!(%address, node = node_name, "the API server listens");
         terminal::line(&format!(
             "hypernetes is up: https://{address}, kubeconfig {}",
@@ -215,27 +233,39 @@ impl Node {
         }
         outcome
     }
+}
 
-    fn write_admin_kubeconfig(&self, path: &Path, address: SocketAddr) -> Result<()> {
-        let credentials =
-            self.authority
-                .client("hypernetes-admin", &[MASTERS.to_owned()], ADMIN_LIFE)?;
-        // Bound to all addresses: this machine reaches it by loopback.
-        let host = if address.ip().is_unspecified() {
-            SocketAddr::from(([127, 0, 0, 1], address.port()))
-        } else {
-            address
-        };
-        let kubeconfig = Kubeconfig {
-            server: &format!("https://{host}"),
-            context: "hypernetes",
-            user: "hypernetes-admin",
-            namespace: "default",
-            authority: &self.authority,
-            credentials: &credentials,
-        };
-        Ok(kubeconfig.write(path)?)
-    }
+fn write_admin_kubeconfig(authority: &Authority, path: &Path, address: SocketAddr) -> Result<()> {
+    let credentials = authority.client("hypernetes-admin", &[MASTERS.to_owned()], ADMIN_LIFE)?;
+    // Bound to all addresses: this machine reaches it by loopback.
+    let host = if address.ip().is_unspecified() {
+        SocketAddr::from(([127, 0, 0, 1], address.port()))
+    } else {
+        address
+    };
+    let kubeconfig = Kubeconfig {
+        server: &format!("https://{host}"),
+        context: "hypernetes",
+        user: "hypernetes-admin",
+        namespace: "default",
+        authority,
+        credentials: &credentials,
+    };
+    Ok(kubeconfig.write(path)?)
+}
+
+/// How pods call the API server.
+fn names_in_networks(services: ipnet::Ipv4Net) -> Vec<String> {
+    let mut names: Vec<String> = [
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+    ]
+    .map(str::to_owned)
+    .into();
+    names.extend(services.hosts().next().map(|address| address.to_string()));
+    names
 }
 
 /// The node's address for pods' `hostIP`.

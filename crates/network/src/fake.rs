@@ -13,8 +13,8 @@ use hypernetes_types::{NetworkId, SandboxId};
 use ipnet::Ipv4Net;
 
 use crate::{
-    Attachment, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec, PodNetworkRequest,
-    ipam,
+    Attachment, HeldPort, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
+    NetworkSpec, PodNetworkRequest, ipam,
     plan::{NetworkPlan, mac, tap_name},
 };
 
@@ -27,6 +27,7 @@ pub struct FakeDriver {
 #[derive(Debug, Default)]
 struct State {
     networks: BTreeMap<NetworkId, (NetworkSpec, Vec<NameRecord>, Option<Ipv4Addr>)>,
+    services: BTreeMap<NetworkId, NetworkServices>,
     leases: BTreeMap<SandboxId, Lease>,
 }
 
@@ -43,6 +44,11 @@ impl FakeDriver {
             .get(id)
             .map(|network| network.1.clone())
             .unwrap_or_default()
+    }
+
+    /// The services that were set for a network.
+    pub fn services(&self, id: &NetworkId) -> NetworkServices {
+        self.lock().services.get(id).cloned().unwrap_or_default()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -108,6 +114,7 @@ impl NetworkDriver for FakeDriver {
             });
         }
         state.networks.remove(id);
+        state.services.remove(id);
         Ok(())
     }
 
@@ -127,9 +134,6 @@ impl NetworkDriver for FakeDriver {
         request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
         let requested = request.address;
-        if !request.host_ports.is_empty() {
-            return Err(NetworkError::NoHostPorts(network.clone()));
-        }
         let mut state = self.lock();
         let refuse = |address, reason| NetworkError::Address {
             address,
@@ -185,6 +189,14 @@ impl NetworkDriver for FakeDriver {
                 search: vec![format!("svc.{}", spec.domain), spec.domain.clone()],
                 prefixes: Vec::new(),
                 routes: Vec::new(),
+                host_ports: request
+                    .host_ports
+                    .iter()
+                    .map(|port| HeldPort {
+                        port: port.clone(),
+                        relay: port.host_port,
+                    })
+                    .collect(),
             }
         };
         let tap = null()?;
@@ -221,6 +233,19 @@ impl NetworkDriver for FakeDriver {
             .get_mut(id)
             .ok_or_else(|| NetworkError::NoNetwork(id.clone()))?;
         network.1 = names;
+        Ok(())
+    }
+
+    async fn set_services(
+        &self,
+        id: &NetworkId,
+        services: NetworkServices,
+    ) -> Result<(), NetworkError> {
+        let mut state = self.lock();
+        if !state.networks.contains_key(id) {
+            return Err(NetworkError::NoNetwork(id.clone()));
+        }
+        state.services.insert(id.clone(), services);
         Ok(())
     }
 

@@ -23,6 +23,7 @@ mod pods;
 mod pull;
 mod resources;
 mod sandbox;
+mod services;
 mod sources;
 mod status;
 mod steps;
@@ -161,6 +162,12 @@ impl Nodelet {
         let host = self.config.node_name.clone();
         let (events, write_events) = events::Recorder::new(self.client.clone(), host, stop.clone());
         let (names, publish_names) = network::Names::new(self.networks.clone(), stop.clone());
+        let settings = services::Settings {
+            range: self.config.service_cidr,
+            domain: self.config.cluster_domain.clone(),
+        };
+        let (services, tell_services) =
+            services::Services::new(settings, &self.client, self.networks.clone(), stop.clone());
         let node = Arc::new(steps::Node {
             host_ip: self.config.address.to_string(),
             capacity,
@@ -171,6 +178,7 @@ impl Nodelet {
             access,
             events,
             names,
+            services,
             gates: network::Gates::default(),
             config: self.config.clone(),
         });
@@ -181,6 +189,7 @@ impl Nodelet {
         };
         parts.spawn(named("event writer", Box::pin(write_events)));
         parts.spawn(named("name publisher", Box::pin(publish_names)));
+        parts.spawn(named("services", Box::pin(tell_services)));
         let keep_alive = node::keep_alive(self.client, self.config, capacity, since, stop.clone());
         parts.spawn(named("heartbeat", Box::pin(keep_alive)));
         parts.spawn(named(

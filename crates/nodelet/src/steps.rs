@@ -22,6 +22,7 @@ use crate::{
     pull,
     resources::Capacity,
     sandbox,
+    services::Services,
     sources::Sources,
     volumes,
 };
@@ -38,6 +39,7 @@ pub(crate) struct Node {
     pub(crate) access: ImageAccess,
     pub(crate) events: Recorder,
     pub(crate) names: Names,
+    pub(crate) services: Services,
     pub(crate) gates: network::Gates,
 }
 
@@ -111,6 +113,9 @@ impl Node {
         let _stays = gate.read().await;
         if let Err(error) = self.networks.ensure_network(&network).await {
             return failed(chain(&error).to_string());
+        }
+        if let Err(message) = self.services.tell(&network.id).await {
+            return failed(message);
         }
         let config = match sandbox::config(pod, attempt, &network, &self.config, self.capacity) {
             Ok(config) => config,
@@ -255,7 +260,14 @@ impl Node {
             .map(|address| address.to_string())
             .unwrap_or_default();
         let facts = self.facts(pod, &pod_ip);
-        let environment = match env::build(&self.sources, &facts, container).await {
+        let links = pod
+            .spec
+            .as_ref()
+            .is_none_or(|spec| spec.enable_service_links != Some(false));
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+        let services = self.services.environment(namespace, links);
+        let built = env::build(&self.sources, &facts, container, services).await;
+        let environment = match built {
             Ok(environment) => environment,
             Err(error) => return trouble("CreateContainerConfigError", chain(&error).to_string()),
         };

@@ -204,11 +204,8 @@ const CONTAINER: &[(&str, Support)] = &[
     ("name", Yes),
     ("ports", Inside),
     ("ports[].containerPort", Yes),
-    ("ports[].hostIP", No("ports of the node are not supported")),
-    (
-        "ports[].hostPort",
-        No("ports of the node are not supported"),
-    ),
+    ("ports[].hostIP", Yes),
+    ("ports[].hostPort", Yes),
     ("ports[].name", Yes),
     ("ports[].protocol", Yes),
     ("readinessProbe", No(NO_PROBES)),
@@ -643,14 +640,6 @@ mod tests {
             (
                 "livenessProbe",
                 json!({"livenessProbe": {"periodSeconds": 1}}),
-            ),
-            (
-                "ports[0].hostPort",
-                json!({"ports": [{"containerPort": 1, "hostPort": 1}]}),
-            ),
-            (
-                "ports[0].hostIP",
-                json!({"ports": [{"containerPort": 1, "hostIP": "::"}]}),
             ),
             (
                 "readinessProbe",

@@ -411,3 +411,23 @@ fn network_and_tenant_objects_are_checked() {
     assert_eq!(tenant("kube-system", json!({})), 1);
     assert_eq!(tenant("default", json!({})), 1);
 }
+
+#[test]
+fn services_have_no_addresses_or_ports_of_the_node() {
+    let fields = |spec: Value| Case::create("", "Service", json!({"spec": spec})).fields();
+    let none: [&str; 0] = [];
+    assert_eq!(fields(json!({"type": "ClusterIP"})), none);
+    assert_eq!(
+        fields(json!({"type": "LoadBalancer", "ports": [{"port": 80}]})),
+        none
+    );
+    assert_eq!(fields(json!({"type": "NodePort"})), ["spec.type"]);
+    assert_eq!(
+        fields(json!({"externalIPs": ["10.0.0.1"]})),
+        ["spec.externalIPs"]
+    );
+    assert_eq!(
+        fields(json!({"ports": [{"port": 80, "nodePort": 30080}]})),
+        ["spec.ports[0].nodePort"]
+    );
+}

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::{kinds::ResourceKind, meta};
 
-use super::{Column, age, age::since, or, pod, text, workloads};
+use super::{Column, age, age::since, or, pod, service, text, workloads};
 
 pub(super) const fn column(
     name: &'static str,
@@ -48,6 +48,8 @@ pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
         ("", "ConfigMap") => CONFIG_MAPS,
         ("", "Secret") => SECRETS,
         ("", "ServiceAccount") => SERVICE_ACCOUNTS,
+        ("", "Service") => SERVICES,
+        ("discovery.k8s.io", "EndpointSlice") => ENDPOINT_SLICES,
         ("" | "events.k8s.io", "Event") => EVENTS,
         ("coordination.k8s.io", "Lease") => LEASES,
         ("node.k8s.io", "RuntimeClass") => RUNTIME_CLASSES,
@@ -116,6 +118,30 @@ static SERVICE_ACCOUNTS: &[Column] = &[
     NAME,
     column("Secrets", "string", 0, |object, _| {
         object["secrets"].as_array().map_or(0, Vec::len).into()
+    }),
+    AGE,
+];
+
+static SERVICES: &[Column] = &[
+    NAME,
+    string("Type", |object, _| text(object, &["spec", "type"]).into()),
+    string("Cluster-IP", |object, _| service::cluster_ip(object).into()),
+    string("External-IP", |object, _| {
+        service::external_ip(object).into()
+    }),
+    string("Port(s)", |object, _| service::ports(object).into()),
+    AGE,
+    wide("Selector", |object, _| service::selector(object).into()),
+];
+
+static ENDPOINT_SLICES: &[Column] = &[
+    NAME,
+    string("AddressType", |object, _| {
+        text(object, &["addressType"]).into()
+    }),
+    string("Ports", |object, _| service::slice_ports(object).into()),
+    string("Endpoints", |object, _| {
+        service::slice_endpoints(object).into()
     }),
     AGE,
 ];

@@ -50,6 +50,8 @@ pub(crate) struct Engine {
     pub(crate) clock: Clock,
     pub(crate) node_name: Option<String>,
     pub(crate) limits: Limits,
+    /// Addresses of services.
+    pub(crate) service_range: ipnet::Ipv4Net,
     /// Ends watches at shutdown.
     pub(crate) shutdown: CancellationToken,
     /// Streams on upgraded connections.

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::workloads;
-use crate::events;
+use crate::{events, services};
 
 /// Fields of metadata that only the server sets.
 const SYSTEM_FIELDS: [&str; 5] = [
@@ -45,7 +45,7 @@ fn has_generation(kind: &ResourceKind) -> bool {
     has_status(kind)
         && !matches!(
             kind.kind,
-            "Namespace" | "Node" | "ResourceQuota" | "HorizontalPodAutoscaler"
+            "Namespace" | "Node" | "ResourceQuota" | "HorizontalPodAutoscaler" | "Service"
         )
 }
 
@@ -117,6 +117,9 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
                 meta::set_label(new, "kubernetes.io/metadata.name", &name);
             }
             take_string_data(kind, new);
+            if services::is_service(kind) {
+                services::prepare_update(new, old);
+            }
             if has_generation(kind) && differs_in_spec(new, old) {
                 meta::set(new, "generation", meta::generation(old) + 1);
             }

@@ -27,6 +27,7 @@ use crate::{
     body::ApiBody,
     codec::{self, Encoded},
     keys, negotiate,
+    services::Allocation,
     status::{self, Result},
 };
 
@@ -247,6 +248,10 @@ impl Engine {
             ));
         }
         self.check_escalation(call, &new, Some(&old))?;
+        let allocation = match part {
+            Part::Main => self.allocate(kind, &mut new, Some(&old))?,
+            _ => Allocation::default(),
+        };
         let charge = match part {
             Part::Status | Part::Finalize => Charge::default(),
             _ => self.charge(call, &new, Some(&old))?,
@@ -260,15 +265,18 @@ impl Engine {
         }
         let key = keys::object(kind, &call.info.namespace, &call.info.name);
         let encoded = Arc::new(Encoded::new(&new));
-        let op = if strategy::is_finished(kind, &new) {
-            Op::Delete(key.clone())
+        let mut compares = vec![Compare::ModRevision(key.clone(), entry.mod_revision)];
+        let mut ops;
+        if strategy::is_finished(kind, &new) {
+            ops = vec![Op::Delete(key)];
+            ops.extend(self.release(kind, &old));
         } else {
-            Op::Put(key.clone(), encoded.to_store_value())
-        };
-        let mut compares = vec![Compare::ModRevision(key, entry.mod_revision)];
-        let mut ops = vec![op];
-        compares.extend(charge.compares);
-        ops.extend(charge.ops);
+            ops = vec![Op::Put(key, encoded.to_store_value())];
+            compares.extend(allocation.compares);
+            ops.extend(allocation.ops);
+            compares.extend(charge.compares);
+            ops.extend(charge.ops);
+        }
         match self.store.txn(compares, ops, Self::durability(kind)).await {
             Ok(revision) => {
                 let object = codec::decode(&encoded.with_revision(revision));
