@@ -8,6 +8,7 @@
 //! Calls run on blocking threads and are not interrupted when the caller goes away. Lock order:
 //! a network's gate, the host's gate, tables.
 
+mod dial;
 mod host;
 mod network;
 
@@ -239,6 +240,21 @@ impl NetworkDriver for BuiltinDriver {
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {
         let id = id.clone();
         self.run(move |inner| inner.set_names(&id, names)).await
+    }
+
+    async fn dial(
+        &self,
+        network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        let id = network.clone();
+        let socket = self
+            .run(move |inner| inner.gateway_socket(&id, address.ip()))
+            .await?;
+        socket
+            .connect(address)
+            .await
+            .map_err(system(format!("connect to {address}")))
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::OpenOptions,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::OwnedFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -28,6 +28,7 @@ pub struct FakeDriver {
 struct State {
     networks: BTreeMap<NetworkId, (NetworkSpec, Vec<NameRecord>, Option<Ipv4Addr>)>,
     leases: BTreeMap<SandboxId, Lease>,
+    pods_listen_at: Option<SocketAddr>,
 }
 
 impl FakeDriver {
@@ -43,6 +44,11 @@ impl FakeDriver {
             .get(id)
             .map(|network| network.1.clone())
             .unwrap_or_default()
+    }
+
+    /// Where connections to pods go instead; without it they are refused.
+    pub fn set_pods_listen_at(&self, address: Option<SocketAddr>) {
+        self.lock().pods_listen_at = address;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -222,6 +228,20 @@ impl NetworkDriver for FakeDriver {
             .ok_or_else(|| NetworkError::NoNetwork(id.clone()))?;
         network.1 = names;
         Ok(())
+    }
+
+    async fn dial(
+        &self,
+        _network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        let refused = |source: std::io::Error| NetworkError::System {
+            action: format!("connect to {address}"),
+            source: Box::new(source),
+        };
+        let at = self.lock().pods_listen_at;
+        let at = at.ok_or_else(|| refused(std::io::ErrorKind::ConnectionRefused.into()))?;
+        tokio::net::TcpStream::connect(at).await.map_err(refused)
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

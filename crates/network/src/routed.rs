@@ -1,6 +1,6 @@
 //! One network by CNI plugins, all others by another driver.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
 use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
@@ -101,6 +101,17 @@ impl NetworkDriver for RoutedDriver {
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {
         self.own.set_names(id, names).await
+    }
+
+    async fn dial(
+        &self,
+        network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        if self.is_cni(network) {
+            return Err(NetworkError::NoGateway(network.clone()));
+        }
+        self.own.dial(network, address).await
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

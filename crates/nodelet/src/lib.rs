@@ -15,18 +15,24 @@ mod container;
 mod env;
 mod events;
 mod fields;
+mod handler;
 mod logs;
 mod network;
 mod node;
 mod plan;
 mod pods;
+mod prober;
 mod pull;
+mod resize;
 mod resources;
+mod roles;
 mod sandbox;
 mod sources;
 mod status;
 mod steps;
+mod stop;
 mod streams;
+mod tokens;
 mod volumes;
 mod worker;
 
@@ -168,6 +174,7 @@ impl Nodelet {
             runtime: self.runtime,
             networks: self.networks,
             sources: sources::Sources::new(self.client.clone()),
+            tokens: tokens::Tokens::new(self.client.clone()),
             access,
             events,
             names,
