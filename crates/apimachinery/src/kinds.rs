@@ -114,6 +114,7 @@ const CREATE: &[&str] = &["create"];
 const GET: &[&str] = &["get"];
 const CONNECT: &[&str] = &["create", "get"];
 const STATUS: &[&str] = &["get", "patch", "update"];
+const READ_ONLY: &[&str] = &["get", "list"];
 const UPDATE: &[&str] = &["update"];
 
 const fn sub(
@@ -204,6 +205,7 @@ static KINDS: &[ResourceKind] = &[
         subresources: &[
             sub("attach", "PodAttachOptions", CONNECT),
             sub("binding", "Binding", CREATE),
+            sub("ephemeralcontainers", "Pod", STATUS),
             Subresource {
                 group: Some("policy"),
                 version: Some("v1"),
@@ -212,6 +214,7 @@ static KINDS: &[ResourceKind] = &[
             sub("exec", "PodExecOptions", CONNECT),
             sub("log", "Pod", GET),
             sub("portforward", "PodPortForwardOptions", CONNECT),
+            sub("resize", "Pod", STATUS),
             sub("status", "Pod", STATUS),
         ],
         ..kind("", "v1", "Pod", "pods", "pod")
@@ -265,6 +268,17 @@ static KINDS: &[ResourceKind] = &[
     ResourceKind {
         short_names: &["ev"],
         ..kind("events.k8s.io", "v1", "Event", "events", "event")
+    },
+    ResourceKind {
+        namespaced: false,
+        verbs: READ_ONLY,
+        storage: "",
+        ..kind(crate::usage::GROUP, "v1beta1", "NodeMetrics", "nodes", "")
+    },
+    ResourceKind {
+        verbs: READ_ONLY,
+        storage: "",
+        ..kind(crate::usage::GROUP, "v1beta1", "PodMetrics", "pods", "")
     },
     ResourceKind {
         namespaced: false,

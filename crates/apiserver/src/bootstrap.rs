@@ -172,6 +172,7 @@ fn tenant_rules(role: TenantRole) -> Value {
             ],
             &READ,
         ),
+        rule("metrics.k8s.io", &["pods"], &["get", "list"]),
         rule("events.k8s.io", &["events"], &READ),
         rule("coordination.k8s.io", &["leases"], &READ),
         rule("hypernetes.io", &["networks", "networks/status"], &READ),
@@ -189,6 +190,11 @@ fn tenant_rules(role: TenantRole) -> Value {
                 &["create", "get"],
             ),
             rule("", &["pods/eviction"], &["create"]),
+            rule(
+                "",
+                &["pods/ephemeralcontainers", "pods/resize"],
+                &["get", "patch", "update"],
+            ),
             rule("coordination.k8s.io", &["leases"], &WRITE),
         ]);
     }

@@ -2,6 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use hypernetes_apimachinery::usage::UsageBoard;
 use hypernetes_identity::{Authenticator, CertificateAuthenticator};
 use hypernetes_store::Store;
 use hypernetes_streaming::PodStreams;
@@ -21,6 +22,11 @@ pub struct ApiServerConfig {
     pub streams: Option<Arc<dyn PodStreams>>,
     /// The node that new pods are bound to; without it they wait for a binding.
     pub node_name: Option<String>,
+    /// What nodes and pods use, for `metrics.k8s.io`.
+    pub usage: UsageBoard,
+    /// Give new pods the token of their service account, which must exist. Has no effect where
+    /// tokens are not served.
+    pub mount_tokens: bool,
     /// Address of the server as discovery shows it, `host:port`.
     pub server_address: String,
     /// What `/version` says.
@@ -39,6 +45,8 @@ impl ApiServerConfig {
             authenticators: vec![Arc::new(CertificateAuthenticator)],
             streams: None,
             node_name: None,
+            usage: UsageBoard::default(),
+            mount_tokens: false,
             server_address: "127.0.0.1:6443".into(),
             version: VersionInfo::default(),
             limits: Limits::default(),

@@ -42,6 +42,7 @@ mod reviews;
 mod server;
 mod service;
 mod status;
+mod usage;
 
 pub use authentication::InProcessUser;
 pub use body::{ApiBody, BoxError};

@@ -72,6 +72,8 @@ impl ApiServer {
             store: config.store,
             clock: config.clock,
             node_name: config.node_name,
+            usage: config.usage,
+            mount_tokens: config.mount_tokens,
             limits: config.limits,
             shutdown: shutdown.clone(),
             tasks: TaskTracker::new(),

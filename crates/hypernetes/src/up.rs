@@ -95,7 +95,8 @@ impl Node {
         };
         let mut config = ApiServerConfig::new(self.parts.store.clone());
         config.streams = Some(Nodelet::streams_of(self.parts.runtime.clone()));
-        config.node_name = Some(node_name.clone());
+        let usage = config.usage.clone();
+        config.mount_tokens = true;
         config.server_address = address.to_string();
         let server = ApiServer::new(config)
             .await
@@ -140,7 +141,8 @@ impl Node {
             client(&format!("system:node:{node_name}")),
             self.parts.runtime.clone(),
             self.parts.networks.clone(),
-        );
+        )
+        .with_usage(usage);
         let token = stop.clone();
         parts.spawn(async move {
             nodelet.run(token).await?;

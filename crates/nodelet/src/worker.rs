@@ -190,7 +190,6 @@ impl Worker {
         if !self.checked {
             self.checked = true;
             if sandboxes.is_empty() {
-                self.greet(&pod);
                 self.check_support(&pod);
             }
         }
@@ -374,26 +373,6 @@ impl Worker {
             {
                 container.retry = crate::backoff::Backoff::default();
             }
-        }
-    }
-
-    /// The API server binds pods to its only node by itself; somebody has to say so.
-    fn greet(&self, pod: &Pod) {
-        let started = pod
-            .status
-            .as_ref()
-            .is_some_and(|status| status.start_time.is_some());
-        if !started && pod.metadata.deletion_timestamp.is_none() {
-            let meta = &pod.metadata;
-            let message = format!(
-                "Successfully assigned {}/{} to {}",
-                meta.namespace.as_deref().unwrap_or_default(),
-                meta.name.as_deref().unwrap_or_default(),
-                self.node.config.node_name,
-            );
-            self.node
-                .events
-                .pod(pod, None, Level::Normal, "Scheduled", message);
         }
     }
 

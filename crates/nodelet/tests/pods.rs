@@ -66,8 +66,7 @@ fn start_node(
 impl World {
     async fn start() -> Self {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let mut config = ApiServerConfig::new(store);
-        config.node_name = Some(NODE.to_owned());
+        let config = ApiServerConfig::new(store);
         let server = ApiServer::new(config).await.unwrap();
         let client = Client::new(server.service_as(User::system("test")), "default");
         let runtime = Arc::new(FakeRuntime::new());

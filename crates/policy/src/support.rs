@@ -36,7 +36,7 @@ const NO_PVC: &str = "persistent volumes are not supported by this node";
 /// Fields of `spec`. `[]` stands for every element of a list.
 const POD: &[(&str, Support)] = &[
     ("activeDeadlineSeconds", Yes),
-    ("affinity", Yes),
+    ("affinity", Rule(affinity)),
     ("automountServiceAccountToken", Yes),
     ("containers", Inside),
     ("dnsConfig", Inside),
@@ -465,6 +465,28 @@ fn termination_path(value: &Value) -> Option<String> {
     })
 }
 
+/// What of an affinity this node does not do.
+fn affinity(value: &Value) -> Option<String> {
+    for kind in ["podAffinity", "podAntiAffinity"] {
+        // Preferences between nodes mean nothing where there is one.
+        let terms = &value[kind]["requiredDuringSchedulingIgnoredDuringExecution"];
+        for term in terms.as_array().into_iter().flatten() {
+            let selector = term["namespaceSelector"].as_object();
+            if selector.is_some_and(|fields| !fields.values().all(asks_for_nothing)) {
+                return Some(format!(
+                    "{kind}: namespaceSelector can only be empty; use namespaces"
+                ));
+            }
+            for field in ["matchLabelKeys", "mismatchLabelKeys"] {
+                if !asks_for_nothing(&term[field]) {
+                    return Some(format!("{kind}: {field} is not supported by this node"));
+                }
+            }
+        }
+    }
+    None
+}
+
 /// What of a probe this node does not do.
 fn probe(value: &Value) -> Option<String> {
     const FIELDS: [&str; 10] = [
@@ -567,6 +589,11 @@ mod tests {
     #[test]
     fn every_unsupported_field_of_a_pod_is_named() {
         for (field, value) in [
+            (
+                "affinity",
+                json!({"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution":
+                    [{"topologyKey": "x", "namespaceSelector": {"matchLabels": {"a": "b"}}}]}}),
+            ),
             ("dnsPolicy", json!("ClusterFirstWithHostNet")),
             ("hostIPC", json!(true)),
             ("hostNetwork", json!(true)),

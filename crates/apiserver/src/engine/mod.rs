@@ -10,6 +10,7 @@ mod decode;
 mod delete;
 mod options;
 mod read;
+mod service_account;
 mod strategy;
 mod update;
 mod watch;
@@ -17,7 +18,7 @@ mod watch;
 use std::time::Duration;
 
 use http::{HeaderMap, Response};
-use hypernetes_apimachinery::{ResourceKind, Status, meta};
+use hypernetes_apimachinery::{ResourceKind, Status, meta, usage::UsageBoard};
 use hypernetes_identity::User;
 use hypernetes_store::{Durability, Entry, Store, StoreError};
 use serde_json::Value;
@@ -25,6 +26,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use decode::{Expected, body as decode_body};
 pub(crate) use delete::{DeleteOptions, Deleted};
+pub(crate) use options::ListOptions;
 pub(crate) use strategy::Part;
 
 use crate::{
@@ -44,6 +46,9 @@ pub(crate) struct Engine {
     pub(crate) authorizer: Authorizer,
     pub(crate) clock: Clock,
     pub(crate) node_name: Option<String>,
+    pub(crate) usage: UsageBoard,
+    /// Pods are given the token of their service account.
+    pub(crate) mount_tokens: bool,
     pub(crate) limits: Limits,
     /// Ends watches at shutdown.
     pub(crate) shutdown: CancellationToken,
