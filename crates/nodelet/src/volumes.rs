@@ -176,7 +176,7 @@ impl Builder<'_> {
             .sources
             .config_map(self.namespace(), from.name, from.optional)
             .await;
-        from.into_files(files, data, volume)
+        from.add_to(files, data, volume)
     }
 
     async fn secret(
@@ -189,7 +189,7 @@ impl Builder<'_> {
             .sources
             .secret(self.namespace(), from.name, from.optional)
             .await;
-        from.into_files(files, data, volume)
+        from.add_to(files, data, volume)
     }
 
     fn downward(
@@ -241,7 +241,7 @@ struct Selection<'a> {
 }
 
 impl Selection<'_> {
-    fn into_files(
+    fn add_to(
         &self,
         files: &mut Files,
         data: Result<Option<Data>, SourceError>,

@@ -9,6 +9,11 @@
     reason = "what fails here fails the test; helpers are not seen as tests"
 )]
 
+#[path = "pods/kubelet.rs"]
+mod kubelet;
+#[path = "pods/placement.rs"]
+mod placement;
+
 use std::{path::Path, sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
@@ -352,7 +357,7 @@ async fn a_job_like_pod_succeeds_and_its_vm_stops() {
 async fn a_field_that_is_not_supported_refuses_the_pod_by_name() {
     let world = World::start().await;
     let probe = json!({"containers": [{"name": "c", "image": "busybox",
-        "livenessProbe": {"tcpSocket": {"port": 80}}}]});
+        "livenessProbe": {"tcpSocket": {"port": 80, "host": "192.0.2.1"}}}]});
     let pod: Pod =
         serde_json::from_value(json!({"metadata": {"name": "probed"}, "spec": probe})).unwrap();
     // Either the API server refuses it already, or the node does.
