@@ -28,7 +28,7 @@ async fn serve(healthy: Arc<AtomicBool>) -> std::net::SocketAddr {
     address
 }
 
-fn container(more: Value) -> Value {
+fn container(more: &Value) -> Value {
     let mut container = json!({"name": "c", "image": "busybox", "imagePullPolicy": "IfNotPresent"});
     container
         .as_object_mut()
@@ -50,7 +50,7 @@ async fn probes_make_ready_and_restart() {
         let code = i32::from(!seen.load(Ordering::SeqCst));
         (b"not well".to_vec(), Vec::new(), code)
     });
-    let spec = json!({"terminationGracePeriodSeconds": 1, "containers": [container(json!({
+    let spec = json!({"terminationGracePeriodSeconds": 1, "containers": [container(&json!({
         "ports": [{"name": "web", "containerPort": 8080}],
         "readinessProbe": {"httpGet": {"port": "web", "path": "/ready"}, "periodSeconds": 1,
             "failureThreshold": 1},
@@ -93,7 +93,7 @@ async fn sidecars_start_first_and_end_last_and_hooks_run() {
         "initContainers": [
             {"name": "proxy", "image": "busybox", "imagePullPolicy": "IfNotPresent",
                 "restartPolicy": "Always"}],
-        "containers": [container(json!({"lifecycle": {
+        "containers": [container(&json!({"lifecycle": {
             "postStart": {"exec": {"command": ["hello"]}},
             "preStop": {"exec": {"command": ["bye"]}}}}))]});
     let pod = world.create("both", spec).await;
@@ -174,7 +174,7 @@ async fn a_container_is_added_to_look_into_another() {
 #[tokio::test]
 async fn a_pod_is_resized_in_place_or_says_why_not() {
     let world = World::start().await;
-    let spec = json!({"containers": [container(json!({
+    let spec = json!({"containers": [container(&json!({
         "resources": {"limits": {"memory": "64Mi", "cpu": "500m"}}}))]});
     let pod = world.create("web", spec).await;
     let status = world.running("web").await;

@@ -4,11 +4,8 @@ use super::*;
 
 fn condition(status: &Value) -> Value {
     let conditions = status["conditions"].as_array().into_iter().flatten();
-    conditions
-        .filter(|condition| condition["type"] == "PodScheduled")
-        .cloned()
-        .next()
-        .unwrap_or_default()
+    let mut found = conditions.filter(|condition| condition["type"] == "PodScheduled");
+    found.next().cloned().unwrap_or_default()
 }
 
 #[tokio::test]
