@@ -196,7 +196,7 @@ impl Node {
         let (Some(sandbox), Some(spec)) = (self.runtime.sandbox(&id).await, &pod.spec) else {
             return Outcome::Done;
         };
-        let wanted = resources::vm_needs(spec, &self.config);
+        let wanted = resources::vm_size(spec, &self.config, self.capacity);
         if let Err(message) = feasible(self, pod, &sandbox, wanted) {
             let said = format!("Pod resize infeasible: {message}");
             self.events
@@ -217,6 +217,26 @@ impl Node {
                 outcome("Error", message)
             }
         }
+    }
+
+    /// Makes the VM large enough for what is about to start in it: its pod may have been resized while
+    /// nothing ran.
+    pub(crate) async fn make_room(&self, pod: &Pod, id: &SandboxId) -> Result<(), String> {
+        let (Some(sandbox), Some(spec)) = (self.runtime.sandbox(id).await, &pod.spec) else {
+            return Ok(());
+        };
+        let wanted = resources::vm_size(spec, &self.config, self.capacity);
+        let update = SandboxUpdate {
+            vcpus: wanted.vcpus.max(sandbox.vcpus),
+            memory_mib: wanted.memory_mib.max(sandbox.memory_mib),
+            memo: None,
+        };
+        if (update.vcpus, update.memory_mib) == (sandbox.vcpus, sandbox.memory_mib) {
+            return Ok(());
+        }
+        feasible(self, pod, &sandbox, wanted)?;
+        let grown = self.runtime.resize_sandbox(id, update).await;
+        grown.map_err(|error| chain(&error).to_string())
     }
 
     async fn resize_now(

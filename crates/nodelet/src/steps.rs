@@ -288,6 +288,8 @@ impl Node {
         let mut wanted = container.clone();
         if let Some(resources) = allocated {
             wanted.resources = Some(resources);
+        } else if let Err(message) = self.make_room(pod, &sandbox).await {
+            return trouble("CreateContainerError", message);
         }
         let parts = container::Parts {
             attempt,

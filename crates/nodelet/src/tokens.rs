@@ -151,7 +151,92 @@ fn renew_at(issued: Timestamp, expires: Timestamp) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use kube::client::Body;
+    use serde_json::{Value, json};
+
     use super::*;
+
+    /// A server whose tokens live as long as `lives` says, one after the other, and which then fails.
+    fn tokens(lives: Vec<i64>) -> (Tokens, Arc<Mutex<Vec<Value>>>) {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (seen, lives) = (asked.clone(), Arc::new(Mutex::new(lives)));
+        let service = tower::service_fn(move |request: http::Request<Body>| {
+            let (seen, lives) = (seen.clone(), lives.clone());
+            async move {
+                let path = request.uri().path().to_owned();
+                let body = request.into_body().collect_bytes().await.unwrap();
+                let mut body: Value = serde_json::from_slice(&body).unwrap();
+                body["path"] = path.into();
+                let number = {
+                    let mut seen = lock(&seen);
+                    seen.push(body);
+                    seen.len()
+                };
+                let life = lock(&lives).get(number - 1).copied();
+                let (code, answer) = match life {
+                    None => (
+                        500,
+                        json!({"kind": "Status", "code": 500, "message": "down"}),
+                    ),
+                    Some(life) => {
+                        let expires = Timestamp::now().as_second() + life;
+                        let expires = Timestamp::from_second(expires).unwrap();
+                        let status = json!({"token": format!("t{number}"),
+                            "expirationTimestamp": expires.to_string()});
+                        (201, json!({"spec": {"audiences": []}, "status": status}))
+                    }
+                };
+                let response = http::Response::builder().status(code);
+                let response = response.body(Body::from(answer.to_string().into_bytes()));
+                Ok::<_, std::convert::Infallible>(response.unwrap())
+            }
+        });
+        (Tokens::new(Client::new(service, "default")), asked)
+    }
+
+    #[tokio::test]
+    async fn a_token_is_bound_to_its_pod_kept_and_renewed() {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "web", "namespace": "acme", "uid": "u1"},
+            "spec": {"serviceAccountName": "robot", "containers": []}}))
+        .unwrap();
+        let wanted: ServiceAccountTokenProjection = serde_json::from_value(
+            json!({"audience": "vault", "expirationSeconds": 600, "path": "t"}),
+        )
+        .unwrap();
+        let (tokens, asked) = tokens(vec![3600]);
+        for _again in 0..2 {
+            assert_eq!(tokens.get(&pod, &wanted).await.unwrap().text, "t1");
+        }
+        let requests = lock(&asked).clone();
+        assert_eq!(requests.len(), 1, "{requests:?}");
+        assert_eq!(
+            requests[0]["path"],
+            "/api/v1/namespaces/acme/serviceaccounts/robot/token"
+        );
+        assert_eq!(
+            requests[0]["spec"],
+            json!({"audiences": ["vault"], "expirationSeconds": 600,
+                "boundObjectRef": {"apiVersion": "v1", "kind": "Pod", "name": "web", "uid": "u1"}})
+        );
+        tokens.forget("u1");
+        assert!(
+            tokens.get(&pod, &wanted).await.is_err(),
+            "the server is down"
+        );
+        // One that has run out is replaced, and kept for want of a new one while it holds.
+        let (tokens, _asked) = self::tokens(vec![0, 2]);
+        assert_eq!(tokens.get(&pod, &wanted).await.unwrap().text, "t1");
+        assert_eq!(tokens.get(&pod, &wanted).await.unwrap().text, "t2");
+        for token in lock(&tokens.cache).values_mut() {
+            token.renew_at = Timestamp::UNIX_EPOCH;
+        }
+        let kept = tokens.get(&pod, &wanted).await.unwrap();
+        assert_eq!(kept.text, "t2");
+        assert!(kept.renew_at > Timestamp::now());
+    }
 
     #[test]
     fn tokens_are_renewed_in_time() {
