@@ -12,6 +12,7 @@ use crate::kinds::{ResourceKind, split_api_version};
 
 static KUBERNETES: &[u8] = include_bytes!("../data/definitions.json.gz");
 static HYPERNETES: &str = include_str!("../data/hypernetes.json");
+static METRICS: &str = include_str!("../data/metrics.json");
 
 /// What a value may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -227,9 +228,11 @@ pub(crate) fn raw() -> Map<String, Value> {
         .expect("the embedded definitions are gzip of UTF-8, which a test checks");
     let mut all: Map<String, Value> =
         serde_json::from_str(&text).expect("the embedded definitions are JSON, a test checks");
-    let ours: Map<String, Value> =
-        serde_json::from_str(HYPERNETES).expect("the embedded definitions are JSON, a test checks");
-    all.extend(ours);
+    for text in [HYPERNETES, METRICS] {
+        let more: Map<String, Value> =
+            serde_json::from_str(text).expect("the embedded definitions are JSON, a test checks");
+        all.extend(more);
+    }
     all
 }
 

@@ -118,6 +118,7 @@ const CREATE: &[&str] = &["create"];
 const GET: &[&str] = &["get"];
 const CONNECT: &[&str] = &["create", "get"];
 const STATUS: &[&str] = &["get", "patch", "update"];
+const READ_ONLY: &[&str] = &["get", "list"];
 const UPDATE: &[&str] = &["update"];
 
 const fn sub(
@@ -209,6 +210,7 @@ static KINDS: &[ResourceKind] = &[
         subresources: &[
             sub("attach", "PodAttachOptions", CONNECT),
             sub("binding", "Binding", CREATE),
+            sub("ephemeralcontainers", "Pod", STATUS),
             Subresource {
                 group: Some("policy"),
                 version: Some("v1"),
@@ -217,6 +219,7 @@ static KINDS: &[ResourceKind] = &[
             sub("exec", "PodExecOptions", CONNECT),
             sub("log", "Pod", GET),
             sub("portforward", "PodPortForwardOptions", CONNECT),
+            sub("resize", "Pod", STATUS),
             sub("status", "Pod", STATUS),
         ],
         ..kind("", "v1", "Pod", "pods", "pod")
@@ -298,6 +301,17 @@ static KINDS: &[ResourceKind] = &[
     ResourceKind {
         short_names: &["ev"],
         ..kind("events.k8s.io", "v1", "Event", "events", "event")
+    },
+    ResourceKind {
+        namespaced: false,
+        verbs: READ_ONLY,
+        storage: "",
+        ..kind(crate::usage::GROUP, "v1beta1", "NodeMetrics", "nodes", "")
+    },
+    ResourceKind {
+        verbs: READ_ONLY,
+        storage: "",
+        ..kind(crate::usage::GROUP, "v1beta1", "PodMetrics", "pods", "")
     },
     ResourceKind {
         namespaced: false,

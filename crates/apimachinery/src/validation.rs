@@ -5,6 +5,7 @@ mod container;
 mod error;
 mod meta;
 mod ours;
+mod parts;
 mod path;
 mod pod;
 mod policies;
@@ -17,6 +18,7 @@ use serde_json::Value;
 use crate::kinds::ResourceKind;
 
 pub use error::{ErrorKind, FieldError};
+pub use parts::quality_of_service;
 pub use path::Path;
 pub use policies::SYSTEM_PRIORITIES;
 pub use workloads::validate_scale;
@@ -60,6 +62,24 @@ pub fn validate_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<Fie
         ("hypernetes.io", "Tenant") => ours::tenant_update(new, old, &mut found),
         _ => {}
     }
+    found.errors
+}
+
+/// Everything wrong with new ephemeral containers of a pod.
+pub fn validate_ephemeral_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<FieldError> {
+    let mut found = Found::default();
+    meta::validate_update(new, old, &mut found);
+    specific(kind, new, &mut found);
+    parts::ephemeral_update(new, old, &mut found);
+    found.errors
+}
+
+/// Everything wrong with new resources of a pod's containers.
+pub fn validate_resize(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<FieldError> {
+    let mut found = Found::default();
+    meta::validate_update(new, old, &mut found);
+    specific(kind, new, &mut found);
+    parts::resize_update(new, old, &mut found);
     found.errors
 }
 

@@ -250,6 +250,7 @@ fn tenant_rules(role: TenantRole) -> Value {
         rule("autoscaling", &AUTOSCALERS, &READ),
         rule("policy", &BUDGETS, &READ),
         rule("discovery.k8s.io", &["endpointslices"], &READ),
+        rule("metrics.k8s.io", &["pods"], &["get", "list"]),
         rule("events.k8s.io", &["events"], &READ),
         rule("coordination.k8s.io", &["leases"], &READ),
         rule("hypernetes.io", &["networks", "networks/status"], &READ),
@@ -273,6 +274,11 @@ fn tenant_rules(role: TenantRole) -> Value {
                 &["create", "get"],
             ),
             rule("", &["pods/eviction", "serviceaccounts/token"], &["create"]),
+            rule(
+                "",
+                &["pods/ephemeralcontainers", "pods/resize"],
+                &["get", "patch", "update"],
+            ),
             // The status is the controllers' to write.
             rule("apps", &only_objects(&WORKLOADS), &WRITE),
             rule("batch", &only_objects(&BATCH), &WRITE),

@@ -2,6 +2,7 @@
 
 use std::{fmt, net::Ipv4Addr, sync::Arc, time::Duration};
 
+use hypernetes_apimachinery::usage::UsageBoard;
 use hypernetes_identity::{Authenticator, CertificateAuthenticator, SigningKey};
 use hypernetes_store::Store;
 use hypernetes_streaming::PodStreams;
@@ -24,6 +25,11 @@ pub struct ApiServerConfig {
     pub streams: Option<Arc<dyn PodStreams>>,
     /// The node that new pods are bound to; without it they wait for a binding.
     pub node_name: Option<String>,
+    /// What nodes and pods use, for `metrics.k8s.io`.
+    pub usage: UsageBoard,
+    /// Give new pods the token of their service account, which must exist. Has no effect where
+    /// tokens are not served.
+    pub mount_tokens: bool,
     /// Address of the server as discovery shows it, `host:port`.
     pub server_address: String,
     /// What `/version` says.
@@ -46,6 +52,8 @@ impl ApiServerConfig {
             service_account_key: SigningKey::ephemeral().ok(),
             streams: None,
             node_name: None,
+            usage: UsageBoard::default(),
+            mount_tokens: false,
             server_address: "127.0.0.1:6443".into(),
             version: VersionInfo::default(),
             limits: Limits::default(),

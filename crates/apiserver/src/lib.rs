@@ -45,6 +45,7 @@ mod service;
 mod service_accounts;
 mod services;
 mod status;
+mod usage;
 
 pub use authentication::InProcessUser;
 pub use body::{ApiBody, BoxError};

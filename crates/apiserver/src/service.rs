@@ -32,6 +32,7 @@ use crate::{
     reviews, scale,
     server::Inner,
     status::Result,
+    usage,
 };
 
 /// The server as a tower service. Clones share the server.
@@ -232,6 +233,9 @@ impl Inner {
             return Err(Status::method_not_allowed());
         }
         let engine = &self.engine;
+        if usage::is_usage(kind) {
+            return usage::serve(engine, call);
+        }
         match info.verb {
             "get" => engine.get(call).await,
             "list" => engine.list(call).await,
@@ -279,6 +283,8 @@ impl Inner {
         let part = match subresource.name {
             "status" => Some(Part::Status),
             "finalize" => Some(Part::Finalize),
+            "ephemeralcontainers" => Some(Part::Ephemeral),
+            "resize" => Some(Part::Resize),
             _ => None,
         };
         if let Some(part) = part {

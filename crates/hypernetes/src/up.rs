@@ -98,7 +98,8 @@ impl Node {
         };
         let mut config = ApiServerConfig::new(self.parts.store.clone());
         config.streams = Some(Nodelet::streams_of(self.parts.runtime.clone()));
-        config.node_name = Some(node_name.clone());
+        let usage = config.usage.clone();
+        config.mount_tokens = true;
         config.server_address = address.to_string();
         config.service_account_key = Some(
             self.authority
@@ -172,7 +173,8 @@ impl Node {
             client(&format!("system:node:{node_name}")),
             self.parts.runtime.clone(),
             self.parts.networks.clone(),
-        );
+        )
+        .with_usage(usage);
         let token = stop.clone();
         parts.spawn(async move {
             nodelet.run(token).await?;

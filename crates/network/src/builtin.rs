@@ -9,6 +9,7 @@
 //! a network's gate, the host's gate, tables.
 
 mod api;
+mod dial;
 mod host;
 mod network;
 mod ports;
@@ -261,6 +262,21 @@ impl NetworkDriver for BuiltinDriver {
         let id = id.clone();
         self.run(move |inner| inner.set_services(&id, services))
             .await
+    }
+
+    async fn dial(
+        &self,
+        network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        let id = network.clone();
+        let socket = self
+            .run(move |inner| inner.gateway_socket(&id, address.ip()))
+            .await?;
+        socket
+            .connect(address)
+            .await
+            .map_err(system(format!("connect to {address}")))
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::OpenOptions,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::OwnedFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -29,6 +29,7 @@ struct State {
     networks: BTreeMap<NetworkId, (NetworkSpec, Vec<NameRecord>, Option<Ipv4Addr>)>,
     services: BTreeMap<NetworkId, NetworkServices>,
     leases: BTreeMap<SandboxId, Lease>,
+    pods_listen_at: Option<SocketAddr>,
 }
 
 impl FakeDriver {
@@ -49,6 +50,11 @@ impl FakeDriver {
     /// The services that were set for a network.
     pub fn services(&self, id: &NetworkId) -> NetworkServices {
         self.lock().services.get(id).cloned().unwrap_or_default()
+    }
+
+    /// Where connections to pods go instead; without it they are refused.
+    pub fn set_pods_listen_at(&self, address: Option<SocketAddr>) {
+        self.lock().pods_listen_at = address;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -247,6 +253,20 @@ impl NetworkDriver for FakeDriver {
         }
         state.services.insert(id.clone(), services);
         Ok(())
+    }
+
+    async fn dial(
+        &self,
+        _network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        let refused = |source: std::io::Error| NetworkError::System {
+            action: format!("connect to {address}"),
+            source: Box::new(source),
+        };
+        let at = self.lock().pods_listen_at;
+        let at = at.ok_or_else(|| refused(std::io::ErrorKind::ConnectionRefused.into()))?;
+        tokio::net::TcpStream::connect(at).await.map_err(refused)
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

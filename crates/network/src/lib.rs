@@ -25,7 +25,11 @@ mod service;
 mod sysctl;
 mod tap;
 
-use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
+    path::PathBuf,
+};
 
 use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
@@ -251,6 +255,15 @@ pub trait NetworkDriver: Send + Sync + std::fmt::Debug {
         id: &NetworkId,
         services: NetworkServices,
     ) -> Result<(), NetworkError>;
+    /// Opens a connection to a pod from the gateway of its network, inside the network's own place:
+    /// what listens on the node cannot be reached. Networks that are not this node's own refuse it.
+    async fn dial(
+        &self,
+        network: &NetworkId,
+        _address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        Err(NetworkError::NoGateway(network.clone()))
+    }
     /// After a restart: repairs namespaces, rules and DNS of known networks, removes leases of
     /// sandboxes that are not in `alive`, and everything on the host that carries this driver's
     /// names but belongs to no known network.
@@ -295,6 +308,9 @@ pub enum NetworkError {
     /// The network has places for VMs only.
     #[error("pods of the host handler cannot join network {0}: it has places for VMs only")]
     OnlyVms(NetworkId),
+    /// Nothing of the node's is on the network.
+    #[error("network {0} has no gateway on this node to connect from")]
+    NoGateway(NetworkId),
     /// The plugins' configuration does not allow a pod.
     #[error("CNI: {0}")]
     NotReady(String),

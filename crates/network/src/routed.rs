@@ -1,6 +1,6 @@
 //! One network by CNI plugins, all others by another driver.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
 use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
@@ -109,6 +109,17 @@ impl NetworkDriver for RoutedDriver {
         services: NetworkServices,
     ) -> Result<(), NetworkError> {
         self.own.set_services(id, services).await
+    }
+
+    async fn dial(
+        &self,
+        network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        if self.is_cni(network) {
+            return Err(NetworkError::NoGateway(network.clone()));
+        }
+        self.own.dial(network, address).await
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

@@ -3,13 +3,29 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use hypernetes_network::{HostPort, NetworkSpec, Protocol};
-use hypernetes_runtime::{DnsConfig, HostAlias, SandboxConfig, SandboxMetadata};
+use hypernetes_runtime::{
+    DnsConfig, HostAlias, IdMapping, SandboxConfig, SandboxMetadata, UserNamespace,
+};
 use hypernetes_types::{IdError, KernelName, kinds::KERNEL_ANNOTATION};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 
 use crate::{
     config::NodeletConfig,
+    resize,
     resources::{self, Capacity},
+};
+
+/// Users and groups of a pod with a user namespace. They are the guest's: which ones they are matters
+/// to nobody outside of the VM.
+const USERS: UserNamespace = {
+    let ids = IdMapping {
+        first: 65_536,
+        count: 65_536,
+    };
+    UserNamespace {
+        uids: ids,
+        gids: ids,
+    }
 };
 
 /// A pod that cannot become a sandbox.
@@ -73,13 +89,13 @@ pub(crate) fn config(
         kernel,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
-        extras: Default::default(),
+        extras: resize::room(spec, size, capacity),
         scratch_mib: node.scratch_mib,
         dns: dns(pod, network, &node.cluster_domain),
         hosts,
         sysctls,
         share_process_namespace: spec.share_process_namespace.unwrap_or(false),
-        user_namespace: None,
+        user_namespace: (spec.host_users == Some(false)).then_some(USERS),
         log_directory: node.log_directory(&namespace, &name, &uid),
         cgroup_parent: Some(format!("{}/pod{uid}", node.cgroup_root)),
         labels: BTreeMap::new(),

@@ -55,6 +55,7 @@ pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
         ("node.k8s.io", "RuntimeClass") => RUNTIME_CLASSES,
         ("rbac.authorization.k8s.io", "Role" | "ClusterRole") => ROLES,
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => BINDINGS,
+        (crate::usage::GROUP, "NodeMetrics" | "PodMetrics") => METRICS,
         ("hypernetes.io", "Tenant") => TENANTS,
         ("hypernetes.io", "Network") => NETWORKS,
         _ => workloads::of(kind).unwrap_or(OTHERS),
@@ -81,6 +82,31 @@ static PODS: &[Column] = &[
     wide("Readiness Gates", |object, _| {
         pod::readiness_gates(object).into()
     }),
+];
+
+/// Amounts of resource metrics: a node's, or the sum of a pod's containers'.
+fn used(object: &Value, resource: &str) -> Value {
+    let containers = object["containers"].as_array().into_iter().flatten();
+    let all = containers.chain([object]);
+    let amounts = all.filter_map(|of| of["usage"][resource].as_str()?.parse().ok());
+    let sum = amounts
+        .map(|amount: crate::Quantity| match resource {
+            "cpu" => amount.milli_value(),
+            _ => amount.value(),
+        })
+        .fold(0i64, i64::saturating_add);
+    match resource {
+        "cpu" => format!("{sum}m"),
+        _ => format!("{}Mi", sum >> 20),
+    }
+    .into()
+}
+
+static METRICS: &[Column] = &[
+    NAME,
+    string("CPU", |object, _| used(object, "cpu")),
+    string("Memory", |object, _| used(object, "memory")),
+    string("Window", |object, _| text(object, &["window"]).into()),
 ];
 
 static NAMESPACES: &[Column] = &[

@@ -84,6 +84,7 @@ impl Engine {
         let namespace = call.info.namespace.as_str();
         strategy::prepare_create(kind, &mut object, (self.clock)());
         defaults::apply(kind, &mut object);
+        self.admit_account(kind, namespace, &mut object).await?;
         strategy::finish_create(kind, &mut object);
         let mut common = managers::dedup_owners(&mut object);
         match managers {

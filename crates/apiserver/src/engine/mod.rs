@@ -14,6 +14,7 @@ mod eviction;
 mod managers;
 mod options;
 mod read;
+mod service_account;
 mod strategy;
 mod update;
 mod watch;
@@ -22,7 +23,9 @@ mod workloads;
 use std::time::Duration;
 
 use http::{HeaderMap, Response};
-use hypernetes_apimachinery::{ResourceKind, Schema, Status, definitions, meta};
+use hypernetes_apimachinery::{
+    ResourceKind, Schema, Status, definitions, meta, usage::UsageBoard,
+};
 use hypernetes_identity::User;
 use hypernetes_store::{Durability, Entry, Store, StoreError};
 use serde_json::Value;
@@ -30,6 +33,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use decode::{Expected, body as decode_body};
 pub(crate) use delete::{DeleteOptions, Deleted};
+pub(crate) use options::ListOptions;
 pub(crate) use strategy::Part;
 
 use crate::{
@@ -49,6 +53,9 @@ pub(crate) struct Engine {
     pub(crate) authorizer: Authorizer,
     pub(crate) clock: Clock,
     pub(crate) node_name: Option<String>,
+    pub(crate) usage: UsageBoard,
+    /// Pods are given the token of their service account.
+    pub(crate) mount_tokens: bool,
     pub(crate) limits: Limits,
     /// Addresses of services.
     pub(crate) service_range: ipnet::Ipv4Net,

@@ -216,7 +216,7 @@ impl Engine {
         }
         check_uid(call, meta::uid(&new), &old)?;
         strategy::prepare_update(kind, part, &mut new, &old);
-        if part == Part::Main {
+        if matches!(part, Part::Main | Part::Ephemeral | Part::Resize) {
             defaults::apply(kind, &mut new);
         }
         meta::set_resource_version(&mut new, entry.mod_revision);
@@ -232,11 +232,13 @@ impl Engine {
                 warnings,
             }));
         }
-        if part == Part::Main {
+        if matches!(part, Part::Main | Part::Ephemeral | Part::Resize) {
             warnings.extend(self.admit_update(call, &mut new, &old)?);
         }
         let errors = match part {
             Part::Main => validation::validate_update(kind, &new, &old),
+            Part::Ephemeral => validation::validate_ephemeral_update(kind, &new, &old),
+            Part::Resize => validation::validate_resize(kind, &new, &old),
             Part::Status | Part::Finalize => validation::validate_status_update(kind, &new, &old),
         };
         if !errors.is_empty() {

@@ -230,6 +230,7 @@ table inet pods {{
 		type filter hook output priority filter; policy drop;
 		oifname \"lo\" accept
 		ct state established,related accept
+		oifname \"{TAP_PREFIX}*\" ip saddr {gateway} meta l4proto tcp accept
 		counter name refused_output drop
 	}}
 	chain translate {{

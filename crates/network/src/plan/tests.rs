@@ -219,6 +219,7 @@ table inet pods {
 		type filter hook output priority filter; policy drop;
 		oifname "lo" accept
 		ct state established,related accept
+		oifname "tap*" ip saddr 10.42.0.1 meta l4proto tcp accept
 		counter name refused_output drop
 	}
 	chain translate {
