@@ -3,6 +3,7 @@
 mod cluster;
 mod container;
 mod error;
+mod gates;
 mod meta;
 mod ours;
 mod path;

@@ -28,6 +28,7 @@ mod status;
 mod steps;
 mod streams;
 mod volumes;
+mod wishes;
 mod worker;
 
 use std::{

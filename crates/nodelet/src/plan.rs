@@ -20,7 +20,7 @@ use hypernetes_types::{ContainerId, SandboxId};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
-use crate::backoff::Backoff;
+use crate::{backoff::Backoff, wishes};
 
 /// How long `ErrImagePull` stands before it reads `ImagePullBackOff`.
 const FRESH_ERROR: SignedDuration = SignedDuration::from_secs(2);
@@ -220,6 +220,7 @@ impl View<'_> {
         self.pod
             .metadata
             .deletion_grace_period_seconds
+            .or_else(|| wishes::stop_grace(self.pod))
             .or_else(|| {
                 self.spec()
                     .and_then(|spec| spec.termination_grace_period_seconds)
@@ -238,7 +239,11 @@ impl View<'_> {
     }
 
     /// Whether an ended container of the pod runs again.
-    pub(crate) fn restarts(&self, exit_code: i32, init: bool) -> bool {
+    pub(crate) fn restarts(&self, record: &ContainerStatus, init: bool) -> bool {
+        let exit_code = record.exit_code;
+        if wishes::max_restarts(self.pod).is_some_and(|most| record.config.attempt >= most) {
+            return false;
+        }
         match self.restart_policy() {
             "Never" => false,
             "Always" if !init => true,
@@ -265,7 +270,7 @@ impl View<'_> {
     pub(crate) fn is_finished(&self) -> bool {
         let ended = |name: &str, init: bool| {
             self.records(name).first().is_some_and(|record| {
-                record.state == ContainerState::Exited && !self.restarts(record.exit_code, init)
+                record.state == ContainerState::Exited && !self.restarts(record, init)
             })
         };
         let init_failed = self.init_containers().iter().any(|container| {
@@ -447,7 +452,7 @@ fn need(view: &View<'_>, container: &Container, init: bool, plan: &mut Plan) -> 
                 ContainerState::Exited if init && record.exit_code == 0 => {
                     record.config.attempt + 1
                 }
-                ContainerState::Exited if !view.restarts(record.exit_code, init) => {
+                ContainerState::Exited if !view.restarts(record, init) => {
                     return Need::Done {
                         ok: record.exit_code == 0,
                     };

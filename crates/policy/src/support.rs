@@ -111,7 +111,7 @@ const POD: &[(&str, Support)] = &[
     ("restartPolicy", Only(&["Always", "OnFailure", "Never"])),
     ("runtimeClassName", Only(&[crate::RUNTIME_CLASS])),
     ("schedulerName", Only(&["default-scheduler"])),
-    ("schedulingGates", No("there is no scheduler to hold back")),
+    ("schedulingGates", Yes),
     ("schedulingGroup", No("pod groups are not supported")),
     ("workloadRef", No("pod groups are not supported")),
     ("securityContext", Inside),

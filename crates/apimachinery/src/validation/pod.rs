@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::meta::rules;
 
-use super::{ErrorKind, Found, Path, container, items, meta, text, volume};
+use super::{ErrorKind, Found, Path, container, gates, items, meta, text, volume};
 
 pub(super) fn validate(pod: &Value, found: &mut Found) {
     let spec = &pod["spec"];
@@ -17,6 +17,7 @@ pub(super) fn validate(pod: &Value, found: &mut Found) {
     }
     let volumes = volume::validate(&spec["volumes"], &path.field("volumes"), found);
     containers(spec, &path, &volumes, found);
+    gates::validate(pod, found);
 
     found.one_of(
         &path.field("restartPolicy"),
@@ -227,6 +228,7 @@ pub(super) fn validate_update(new: &Value, old: &Value, found: &mut Found) {
         }
     }
     deadline(new, old, &path, found);
+    let gates_may_go = gates::validate_update(new, old, found);
     // What may change is taken from the old one; the rest must be the same.
     let mut masked = new["spec"].clone();
     for field in ["containers", "initContainers"] {
@@ -248,6 +250,9 @@ pub(super) fn validate_update(new: &Value, old: &Value, found: &mut Found) {
         }
     };
     restore("activeDeadlineSeconds");
+    if gates_may_go {
+        restore("schedulingGates");
+    }
     let only_added = {
         let list = |pod: &Value| {
             pod["spec"]["tolerations"]

@@ -138,6 +138,7 @@ impl Engine {
     pub(crate) fn bind_to_node(&self, kind: &ResourceKind, object: &mut Value) {
         let Some(node) = &self.node_name else { return };
         if kind.kind == "Pod"
+            && !super::gates::is_gated(object)
             && object["spec"]["nodeName"]
                 .as_str()
                 .unwrap_or_default()

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::{
     Call, Engine, Written,
     decode::{self, Expected},
-    strategy,
+    gates, strategy,
 };
 use crate::{
     body::ApiBody,
@@ -81,6 +81,9 @@ impl Engine {
             let mut object = object.clone();
             let warnings = self.admit_create(call, &mut object, home.as_ref())?;
             self.bind_to_node(kind, &mut object);
+            if kind.kind == "Pod" && gates::is_gated(&object) {
+                gates::mark(&mut object, &meta::format_time((self.clock)()));
+            }
             let errors = validation::validate_create(kind, &object);
             if !errors.is_empty() {
                 return Err(Status::invalid(

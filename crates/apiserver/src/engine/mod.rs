@@ -8,6 +8,7 @@ mod admission;
 mod create;
 mod decode;
 mod delete;
+mod gates;
 mod options;
 mod read;
 mod strategy;

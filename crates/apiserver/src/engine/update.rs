@@ -234,6 +234,9 @@ impl Engine {
             ));
         }
         self.check_escalation(call, &new, Some(&old))?;
+        if part == Part::Main {
+            self.bind_ungated(kind, &mut new, &old);
+        }
         if dry_run {
             return Ok(Some(Written {
                 code: 200,
