@@ -68,7 +68,10 @@ impl Target {
         // Logs and watches may be silent for long.
         config.read_timeout = None;
         config.connect_timeout = Some(Duration::from_secs(15));
-        let namespace = self.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+        let namespace = self
+            .namespace
+            .clone()
+            .unwrap_or_else(|| config.default_namespace.clone());
         let server = config.cluster_url.to_string();
         let client = Client::try_from(config).map_err(|error| wrong(&error))?;
         Ok(Cluster {
@@ -164,7 +167,11 @@ impl Cluster {
     pub(crate) async fn tenant(&self) -> Option<String> {
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
         let namespace = namespaces.get(&self.namespace).await.ok()?;
-        namespace.metadata.labels?.get("hypernetes.io/tenant").cloned()
+        namespace
+            .metadata
+            .labels?
+            .get("hypernetes.io/tenant")
+            .cloned()
     }
 }
 
@@ -181,7 +188,9 @@ pub(crate) fn find(containers: Vec<Container>, wanted: &str) -> Result<Container
     let name = wanted.strip_prefix('/').unwrap_or(wanted);
     let missing = || Failure::daemon(format_args!("No such container: {wanted}"));
     if name.is_empty() {
-        return Err(Failure::plain("invalid container name or ID: value is empty"));
+        return Err(Failure::plain(
+            "invalid container name or ID: value is empty",
+        ));
     }
     if let Some(exact) = containers
         .iter()
@@ -210,17 +219,31 @@ mod tests {
 
     #[test]
     fn containers_are_found_by_name_id_and_prefix() {
-        let all = || model::containers(vec![pod("web", 'a', json!({})), pod("db", 'b', json!({})), pod("abc", 'c', json!({}))]);
+        let all = || {
+            model::containers(vec![
+                pod("web", 'a', json!({})),
+                pod("db", 'b', json!({})),
+                pod("abc", 'c', json!({})),
+            ])
+        };
         let found = |wanted: &str| find(all(), wanted).map(|container| container.name);
         assert_eq!(found("web").unwrap(), "web");
         assert_eq!(found("/db").unwrap(), "db");
         assert_eq!(found("bbb").unwrap(), "db");
         assert_eq!(found("abc").unwrap(), "abc", "a name before an id");
-        assert_eq!(found("nope").unwrap_err().message, "Error response from daemon: No such container: nope");
+        assert_eq!(
+            found("nope").unwrap_err().message,
+            "Error response from daemon: No such container: nope"
+        );
         let mut twins = all();
         twins.extend(model::containers(vec![pod("x", 'd', json!({}))]));
         let mut second = pod("y", 'd', json!({}));
-        second.metadata.annotations.as_mut().unwrap().insert(crate::meta::ID.into(), format!("{}e", "d".repeat(63)));
+        second
+            .metadata
+            .annotations
+            .as_mut()
+            .unwrap()
+            .insert(crate::meta::ID.into(), format!("{}e", "d".repeat(63)));
         twins.extend(model::containers(vec![second]));
         assert_eq!(
             find(twins, "ddd").unwrap_err().message,
@@ -230,10 +253,27 @@ mod tests {
 
     #[test]
     fn what_rm_left_is_left_behind_after_a_while() {
-        let mut gone = pod("x", 'a', status("Succeeded", json!({"terminated": {"exitCode": 0, "finishedAt": "2026-01-02T03:00:00Z"}})));
-        gone.metadata.annotations.as_mut().unwrap().insert(crate::meta::AUTO_REMOVE.into(), "true".into());
+        let mut gone = pod(
+            "x",
+            'a',
+            status(
+                "Succeeded",
+                json!({"terminated": {"exitCode": 0, "finishedAt": "2026-01-02T03:00:00Z"}}),
+            ),
+        );
+        gone.metadata
+            .annotations
+            .as_mut()
+            .unwrap()
+            .insert(crate::meta::AUTO_REMOVE.into(), "true".into());
         let container = model::containers(vec![gone]).remove(0);
-        assert!(!is_left_behind(&container, "2026-01-02T03:00:05Z".parse().unwrap()));
-        assert!(is_left_behind(&container, "2026-01-02T03:00:11Z".parse().unwrap()));
+        assert!(!is_left_behind(
+            &container,
+            "2026-01-02T03:00:05Z".parse().unwrap()
+        ));
+        assert!(is_left_behind(
+            &container,
+            "2026-01-02T03:00:11Z".parse().unwrap()
+        ));
     }
 }

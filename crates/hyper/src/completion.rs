@@ -20,7 +20,10 @@ const LIMIT: Duration = Duration::from_secs(2);
 
 /// Names of the namespace's containers, as completions. None if the cluster cannot be asked.
 pub(crate) fn containers() -> Vec<CompletionCandidate> {
-    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    else {
         return Vec::new();
     };
     let target = Target {
@@ -64,7 +67,8 @@ pub(crate) fn print(shell: Shell) {
 
 /// Writes hyper.1 and a page for each verb.
 pub(crate) fn man_pages(directory: &Path) -> Result<()> {
-    let failed = |error: io::Error| Failure::plain(format_args!("{}: {error}", directory.display()));
+    let failed =
+        |error: io::Error| Failure::plain(format_args!("{}: {error}", directory.display()));
     std::fs::create_dir_all(directory).map_err(failed)?;
     let mut command = Cli::command();
     command.build();
@@ -94,6 +98,9 @@ mod tests {
     fn help_fits_one_screen() {
         let help = Cli::command().render_help().to_string();
         assert!(help.lines().count() <= 60, "{} lines", help.lines().count());
-        assert!(help.lines().all(|line| line.chars().count() <= 100), "{help}");
+        assert!(
+            help.lines().all(|line| line.chars().count() <= 100),
+            "{help}"
+        );
     }
 }

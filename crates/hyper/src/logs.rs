@@ -39,8 +39,13 @@ struct Line {
 }
 
 fn parse(error: bool, raw: Vec<u8>) -> Line {
-    let at = raw.iter().position(|byte| *byte == b' ').unwrap_or(raw.len());
-    let time = std::str::from_utf8(&raw[..at]).ok().and_then(|text| text.parse().ok());
+    let at = raw
+        .iter()
+        .position(|byte| *byte == b' ')
+        .unwrap_or(raw.len());
+    let time = std::str::from_utf8(&raw[..at])
+        .ok()
+        .and_then(|text| text.parse().ok());
     match time {
         Some(time) => Line {
             error,
@@ -57,7 +62,13 @@ fn parse(error: bool, raw: Vec<u8>) -> Line {
     }
 }
 
-async fn open(cluster: &Cluster, pod: &str, container: &str, query: &Query, source: Option<bool>) -> Result<BoxStream<'static, std::io::Result<Line>>> {
+async fn open(
+    cluster: &Cluster,
+    pod: &str,
+    container: &str,
+    query: &Query,
+    source: Option<bool>,
+) -> Result<BoxStream<'static, std::io::Result<Line>>> {
     let params = kube::api::LogParams {
         container: Some(container.to_owned()),
         follow: query.follow,
@@ -67,16 +78,25 @@ async fn open(cluster: &Cluster, pod: &str, container: &str, query: &Query, sour
         ..kube::api::LogParams::default()
     };
     let path = format!("/api/v1/namespaces/{}/pods", cluster.namespace);
-    let mut request = Request::new(path).logs(pod, &params).map_err(Failure::plain)?;
+    let mut request = Request::new(path)
+        .logs(pod, &params)
+        .map_err(Failure::plain)?;
     if let Some(error) = source {
-        let uri = format!("{}&stream={}", request.uri(), if error { "Stderr" } else { "Stdout" });
+        let uri = format!(
+            "{}&stream={}",
+            request.uri(),
+            if error { "Stderr" } else { "Stdout" }
+        );
         *request.uri_mut() = uri.parse().map_err(Failure::plain)?;
     }
     let reader = cluster.client.request_stream(request).await?;
     Ok(lines(reader, source == Some(true)).boxed())
 }
 
-fn lines(reader: impl AsyncBufRead + Unpin + Send + 'static, error: bool) -> impl futures::Stream<Item = std::io::Result<Line>> + Send {
+fn lines(
+    reader: impl AsyncBufRead + Unpin + Send + 'static,
+    error: bool,
+) -> impl futures::Stream<Item = std::io::Result<Line>> + Send {
     futures::stream::unfold(reader, move |mut reader| async move {
         let mut raw = Vec::new();
         match reader.read_until(b'\n', &mut raw).await {
@@ -88,7 +108,12 @@ fn lines(reader: impl AsyncBufRead + Unpin + Send + 'static, error: bool) -> imp
 }
 
 /// Prints a log until it ends.
-pub(crate) async fn print(cluster: &Cluster, pod: &str, container: &str, query: &Query) -> Result<()> {
+pub(crate) async fn print(
+    cluster: &Cluster,
+    pod: &str,
+    container: &str,
+    query: &Query,
+) -> Result<()> {
     let empty = || futures::stream::empty().boxed();
     let (mut out, mut error) = if query.split && query.tail.is_none() {
         tokio::try_join!(
@@ -121,7 +146,10 @@ pub(crate) async fn print(cluster: &Cluster, pod: &str, container: &str, query: 
             else => {}
         }
         let complete = (next_out.is_some() || out_ended) && (next_error.is_some() || error_ended);
-        if complete && (next_out.is_some() || next_error.is_some()) && !emit_one(&mut next_out, &mut next_error, query)? {
+        if complete
+            && (next_out.is_some() || next_error.is_some())
+            && !emit_one(&mut next_out, &mut next_error, query)?
+        {
             return Ok(());
         }
         if out_ended && error_ended && next_out.is_none() && next_error.is_none() {
@@ -139,7 +167,10 @@ fn emit_one(out: &mut Option<Line>, error: &mut Option<Line>, query: &Query) -> 
     };
     let line = if take_error { error.take() } else { out.take() };
     let Some(line) = line else { return Ok(true) };
-    if query.until.is_some_and(|until| line.time.is_some_and(|time| time > until)) {
+    if query
+        .until
+        .is_some_and(|until| line.time.is_some_and(|time| time > until))
+    {
         return Ok(false);
     }
     let mut bytes = query.prefix.clone().into_bytes();
@@ -166,6 +197,9 @@ mod tests {
         assert_eq!(line.stamp, b"2026-01-02T03:04:05.5Z");
         assert_eq!(parse(true, b"2026-01-02T03:04:05Z \n".to_vec()).text, b"\n");
         let plain = parse(true, b"no time here\n".to_vec());
-        assert_eq!((plain.time, plain.text.as_slice()), (None, b"no time here\n".as_slice()));
+        assert_eq!(
+            (plain.time, plain.text.as_slice()),
+            (None, b"no time here\n".as_slice())
+        );
     }
 }

@@ -30,15 +30,24 @@ use clap_complete::CompleteEnv;
 use crate::{cli::Cli, error::OWN};
 
 fn main() -> ExitCode {
-    if rustls::crypto::ring::default_provider().install_default().is_err() {
+    if rustls::crypto::ring::default_provider()
+        .install_default()
+        .is_err()
+    {
         // Somebody was first; one provider is as good as the other.
     }
-    CompleteEnv::with_factory(Cli::command).bin("hyper").complete();
+    CompleteEnv::with_factory(Cli::command)
+        .bin("hyper")
+        .complete();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return refuse(&error),
     };
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             terminal::note(&format!("hyper: cannot start: {error}"));
@@ -68,7 +77,11 @@ fn refuse(error: &clap::Error) -> ExitCode {
             ExitCode::SUCCESS
         }
         _ => {
-            terminal::note(refusals::explain(error).unwrap_or_else(|| error.render().to_string()).trim_end());
+            terminal::note(
+                refusals::explain(error)
+                    .unwrap_or_else(|| error.render().to_string())
+                    .trim_end(),
+            );
             ExitCode::from(OWN)
         }
     }

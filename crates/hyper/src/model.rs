@@ -73,14 +73,22 @@ pub(crate) fn containers(pods: Vec<Pod>) -> Vec<Container> {
             by_id.entry(id.to_owned()).or_default().push(pod);
             continue;
         }
-        let uid: String = pod.metadata.uid.clone().unwrap_or_default().replace('-', "");
+        let uid: String = pod
+            .metadata
+            .uid
+            .clone()
+            .unwrap_or_default()
+            .replace('-', "");
         let names = container_names(&pod);
         let pod_name = pod.metadata.name.clone().unwrap_or_default();
         for (index, container) in names.iter().enumerate() {
             let (id, name) = if names.len() == 1 {
                 (uid.clone(), pod_name.clone())
             } else {
-                (digest(&format!("{uid}/{container}")), format!("{pod_name}/{container}"))
+                (
+                    digest(&format!("{uid}/{container}")),
+                    format!("{pod_name}/{container}"),
+                )
             };
             found.push(Container {
                 id,
@@ -110,7 +118,11 @@ pub(crate) fn containers(pods: Vec<Pod>) -> Vec<Container> {
             earlier: pods,
         });
     }
-    found.sort_by(|a, b| b.created().cmp(&a.created()).then_with(|| a.name.cmp(&b.name)));
+    found.sort_by(|a, b| {
+        b.created()
+            .cmp(&a.created())
+            .then_with(|| a.name.cmp(&b.name))
+    });
     found
 }
 
@@ -126,7 +138,11 @@ fn digest(text: &str) -> String {
 }
 
 pub(crate) fn annotation<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
-    pod.metadata.annotations.as_ref()?.get(key).map(String::as_str)
+    pod.metadata
+        .annotations
+        .as_ref()?
+        .get(key)
+        .map(String::as_str)
 }
 
 pub(crate) fn label<'a>(pod: &'a Pod, key: &str) -> Option<&'a str> {
@@ -168,8 +184,16 @@ impl Container {
     /// How the container ended last, if it does not run.
     pub(crate) fn ended(&self) -> Option<&ContainerStateTerminated> {
         let status = self.status()?;
-        let now = status.state.as_ref().and_then(|state| state.terminated.as_ref());
-        now.or_else(|| status.last_state.as_ref().and_then(|state| state.terminated.as_ref()))
+        let now = status
+            .state
+            .as_ref()
+            .and_then(|state| state.terminated.as_ref());
+        now.or_else(|| {
+            status
+                .last_state
+                .as_ref()
+                .and_then(|state| state.terminated.as_ref())
+        })
     }
 
     pub(crate) fn phase(&self) -> &str {
@@ -239,13 +263,22 @@ impl Container {
     pub(crate) fn created(&self) -> Timestamp {
         annotation(&self.pod, meta::CREATED)
             .and_then(|text| text.parse().ok())
-            .or_else(|| self.pod.metadata.creation_timestamp.as_ref().map(|time| time.0))
+            .or_else(|| {
+                self.pod
+                    .metadata
+                    .creation_timestamp
+                    .as_ref()
+                    .map(|time| time.0)
+            })
             .unwrap_or_default()
     }
 
     pub(crate) fn started(&self) -> Option<Timestamp> {
         let state = self.status()?.state.as_ref()?;
-        let running = state.running.as_ref().and_then(|state| state.started_at.as_ref());
+        let running = state
+            .running
+            .as_ref()
+            .and_then(|state| state.started_at.as_ref());
         let time = running.or_else(|| self.ended().and_then(|end| end.started_at.as_ref()))?;
         Some(time.0)
     }
@@ -266,7 +299,12 @@ impl Container {
 
     /// The column STATUS.
     pub(crate) fn status_text(&self, now: Timestamp) -> String {
-        let ago = |time: Option<Timestamp>| time.map_or_else(|| "Less than a second ago".to_owned(), |time| units::human_ago(time, now));
+        let ago = |time: Option<Timestamp>| {
+            time.map_or_else(
+                || "Less than a second ago".to_owned(),
+                |time| units::human_ago(time, now),
+            )
+        };
         match self.state() {
             State::Running => {
                 let started = self.started().unwrap_or(now);
@@ -278,11 +316,20 @@ impl Container {
                 }
             }
             State::Exited => format!("Exited ({}) {}", self.exit_code(), ago(self.finished())),
-            State::Restarting => format!("Restarting ({}) {}", self.exit_code(), ago(self.finished())),
+            State::Restarting => {
+                format!("Restarting ({}) {}", self.exit_code(), ago(self.finished()))
+            }
             State::Removing => "Removal In Progress".to_owned(),
             State::Dead => "Dead".to_owned(),
             State::Created => match self.waiting() {
-                Some((reason, _)) if !matches!(reason.as_str(), "ContainerCreating" | "PodInitializing" | "") => format!("Created ({reason})"),
+                Some((reason, _))
+                    if !matches!(
+                        reason.as_str(),
+                        "ContainerCreating" | "PodInitializing" | ""
+                    ) =>
+                {
+                    format!("Created ({reason})")
+                }
                 _ => "Created".to_owned(),
             },
         }
@@ -312,14 +359,28 @@ impl Container {
         let mut texts: Vec<String> = published
             .iter()
             .map(|port| {
-                let address = if port.address.is_empty() { "0.0.0.0" } else { &port.address };
-                format!("{address}:{}->{}/{}", port.host, port.container, port.protocol)
+                let address = if port.address.is_empty() {
+                    "0.0.0.0"
+                } else {
+                    &port.address
+                };
+                format!(
+                    "{address}:{}->{}/{}",
+                    port.host, port.container, port.protocol
+                )
             })
             .collect();
         for port in self.spec().ports.into_iter().flatten() {
             let number = u16::try_from(port.container_port).unwrap_or_default();
-            let protocol = port.protocol.as_deref().unwrap_or("TCP").to_ascii_lowercase();
-            if !published.iter().any(|p| p.container == number && p.protocol == protocol) {
+            let protocol = port
+                .protocol
+                .as_deref()
+                .unwrap_or("TCP")
+                .to_ascii_lowercase();
+            if !published
+                .iter()
+                .any(|p| p.container == number && p.protocol == protocol)
+            {
                 texts.push(format!("{number}/{protocol}"));
             }
         }
@@ -333,8 +394,12 @@ impl Container {
             .unwrap_or_default();
         for (key, value) in self.pod.metadata.labels.iter().flatten() {
             match key.as_str() {
-                meta::PROJECT => labels.insert("com.docker.compose.project".to_owned(), value.clone()),
-                meta::SERVICE => labels.insert("com.docker.compose.service".to_owned(), value.clone()),
+                meta::PROJECT => {
+                    labels.insert("com.docker.compose.project".to_owned(), value.clone())
+                }
+                meta::SERVICE => {
+                    labels.insert("com.docker.compose.service".to_owned(), value.clone())
+                }
                 meta::NAME => None,
                 key => labels.insert(key.to_owned(), value.clone()),
             };

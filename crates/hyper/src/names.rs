@@ -6,19 +6,62 @@ use crate::error::{Failure, Result};
 
 const ADJECTIVES: [&str; 48] = [
     "able", "agile", "amber", "ample", "apt", "bold", "brave", "bright", "brisk", "calm", "candid",
-    "clear", "clever", "crisp", "deft", "eager", "early", "exact", "fair", "fleet", "fond", "frank",
-    "fresh", "gentle", "glad", "grand", "hardy", "jolly", "keen", "kind", "lively", "loyal", "lucid",
-    "merry", "neat", "noble", "patient", "plain", "prompt", "proud", "quick", "quiet", "rapid",
-    "ready", "sharp", "steady", "sunny", "warm",
+    "clear", "clever", "crisp", "deft", "eager", "early", "exact", "fair", "fleet", "fond",
+    "frank", "fresh", "gentle", "glad", "grand", "hardy", "jolly", "keen", "kind", "lively",
+    "loyal", "lucid", "merry", "neat", "noble", "patient", "plain", "prompt", "proud", "quick",
+    "quiet", "rapid", "ready", "sharp", "steady", "sunny", "warm",
 ];
 
 /// People who moved mathematics, physics and computing.
 const SURNAMES: [&str; 48] = [
-    "abel", "ampere", "babbage", "bohr", "boole", "cantor", "carnot", "cauchy", "celsius", "church",
-    "codd", "curie", "dijkstra", "dirac", "euler", "faraday", "fermat", "fourier", "galois", "gauss",
-    "germain", "goedel", "hamilton", "hilbert", "hopper", "huygens", "jacobi", "joule", "kelvin",
-    "kepler", "knuth", "lagrange", "laplace", "leibniz", "lovelace", "maxwell", "meitner", "mendel",
-    "neumann", "noether", "ohm", "pascal", "planck", "ramanujan", "riemann", "shannon", "turing", "volta",
+    "abel",
+    "ampere",
+    "babbage",
+    "bohr",
+    "boole",
+    "cantor",
+    "carnot",
+    "cauchy",
+    "celsius",
+    "church",
+    "codd",
+    "curie",
+    "dijkstra",
+    "dirac",
+    "euler",
+    "faraday",
+    "fermat",
+    "fourier",
+    "galois",
+    "gauss",
+    "germain",
+    "goedel",
+    "hamilton",
+    "hilbert",
+    "hopper",
+    "huygens",
+    "jacobi",
+    "joule",
+    "kelvin",
+    "kepler",
+    "knuth",
+    "lagrange",
+    "laplace",
+    "leibniz",
+    "lovelace",
+    "maxwell",
+    "meitner",
+    "mendel",
+    "neumann",
+    "noether",
+    "ohm",
+    "pascal",
+    "planck",
+    "ramanujan",
+    "riemann",
+    "shannon",
+    "turing",
+    "volta",
 ];
 
 /// A name such as docker gives: adjective_surname.
@@ -32,7 +75,9 @@ pub(crate) fn generate() -> String {
 /// A new id: 64 hexadecimal digits.
 pub(crate) fn new_id() -> String {
     let mut rng = rand::rng();
-    (0..8).map(|_| format!("{:08x}", rng.random::<u32>())).collect()
+    (0..8)
+        .map(|_| format!("{:08x}", rng.random::<u32>()))
+        .collect()
 }
 
 /// A few hexadecimal digits that tell two pods of one name apart.
@@ -43,7 +88,10 @@ pub(crate) fn suffix() -> String {
 /// Checks a name that somebody chose.
 pub(crate) fn check(name: &str) -> Result<()> {
     let name = name.strip_prefix('/').unwrap_or(name);
-    let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    let first = name
+        .chars()
+        .next()
+        .is_some_and(|c| c.is_ascii_alphanumeric());
     let rest = name
         .chars()
         .all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'));
@@ -52,7 +100,10 @@ pub(crate) fn check(name: &str) -> Result<()> {
             "Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed"
         )));
     }
-    let last = name.chars().last().is_some_and(|c| c.is_ascii_alphanumeric());
+    let last = name
+        .chars()
+        .last()
+        .is_some_and(|c| c.is_ascii_alphanumeric());
     if name.len() > 63 || !last {
         return Err(Failure::daemon(format_args!(
             "Invalid container name ({name}): it is a label of the pod and may have 63 characters, the last a letter or digit"
@@ -83,7 +134,11 @@ mod tests {
         for _ in 0..200 {
             let name = generate();
             check(&name).unwrap();
-            assert!(of_pod(&name).chars().all(|c| c.is_ascii_lowercase() || c == '-'));
+            assert!(
+                of_pod(&name)
+                    .chars()
+                    .all(|c| c.is_ascii_lowercase() || c == '-')
+            );
         }
         assert_eq!(new_id().len(), 64);
     }

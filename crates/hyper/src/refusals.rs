@@ -6,8 +6,14 @@ const OWN_KERNEL: &str = "a container has a microVM and a kernel of its own";
 
 /// Flag and advice.
 const FLAGS: &[(&str, &str)] = &[
-    ("--privileged", "a container has a kernel of its own, and --cap-add gives it what it needs there"),
-    ("--ulimit", "Kubernetes has no field for it; set it in the command: sh -c 'ulimit -n 4096; exec PROGRAM'"),
+    (
+        "--privileged",
+        "a container has a kernel of its own, and --cap-add gives it what it needs there",
+    ),
+    (
+        "--ulimit",
+        "Kubernetes has no field for it; set it in the command: sh -c 'ulimit -n 4096; exec PROGRAM'",
+    ),
     ("--device", "no device of any host is seen in a container"),
     ("--gpus", "no device of any host is seen in a container"),
     ("--pid", OWN_KERNEL),
@@ -16,24 +22,42 @@ const FLAGS: &[(&str, &str)] = &[
     ("--userns", OWN_KERNEL),
     ("--cgroupns", OWN_KERNEL),
     ("--cgroup-parent", OWN_KERNEL),
-    ("--runtime", "every container has a microVM; --kernel chooses its kernel"),
+    (
+        "--runtime",
+        "every container has a microVM; --kernel chooses its kernel",
+    ),
     ("--isolation", "every container has a microVM"),
-    ("--link", "containers of one network find each other by name; --network chooses it"),
-    ("--network-alias", "use a compose file: its services find each other by name"),
+    (
+        "--link",
+        "containers of one network find each other by name; --network chooses it",
+    ),
+    (
+        "--network-alias",
+        "use a compose file: its services find each other by name",
+    ),
     ("--ip", "addresses are given by the network"),
     ("--ip6", "addresses are given by the network"),
     ("--mac-address", "addresses are given by the network"),
     ("--publish-all", "name the ports: -p HOST:CONTAINER"),
     ("-P", "name the ports: -p HOST:CONTAINER"),
     ("--volumes-from", "name the volumes: -v NAME:PATH"),
-    ("--volume-driver", "volumes are made with `hyper volume create`"),
+    (
+        "--volume-driver",
+        "volumes are made with `hyper volume create`",
+    ),
     ("--storage-opt", "--tmpfs and volumes have sizes"),
-    ("--log-driver", "the node keeps logs; `hyper logs` reads them"),
+    (
+        "--log-driver",
+        "the node keeps logs; `hyper logs` reads them",
+    ),
     ("--log-opt", "the node keeps logs; `hyper logs` reads them"),
     ("--oom-kill-disable", "a memory limit is a limit"),
     ("--oom-score-adj", OWN_KERNEL),
     ("--memory-swap", "there is no swap in a container's VM"),
-    ("--memory-swappiness", "there is no swap in a container's VM"),
+    (
+        "--memory-swappiness",
+        "there is no swap in a container's VM",
+    ),
     ("--kernel-memory", "--memory limits the whole"),
     ("--cpu-shares", "--cpus limits CPUs"),
     ("--cpu-period", "--cpus limits CPUs"),
@@ -41,11 +65,23 @@ const FLAGS: &[(&str, &str)] = &[
     ("--cpuset-cpus", "--cpus limits CPUs"),
     ("--cpuset-mems", "--memory limits memory"),
     ("--blkio-weight", "Kubernetes has no field for it"),
-    ("--pids-limit", "a container has a kernel of its own; --memory limits what processes can take"),
+    (
+        "--pids-limit",
+        "a container has a kernel of its own; --memory limits what processes can take",
+    ),
     ("--domainname", "--hostname names the container"),
-    ("--disable-content-trust", "images are named by digest where content matters"),
-    ("--device-cgroup-rule", "no device of any host is seen in a container"),
-    ("--health-start-interval", "--health-interval is used from the start"),
+    (
+        "--disable-content-trust",
+        "images are named by digest where content matters",
+    ),
+    (
+        "--device-cgroup-rule",
+        "no device of any host is seen in a container",
+    ),
+    (
+        "--health-start-interval",
+        "--health-interval is used from the start",
+    ),
 ];
 
 /// A sentence for a command line that clap refused because of one of docker's flags or verbs.
@@ -61,10 +97,14 @@ pub(crate) fn explain(error: &clap::Error) -> Option<String> {
             let flag = given.split('=').next().unwrap_or(given);
             match FLAGS.iter().find(|(name, _)| *name == flag) {
                 Some((name, advice)) => Some(format!("hyper: {name} is not supported: {advice}")),
-                None if flag.starts_with("--") => Some(format!("unknown flag: {flag}\n\nRun 'hyper --help' for more information")),
+                None if flag.starts_with("--") => Some(format!(
+                    "unknown flag: {flag}\n\nRun 'hyper --help' for more information"
+                )),
                 None if flag.starts_with('-') => {
                     let letter: String = flag.chars().skip(1).take(1).collect();
-                    Some(format!("unknown shorthand flag: '{letter}' in {flag}\n\nRun 'hyper --help' for more information"))
+                    Some(format!(
+                        "unknown shorthand flag: '{letter}' in {flag}\n\nRun 'hyper --help' for more information"
+                    ))
                 }
                 None => None,
             }
@@ -73,11 +113,19 @@ pub(crate) fn explain(error: &clap::Error) -> Option<String> {
             let verb = text(ContextKind::InvalidSubcommand)?;
             Some(match verb {
                 "swarm" | "service" | "stack" | "node" | "secret" | "config" => {
-                    format!("hyper: {verb} is not supported: the cluster is a Kubernetes; use kubectl")
+                    format!(
+                        "hyper: {verb} is not supported: the cluster is a Kubernetes; use kubectl"
+                    )
                 }
-                "buildx" | "builder" => format!("hyper: {verb} is not supported: build with another tool, push into a registry, then run"),
-                "plugin" | "trust" | "manifest" => format!("hyper: {verb} is not supported: it is the registry's or the operator's"),
-                _ => format!("hyper: unknown command: hyper {verb}\n\nRun 'hyper --help' for more information"),
+                "buildx" | "builder" => format!(
+                    "hyper: {verb} is not supported: build with another tool, push into a registry, then run"
+                ),
+                "plugin" | "trust" | "manifest" => format!(
+                    "hyper: {verb} is not supported: it is the registry's or the operator's"
+                ),
+                _ => format!(
+                    "hyper: unknown command: hyper {verb}\n\nRun 'hyper --help' for more information"
+                ),
             })
         }
         _ => None,
@@ -94,13 +142,28 @@ mod tests {
     #[test]
     fn flags_and_verbs_of_docker_are_refused_with_advice() {
         for (args, said) in [
-            (&["run", "--privileged", "busybox"][..], "hyper: --privileged is not supported: a container has a kernel of its own"),
-            (&["run", "--ulimit", "nofile=1", "busybox"], "hyper: --ulimit is not supported: Kubernetes has no field for it"),
-            (&["run", "--gpus=all", "busybox"], "hyper: --gpus is not supported"),
-            (&["run", "-P", "busybox"], "hyper: -P is not supported: name the ports"),
+            (
+                &["run", "--privileged", "busybox"][..],
+                "hyper: --privileged is not supported: a container has a kernel of its own",
+            ),
+            (
+                &["run", "--ulimit", "nofile=1", "busybox"],
+                "hyper: --ulimit is not supported: Kubernetes has no field for it",
+            ),
+            (
+                &["run", "--gpus=all", "busybox"],
+                "hyper: --gpus is not supported",
+            ),
+            (
+                &["run", "-P", "busybox"],
+                "hyper: -P is not supported: name the ports",
+            ),
             (&["run", "--bogus", "busybox"], "unknown flag: --bogus"),
             (&["ps", "-x"], "unknown shorthand flag: 'x' in -x"),
-            (&["swarm", "init"], "hyper: swarm is not supported: the cluster is a Kubernetes"),
+            (
+                &["swarm", "init"],
+                "hyper: swarm is not supported: the cluster is a Kubernetes",
+            ),
             (&["dance"], "hyper: unknown command: hyper dance"),
         ] {
             let error = Cli::try_parse_from(["hyper"].iter().chain(args)).unwrap_err();
@@ -115,7 +178,10 @@ mod tests {
         let command = Cli::command();
         let run = command.find_subcommand("run").unwrap();
         for (flag, _) in FLAGS {
-            let served = run.get_arguments().any(|arg| arg.get_long().is_some_and(|long| format!("--{long}") == *flag));
+            let served = run.get_arguments().any(|arg| {
+                arg.get_long()
+                    .is_some_and(|long| format!("--{long}") == *flag)
+            });
             assert!(!served, "{flag}");
         }
     }

@@ -20,7 +20,7 @@ use crate::{
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum End {
     /// The process, or the connection, ended; the status is an exec's.
-    Ended(Option<Status>),
+    Ended(Option<Box<Status>>),
     /// The user left with the detach keys.
     Detached,
 }
@@ -97,7 +97,9 @@ async fn copy_out(reader: Option<impl AsyncRead + Unpin>, error: bool) {
 
 /// Sends what is typed; ends at the end of input, or with `true` at the detach keys.
 async fn copy_in(writer: Option<impl tokio::io::AsyncWrite + Unpin>, keys: Vec<u8>) -> bool {
-    let Some(mut writer) = writer else { return false };
+    let Some(mut writer) = writer else {
+        return false;
+    };
     let mut escape = Escape { keys, matched: 0 };
     let mut stdin = tokio::io::stdin();
     let mut buffer = vec![0; 16 * 1024];
@@ -140,14 +142,17 @@ pub(crate) async fn join(
     streams: Streams,
     finished: Option<oneshot::Receiver<()>>,
 ) -> Result<End> {
-    let _raw = (streams.tty && streams.stdin).then(terminal::RawMode::enter).flatten();
+    let _raw = (streams.tty && streams.stdin)
+        .then(terminal::RawMode::enter)
+        .flatten();
     let status: Pin<Box<dyn Future<Output = Option<Status>> + Send>> = match process.take_status() {
         Some(status) => Box::pin(status),
         None => Box::pin(std::future::pending()),
     };
     let resize = streams.tty.then(|| process.terminal_size()).flatten();
     let resizing = tokio::spawn(async move {
-        let (Some(mut sizes), Ok(mut changes)) = (resize, signal(SignalKind::window_change())) else {
+        let (Some(mut sizes), Ok(mut changes)) = (resize, signal(SignalKind::window_change()))
+        else {
             return;
         };
         let mut first = streams.redraw;
@@ -155,7 +160,10 @@ pub(crate) async fn join(
             if let Some((width, height)) = terminal::size() {
                 if first {
                     // A change of size makes programs draw again.
-                    let other = TerminalSize { width, height: height.saturating_add(1) };
+                    let other = TerminalSize {
+                        width,
+                        height: height.saturating_add(1),
+                    };
                     if sizes.send(other).await.is_err() {
                         return;
                     }
@@ -191,7 +199,7 @@ pub(crate) async fn join(
                     break End::Detached;
                 }
             }
-            () = &mut output, if !streams.input_only => break End::Ended(status.await),
+            () = &mut output, if !streams.input_only => break End::Ended(status.await.map(Box::new)),
             _ = async { match finished.as_mut() { Some(done) => drop(done.await), None => std::future::pending().await } } => break End::Ended(None),
         }
     };
@@ -200,14 +208,17 @@ pub(crate) async fn join(
 }
 
 /// The exit code in an exec's status, or why the process did not run.
-pub(crate) fn exit_of(status: Option<Status>) -> Result<i32> {
+pub(crate) fn exit_of(status: Option<&Status>) -> Result<i32> {
     let Some(status) = status else {
         return Err(Failure::plain("the connection to the container was lost"));
     };
     if status.status.as_deref() == Some("Success") {
         return Ok(0);
     }
-    let causes = status.details.as_ref().and_then(|details| details.causes.as_ref());
+    let causes = status
+        .details
+        .as_ref()
+        .and_then(|details| details.causes.as_ref());
     let code = causes
         .into_iter()
         .flatten()
@@ -215,16 +226,27 @@ pub(crate) fn exit_of(status: Option<Status>) -> Result<i32> {
         .and_then(|cause| cause.message.as_ref()?.parse().ok());
     match code {
         Some(code) => Ok(code),
-        None => Err(start_failure(&status.message.unwrap_or_default())),
+        None => Err(start_failure(status.message.as_deref().unwrap_or_default())),
     }
 }
 
 /// A process that did not start: 127 if its file is not there, 126 if it cannot be run.
 pub(crate) fn start_failure(message: &str) -> Failure {
     let lower = message.to_ascii_lowercase();
-    let code = if ["not found", "no such file", "enoent"].iter().any(|text| lower.contains(text)) {
+    let code = if ["not found", "no such file", "enoent"]
+        .iter()
+        .any(|text| lower.contains(text))
+    {
         crate::error::NOT_FOUND
-    } else if ["permission denied", "eacces", "is a directory", "exec format error"].iter().any(|text| lower.contains(text)) {
+    } else if [
+        "permission denied",
+        "eacces",
+        "is a directory",
+        "exec format error",
+    ]
+    .iter()
+    .any(|text| lower.contains(text))
+    {
         crate::error::NOT_EXECUTABLE
     } else {
         crate::error::OWN
@@ -240,31 +262,43 @@ mod tests {
     fn detach_keys_are_parsed() {
         assert_eq!(detach_keys("ctrl-p,ctrl-q").unwrap(), [16, 17]);
         assert_eq!(detach_keys("a,ctrl-[").unwrap(), [b'a', 27]);
-        assert_eq!(detach_keys("ctrl-1").unwrap_err().message, "hyper: invalid detach keys (ctrl-1) provided");
+        assert_eq!(
+            detach_keys("ctrl-1").unwrap_err().message,
+            "hyper: invalid detach keys (ctrl-1) provided"
+        );
         assert!(detach_keys("abc").is_err());
     }
 
     #[test]
     fn the_sequence_is_found_across_reads_and_nothing_else_is_lost() {
-        let mut escape = Escape { keys: vec![16, 17], matched: 0 };
+        let mut escape = Escape {
+            keys: vec![16, 17],
+            matched: 0,
+        };
         assert_eq!(escape.take(b"ab\x10"), (b"ab".to_vec(), false));
         assert_eq!(escape.take(b"c\x10\x10"), (b"\x10c\x10".to_vec(), false));
         assert_eq!(escape.take(b"\x11rest"), (Vec::new(), true));
-        let mut none = Escape { keys: Vec::new(), matched: 0 };
+        let mut none = Escape {
+            keys: Vec::new(),
+            matched: 0,
+        };
         assert_eq!(none.take(b"\x10\x11"), (b"\x10\x11".to_vec(), false));
     }
 
     #[test]
     fn exit_codes_of_exec() {
         let status = |value: serde_json::Value| serde_json::from_value::<Status>(value).ok();
-        assert_eq!(exit_of(status(serde_json::json!({"status": "Success"}))).unwrap(), 0);
+        assert_eq!(
+            exit_of(status(serde_json::json!({"status": "Success"})).as_ref()).unwrap(),
+            0
+        );
         let failed = serde_json::json!({"status": "Failure", "reason": "NonZeroExitCode", "message": "command terminated with non-zero exit code",
             "details": {"causes": [{"reason": "ExitCode", "message": "7"}]}});
-        assert_eq!(exit_of(status(failed)).unwrap(), 7);
+        assert_eq!(exit_of(status(failed).as_ref()).unwrap(), 7);
         let missing = serde_json::json!({"status": "Failure", "message": "exec: \"x\": executable file not found in $PATH"});
-        assert_eq!(exit_of(status(missing)).unwrap_err().code, 127);
+        assert_eq!(exit_of(status(missing).as_ref()).unwrap_err().code, 127);
         let denied = serde_json::json!({"status": "Failure", "message": "exec: \"/etc\": permission denied"});
-        assert_eq!(exit_of(status(denied)).unwrap_err().code, 126);
+        assert_eq!(exit_of(status(denied).as_ref()).unwrap_err().code, 126);
         assert_eq!(exit_of(None).unwrap_err().code, 1);
     }
 }

@@ -7,7 +7,11 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 /// Text on standard output. A reader that has gone away (`| head`) is no error.
 pub(crate) fn out(text: &str) {
     let mut stream = std::io::stdout().lock();
-    drop(stream.write_all(text.as_bytes()).and_then(|()| stream.flush()));
+    drop(
+        stream
+            .write_all(text.as_bytes())
+            .and_then(|()| stream.flush()),
+    );
 }
 
 /// One line on standard output.
@@ -78,11 +82,7 @@ impl RawMode {
 impl Drop for RawMode {
     fn drop(&mut self) {
         // The terminal may have gone; there is nothing to put back then.
-        let _restored = (tcsetattr(
-            std::io::stdin(),
-            OptionalActions::Drain,
-            &self.before,
-        ));
+        let _restored = tcsetattr(std::io::stdin(), OptionalActions::Drain, &self.before);
     }
 }
 
@@ -105,6 +105,6 @@ impl Silent {
 
 impl Drop for Silent {
     fn drop(&mut self) {
-        let _restored = (tcsetattr(std::io::stdin(), OptionalActions::Drain, &self.before));
+        let _restored = tcsetattr(std::io::stdin(), OptionalActions::Drain, &self.before);
     }
 }

@@ -15,7 +15,10 @@ pub(crate) fn parse_bytes(text: &str) -> Result<i64> {
         .unwrap_or(lower.len());
     let (number, unit) = lower.split_at(end);
     let unit = unit.trim();
-    let unit = unit.strip_suffix("ib").or_else(|| unit.strip_suffix(['b', 'i'])).unwrap_or(unit);
+    let unit = unit
+        .strip_suffix("ib")
+        .or_else(|| unit.strip_suffix(['b', 'i']))
+        .unwrap_or(unit);
     let shift = match unit {
         "" => 0_u32,
         "k" => 10,
@@ -49,7 +52,11 @@ pub(crate) fn parse_cpus(text: &str) -> Result<i64> {
     }
     let mut milli = format!("{part}000");
     milli.truncate(3);
-    let whole: i64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_bad| invalid())? };
+    let whole: i64 = if whole.is_empty() {
+        0
+    } else {
+        whole.parse().map_err(|_bad| invalid())?
+    };
     let part: i64 = milli.parse().map_err(|_bad| invalid())?;
     whole
         .checked_mul(1000)
@@ -74,10 +81,17 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration> {
             .ok_or_else(invalid)?;
         let number: f64 = rest[..end].parse().map_err(|_bad| invalid())?;
         rest = &rest[end..];
-        let (unit, seconds) = [("ms", 0.001), ("us", 1e-6), ("ns", 1e-9), ("h", 3600.0), ("m", 60.0), ("s", 1.0)]
-            .into_iter()
-            .find(|(unit, _)| rest.starts_with(unit))
-            .ok_or_else(invalid)?;
+        let (unit, seconds) = [
+            ("ms", 0.001),
+            ("us", 1e-6),
+            ("ns", 1e-9),
+            ("h", 3600.0),
+            ("m", 60.0),
+            ("s", 1.0),
+        ]
+        .into_iter()
+        .find(|(unit, _)| rest.starts_with(unit))
+        .ok_or_else(invalid)?;
         rest = &rest[unit.len()..];
         total += Duration::try_from_secs_f64(number * seconds).map_err(|_bad| invalid())?;
     }
@@ -87,7 +101,11 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration> {
 /// A moment as `--since` and `--until` take it: RFC 3339 (with or without time and zone), Unix
 /// seconds, or a duration before `now`.
 pub(crate) fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp> {
-    let invalid = || Failure::usage(format_args!("invalid value for \"since\" or \"until\": failed to parse value as time or duration: \"{text}\""));
+    let invalid = || {
+        Failure::usage(format_args!(
+            "invalid value for \"since\" or \"until\": failed to parse value as time or duration: \"{text}\""
+        ))
+    };
     if let Ok(time) = text.parse::<Timestamp>() {
         return Ok(time);
     }
@@ -117,15 +135,15 @@ pub(crate) fn human_duration(seconds: i64) -> String {
     match seconds {
         ..1 => "Less than a second".to_owned(),
         1 => "1 second".to_owned(),
-        ..60 => format!("{seconds} seconds"),
-        ..120 => "About a minute".to_owned(),
-        ..3600 => format!("{minutes} minutes"),
+        2..60 => format!("{seconds} seconds"),
+        60..120 => "About a minute".to_owned(),
+        120..3600 => format!("{minutes} minutes"),
         _ => match hours {
             ..2 => "About an hour".to_owned(),
-            ..48 => format!("{hours} hours"),
-            ..336 => format!("{} days", hours / 24),
-            ..1440 => format!("{} weeks", hours / 168),
-            ..17520 => format!("{} months", hours / 720),
+            2..48 => format!("{hours} hours"),
+            48..336 => format!("{} days", hours / 24),
+            336..1440 => format!("{} weeks", hours / 168),
+            1440..17520 => format!("{} months", hours / 720),
             _ => format!("{} years", seconds / 3600 / 24 / 365),
         },
     }
@@ -172,7 +190,12 @@ fn scaled(bytes: u64, base: u64, units: &[&str]) -> String {
     let rounded = (u128::from(bytes) * factor + divisor / 2) / divisor;
     let mut text = match decimals {
         0 => rounded.to_string(),
-        _ => format!("{}.{:0width$}", rounded / factor, rounded % factor, width = decimals as usize),
+        _ => format!(
+            "{}.{:0width$}",
+            rounded / factor,
+            rounded % factor,
+            width = decimals as usize
+        ),
     };
     if text.contains('.') {
         text.truncate(text.trim_end_matches('0').trim_end_matches('.').len());
@@ -211,8 +234,18 @@ mod tests {
 
     #[test]
     fn durations() {
-        for (text, millis) in [("10", 10_000), ("10s", 10_000), ("1m30s", 90_000), ("1.5h", 5_400_000), ("300ms", 300)] {
-            assert_eq!(parse_duration(text).unwrap(), Duration::from_millis(millis), "{text}");
+        for (text, millis) in [
+            ("10", 10_000),
+            ("10s", 10_000),
+            ("1m30s", 90_000),
+            ("1.5h", 5_400_000),
+            ("300ms", 300),
+        ] {
+            assert_eq!(
+                parse_duration(text).unwrap(),
+                Duration::from_millis(millis),
+                "{text}"
+            );
         }
         assert!(parse_duration("x").is_err() && parse_duration("").is_err());
     }

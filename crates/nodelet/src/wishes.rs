@@ -35,12 +35,21 @@ mod tests {
     #[test]
     fn numbers_count_and_nothing_else() {
         let pod = |value: &str| -> Pod {
-            serde_json::from_value(json!({"metadata": {"annotations": {MAX_RESTARTS: value, STOP_GRACE: value}}}))
-                .unwrap()
+            serde_json::from_value(
+                json!({"metadata": {"annotations": {MAX_RESTARTS: value, STOP_GRACE: value}}}),
+            )
+            .unwrap()
         };
-        assert_eq!((max_restarts(&pod("3")), stop_grace(&pod("0"))), (Some(3), Some(0)));
+        assert_eq!(
+            (max_restarts(&pod("3")), stop_grace(&pod("0"))),
+            (Some(3), Some(0))
+        );
         for bad in ["", "-1", "x", "1.5"] {
-            assert_eq!((max_restarts(&pod(bad)), stop_grace(&pod(bad))), (None, None), "{bad}");
+            assert_eq!(
+                (max_restarts(&pod(bad)), stop_grace(&pod(bad))),
+                (None, None),
+                "{bad}"
+            );
         }
         assert_eq!(max_restarts(&Pod::default()), None);
     }

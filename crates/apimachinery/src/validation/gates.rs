@@ -9,7 +9,10 @@ use crate::meta::rules;
 use super::{Found, Path, items, text};
 
 fn names(pod: &Value) -> impl Iterator<Item = &str> {
-    let gates = pod["spec"]["schedulingGates"].as_array().into_iter().flatten();
+    let gates = pod["spec"]["schedulingGates"]
+        .as_array()
+        .into_iter()
+        .flatten();
     gates.map(|gate| text(gate, "name"))
 }
 

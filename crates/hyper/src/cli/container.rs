@@ -72,7 +72,12 @@ pub(crate) struct Exec {
     #[arg(short, long)]
     pub(crate) detach: bool,
     /// Keys that leave the process running
-    #[arg(long, value_name = "KEYS", env = "HYPER_DETACH_KEYS", default_value = "ctrl-p,ctrl-q")]
+    #[arg(
+        long,
+        value_name = "KEYS",
+        env = "HYPER_DETACH_KEYS",
+        default_value = "ctrl-p,ctrl-q"
+    )]
     pub(crate) detach_keys: String,
     /// Set an environment variable
     #[arg(short, long, value_name = "KEY[=VALUE]", action = ArgAction::Append)]
@@ -103,7 +108,12 @@ pub(crate) struct Exec {
 #[derive(Debug, Args)]
 pub(crate) struct Attach {
     /// Keys that leave the container running
-    #[arg(long, value_name = "KEYS", env = "HYPER_DETACH_KEYS", default_value = "ctrl-p,ctrl-q")]
+    #[arg(
+        long,
+        value_name = "KEYS",
+        env = "HYPER_DETACH_KEYS",
+        default_value = "ctrl-p,ctrl-q"
+    )]
     pub(crate) detach_keys: String,
     /// Do not send standard input
     #[arg(long)]
@@ -125,7 +135,12 @@ pub(crate) struct Start {
     #[arg(short, long)]
     pub(crate) interactive: bool,
     /// Keys that leave the container running
-    #[arg(long, value_name = "KEYS", env = "HYPER_DETACH_KEYS", default_value = "ctrl-p,ctrl-q")]
+    #[arg(
+        long,
+        value_name = "KEYS",
+        env = "HYPER_DETACH_KEYS",
+        default_value = "ctrl-p,ctrl-q"
+    )]
     pub(crate) detach_keys: String,
     #[command(flatten)]
     pub(crate) names: Names,
@@ -134,7 +149,13 @@ pub(crate) struct Start {
 #[derive(Debug, Args)]
 pub(crate) struct Stop {
     /// Seconds until it is killed
-    #[arg(short = 't', long, visible_alias = "time", value_name = "SECONDS", allow_negative_numbers = true)]
+    #[arg(
+        short = 't',
+        long,
+        visible_alias = "time",
+        value_name = "SECONDS",
+        allow_negative_numbers = true
+    )]
     pub(crate) timeout: Option<i64>,
     /// Signal: not supported, set it with run --stop-signal
     #[arg(short, long)]
@@ -146,7 +167,13 @@ pub(crate) struct Stop {
 #[derive(Debug, Args)]
 pub(crate) struct Restart {
     /// Seconds until it is killed
-    #[arg(short = 't', long, visible_alias = "time", value_name = "SECONDS", allow_negative_numbers = true)]
+    #[arg(
+        short = 't',
+        long,
+        visible_alias = "time",
+        value_name = "SECONDS",
+        allow_negative_numbers = true
+    )]
     pub(crate) timeout: Option<i64>,
     #[command(flatten)]
     pub(crate) names: Names,

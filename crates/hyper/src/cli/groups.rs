@@ -259,4 +259,3 @@ pub(crate) enum SystemCommand {
     #[command(hide = true)]
     Df(AnyArguments),
 }
-

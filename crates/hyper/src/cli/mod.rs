@@ -15,8 +15,8 @@ pub(crate) use container::{
     Start, Stats, Stop, Top, Wait,
 };
 pub(crate) use groups::{
-    AnyArguments, ContextCommand, Format, ImageCommand, Images, ListOptions, Login, Logout, NetworkCommand, Pull,
-    SystemCommand, VolumeCommand,
+    AnyArguments, ContextCommand, Format, ImageCommand, Images, ListOptions, Login, Logout,
+    NetworkCommand, Pull, SystemCommand, VolumeCommand,
 };
 pub(crate) use run::{Create, Run};
 

@@ -11,7 +11,12 @@ pub(crate) struct Run {
     #[arg(short, long)]
     pub(crate) detach: bool,
     /// Keys that leave the container running
-    #[arg(long, value_name = "KEYS", env = "HYPER_DETACH_KEYS", default_value = "ctrl-p,ctrl-q")]
+    #[arg(
+        long,
+        value_name = "KEYS",
+        env = "HYPER_DETACH_KEYS",
+        default_value = "ctrl-p,ctrl-q"
+    )]
     pub(crate) detach_keys: String,
     /// Pass signals to the process
     #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]

@@ -22,7 +22,10 @@ impl Filters {
             if !known.contains(&key.as_str()) {
                 return Err(Failure::daemon(format_args!("invalid filter '{key}'")));
             }
-            filters.entry(key).or_default().push(value.trim().to_owned());
+            filters
+                .entry(key)
+                .or_default()
+                .push(value.trim().to_owned());
         }
         Ok(Self(filters))
     }
@@ -44,10 +47,12 @@ impl Filters {
 
     /// `key` or `key=value` among labels; every one that was given must be there.
     pub(crate) fn labels(&self, key: &str, labels: &BTreeMap<String, String>) -> bool {
-        self.values(key).iter().all(|wanted| match wanted.split_once('=') {
-            Some((name, value)) => labels.get(name).is_some_and(|is| is == value),
-            None => labels.contains_key(wanted),
-        })
+        self.values(key)
+            .iter()
+            .all(|wanted| match wanted.split_once('=') {
+                Some((name, value)) => labels.get(name).is_some_and(|is| is == value),
+                None => labels.contains_key(wanted),
+            })
     }
 }
 
@@ -65,7 +70,13 @@ mod tests {
         assert!(filters.labels("label", &BTreeMap::from([("a".into(), "b".into())])));
         assert!(!filters.labels("label", &BTreeMap::from([("a".into(), "c".into())])));
         let error = Filters::parse(&["x=y".to_owned()], &["status"]).unwrap_err();
-        assert_eq!(error.message, "Error response from daemon: invalid filter 'x'");
-        assert_eq!(Filters::parse(&["x".to_owned()], &["x"]).unwrap_err().code, 125);
+        assert_eq!(
+            error.message,
+            "Error response from daemon: invalid filter 'x'"
+        );
+        assert_eq!(
+            Filters::parse(&["x".to_owned()], &["x"]).unwrap_err().code,
+            125
+        );
     }
 }

@@ -39,7 +39,13 @@ mod tests {
 
     #[test]
     fn columns_are_at_least_ten_wide_and_three_apart() {
-        let lines = [vec!["ID".into(), "A LONG HEADER".into(), "X".into()], vec!["1".into(), "b".into(), String::new()]];
-        assert_eq!(columns(&lines), "ID        A LONG HEADER   X\n1         b               \n");
+        let lines = [
+            vec!["ID".into(), "A LONG HEADER".into(), "X".into()],
+            vec!["1".into(), "b".into(), String::new()],
+        ];
+        assert_eq!(
+            columns(&lines),
+            "ID        A LONG HEADER   X\n1         b               \n"
+        );
     }
 }

@@ -26,14 +26,22 @@ impl Rows<'_> {
     /// The list in the form that was asked for.
     pub(crate) fn print(&self, rows: &[Row], format: Option<&str>, quiet: bool) -> Result<String> {
         if quiet && format.is_none() {
-            return Ok(rows.iter().map(|row| format!("{}\n", row.get(self.quiet).map_or("", String::as_str))).collect());
+            return Ok(rows
+                .iter()
+                .map(|row| format!("{}\n", row.get(self.quiet).map_or("", String::as_str)))
+                .collect());
         }
         let format = format.unwrap_or("table").trim();
         if format == "table" {
             if quiet {
                 return self.print(rows, None, true);
             }
-            let mut lines = vec![self.default.iter().map(|field| self.header(field)).collect::<Vec<_>>()];
+            let mut lines = vec![
+                self.default
+                    .iter()
+                    .map(|field| self.header(field))
+                    .collect::<Vec<_>>(),
+            ];
             lines.extend(rows.iter().map(|row| {
                 self.default
                     .iter()
@@ -45,7 +53,11 @@ impl Rows<'_> {
         if format == "json" {
             return Ok(rows.iter().map(|row| format!("{}\n", json!(row))).collect());
         }
-        if let Some(rest) = format.strip_prefix("table").filter(|rest| rest.starts_with(char::is_whitespace) || rest.starts_with("{{") || rest.starts_with("\\t")) {
+        if let Some(rest) = format.strip_prefix("table").filter(|rest| {
+            rest.starts_with(char::is_whitespace)
+                || rest.starts_with("{{")
+                || rest.starts_with("\\t")
+        }) {
             let text = unescape(rest.trim_start());
             let template = parse(&text)?;
             let headers: BTreeMap<&str, &str> = self.headers.iter().copied().collect();
@@ -113,7 +125,11 @@ fn parse(text: &str) -> Result<Template> {
         .func("truncate", |args| {
             let length = args.get(1).and_then(GoValue::as_int).unwrap_or(0);
             let length = usize::try_from(length).unwrap_or(0);
-            Ok(text_of(args, 0).chars().take(length).collect::<String>().into())
+            Ok(text_of(args, 0)
+                .chars()
+                .take(length)
+                .collect::<String>()
+                .into())
         })
         .func("split", |args| {
             let (text, by) = (text_of(args, 0), text_of(args, 1));
@@ -126,7 +142,11 @@ fn parse(text: &str) -> Result<Template> {
         .func("join", |args| {
             let parts: Vec<String> = match args.first() {
                 Some(GoValue::List(list)) => list.iter().map(ToString::to_string).collect(),
-                _ => return Err(TemplateError::Exec("join: the first argument must be a list".to_owned())),
+                _ => {
+                    return Err(TemplateError::Exec(
+                        "join: the first argument must be a list".to_owned(),
+                    ));
+                }
             };
             Ok(parts.join(&text_of(args, 1)).into())
         })
@@ -170,7 +190,11 @@ fn to_json(value: &GoValue) -> Value {
         GoValue::Float(number) => json!(number),
         GoValue::String(text) => json!(&**text),
         GoValue::List(list) => list.iter().map(to_json).collect(),
-        GoValue::Map(map) => map.iter().map(|(key, value)| (key.to_string(), to_json(value))).collect::<serde_json::Map<_, _>>().into(),
+        GoValue::Map(map) => map
+            .iter()
+            .map(|(key, value)| (key.to_string(), to_json(value)))
+            .collect::<serde_json::Map<_, _>>()
+            .into(),
     }
 }
 
@@ -180,23 +204,42 @@ mod tests {
 
     const ROWS: Rows<'_> = Rows {
         default: &["ID", "Names"],
-        headers: &[("ID", "CONTAINER ID"), ("Names", "NAMES"), ("Image", "IMAGE")],
+        headers: &[
+            ("ID", "CONTAINER ID"),
+            ("Names", "NAMES"),
+            ("Image", "IMAGE"),
+        ],
         quiet: "ID",
     };
 
     fn rows() -> Vec<Row> {
         [("1", "web", "nginx:1"), ("2", "a_long_name", "busybox")]
-            .map(|(id, name, image)| Row::from([("ID", id.to_owned()), ("Names", name.to_owned()), ("Image", image.to_owned())]))
+            .map(|(id, name, image)| {
+                Row::from([
+                    ("ID", id.to_owned()),
+                    ("Names", name.to_owned()),
+                    ("Image", image.to_owned()),
+                ])
+            })
             .to_vec()
     }
 
     #[test]
     fn lists_in_every_form() {
         let print = |format, quiet| ROWS.print(&rows(), format, quiet).unwrap();
-        assert_eq!(print(None, false), "CONTAINER ID   NAMES\n1              web\n2              a_long_name\n");
+        assert_eq!(
+            print(None, false),
+            "CONTAINER ID   NAMES\n1              web\n2              a_long_name\n"
+        );
         assert_eq!(print(None, true), "1\n2\n");
-        assert_eq!(print(Some("{{.ID}}: {{.Names}}"), false), "1: web\n2: a_long_name\n");
-        assert_eq!(print(Some("table {{.Names}}\\t{{.Image}}"), false), "NAMES         IMAGE\nweb           nginx:1\na_long_name   busybox\n");
+        assert_eq!(
+            print(Some("{{.ID}}: {{.Names}}"), false),
+            "1: web\n2: a_long_name\n"
+        );
+        assert_eq!(
+            print(Some("table {{.Names}}\\t{{.Image}}"), false),
+            "NAMES         IMAGE\nweb           nginx:1\na_long_name   busybox\n"
+        );
         assert_eq!(
             print(Some("json"), false).lines().next().unwrap(),
             r#"{"ID":"1","Image":"nginx:1","Names":"web"}"#
@@ -211,7 +254,10 @@ mod tests {
     fn an_unknown_field_is_an_error() {
         let error = ROWS.print(&rows(), Some("{{.Nope}}"), false).unwrap_err();
         assert_eq!(error.code, 1);
-        assert!(error.message.starts_with("template parsing error: "), "{error}");
+        assert!(
+            error.message.starts_with("template parsing error: "),
+            "{error}"
+        );
         assert!(ROWS.print(&rows(), Some("{{.ID"), false).is_err());
     }
 
@@ -221,15 +267,27 @@ mod tests {
             "NetworkSettings": {"Networks": {"default": {"IPAddress": "10.0.0.2"}}, "Ports": {"80/tcp": [{"HostPort": "8080"}]}}});
         for (template, text) in [
             ("{{.State.Running}} {{.State.Pid}}", "true 7"),
-            ("{{upper .Name}} {{lower \"X\"}} {{title .Name}}", "WEB x Web"),
+            (
+                "{{upper .Name}} {{lower \"X\"}} {{title .Name}}",
+                "WEB x Web",
+            ),
             ("{{join .Args \", \"}}", "a, b"),
             ("{{json .Args}}", "[\"a\",\"b\"]"),
-            ("{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", "10.0.0.2"),
-            ("{{range $p, $conf := .NetworkSettings.Ports}}{{$p}} -> {{(index $conf 0).HostPort}}{{end}}", "80/tcp -> 8080"),
+            (
+                "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}",
+                "10.0.0.2",
+            ),
+            (
+                "{{range $p, $conf := .NetworkSettings.Ports}}{{$p}} -> {{(index $conf 0).HostPort}}{{end}}",
+                "80/tcp -> 8080",
+            ),
             ("{{if .State.Running}}up{{else}}down{{end}}", "up"),
             ("{{index (split .Name \"e\") 0}}", "w"),
             ("{{range .Args}}{{println .}}{{end}}", "a\nb\n"),
-            ("{{len .Args}} {{printf \"%s!\" .Name}} {{truncate .Name 2}} [{{pad .Name 1 1}}]", "2 web! we [ web ]"),
+            (
+                "{{len .Args}} {{printf \"%s!\" .Name}} {{truncate .Name 2}} [{{pad .Name 1 1}}]",
+                "2 web! we [ web ]",
+            ),
         ] {
             assert_eq!(render(template, &object).unwrap(), text, "{template}");
         }

@@ -32,7 +32,10 @@ pub(crate) fn lines_of(path: &Path) -> Result<Vec<String>> {
 }
 
 /// Variables of files, then of flags; a later one wins. A name alone is passed on from here.
-pub(crate) fn environment(files: &[std::path::PathBuf], flags: &[String]) -> Result<Vec<(String, String)>> {
+pub(crate) fn environment(
+    files: &[std::path::PathBuf],
+    flags: &[String],
+) -> Result<Vec<(String, String)>> {
     let mut given = Vec::new();
     for file in files {
         given.extend(lines_of(file)?);
@@ -48,7 +51,9 @@ pub(crate) fn environment(files: &[std::path::PathBuf], flags: &[String]) -> Res
             }
         };
         if key.is_empty() || key.contains(char::is_whitespace) {
-            return Err(Failure::usage(format_args!("invalid environment variable: {text}")));
+            return Err(Failure::usage(format_args!(
+                "invalid environment variable: {text}"
+            )));
         }
         variables.retain(|(name, _)| *name != key);
         if let Some(value) = value {
@@ -66,7 +71,11 @@ pub(crate) fn key_values(texts: &[String], flag: &str) -> Result<Vec<(String, St
             text.split_once('=')
                 .filter(|(key, _)| !key.is_empty())
                 .map(|(key, value)| (key.to_owned(), value.to_owned()))
-                .ok_or_else(|| Failure::usage(format_args!("invalid argument \"{text}\" for \"--{flag}\" flag: KEY=VALUE is expected")))
+                .ok_or_else(|| {
+                    Failure::usage(format_args!(
+                        "invalid argument \"{text}\" for \"--{flag}\" flag: KEY=VALUE is expected"
+                    ))
+                })
         })
         .collect()
 }
@@ -75,15 +84,32 @@ pub(crate) fn key_values(texts: &[String], flag: &str) -> Result<Vec<(String, St
 pub(super) fn is_kubernetes_label(key: &str, value: &str) -> bool {
     let part = |text: &str| {
         text.len() <= 63
-            && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-            && text.chars().next().is_none_or(|c| c.is_ascii_alphanumeric())
-            && text.chars().last().is_none_or(|c| c.is_ascii_alphanumeric())
+            && text
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && text
+                .chars()
+                .next()
+                .is_none_or(|c| c.is_ascii_alphanumeric())
+            && text
+                .chars()
+                .last()
+                .is_none_or(|c| c.is_ascii_alphanumeric())
     };
     let (prefix, name) = key.split_once('/').unwrap_or(("", key));
     let own = ["kubernetes.io", "k8s.io", "hypernetes.io"]
         .iter()
         .any(|domain| prefix == *domain || prefix.ends_with(&format!(".{domain}")));
-    !name.is_empty() && part(name) && part(value) && !own && (prefix.is_empty() || (prefix.len() <= 253 && prefix == prefix.to_ascii_lowercase() && prefix.split('.').all(|label| !label.is_empty() && part(label) && !label.contains('_'))))
+    !name.is_empty()
+        && part(name)
+        && part(value)
+        && !own
+        && (prefix.is_empty()
+            || (prefix.len() <= 253
+                && prefix == prefix.to_ascii_lowercase()
+                && prefix
+                    .split('.')
+                    .all(|label| !label.is_empty() && part(label) && !label.contains('_'))))
 }
 
 /// Ports that the container says it listens on.
@@ -131,7 +157,9 @@ fn capability(name: &str) -> String {
 pub(super) fn security(create: &Create) -> Result<Option<Value>> {
     let mut context = json!({});
     if let Some(user) = &create.user {
-        let (user, group) = user.split_once(':').map_or((user.as_str(), None), |(user, group)| (user, Some(group)));
+        let (user, group) = user
+            .split_once(':')
+            .map_or((user.as_str(), None), |(user, group)| (user, Some(group)));
         context["runAsUser"] = numeric_id("--user", user)?.into();
         if let Some(group) = group {
             context["runAsGroup"] = numeric_id("--user", group)?.into();
@@ -146,9 +174,14 @@ pub(super) fn security(create: &Create) -> Result<Option<Value>> {
         }
     }
     for option in &create.security_opt {
-        let (key, value) = option.split_once('=').or_else(|| option.split_once(':')).unwrap_or((option, ""));
+        let (key, value) = option
+            .split_once('=')
+            .or_else(|| option.split_once(':'))
+            .unwrap_or((option, ""));
         match (key, value) {
-            ("no-new-privileges", "" | "true") => context["allowPrivilegeEscalation"] = false.into(),
+            ("no-new-privileges", "" | "true") => {
+                context["allowPrivilegeEscalation"] = false.into();
+            }
             ("seccomp", "unconfined") => context["seccompProfile"] = json!({"type": "Unconfined"}),
             ("seccomp", "builtin") => context["seccompProfile"] = json!({"type": "RuntimeDefault"}),
             ("no-new-privileges", "false") | ("apparmor", "unconfined") | ("label", "disable") => {}
@@ -165,11 +198,16 @@ pub(super) fn security(create: &Create) -> Result<Option<Value>> {
                 ));
             }
             _ => {
-                return Err(Failure::usage(format_args!("invalid --security-opt: \"{option}\"")));
+                return Err(Failure::usage(format_args!(
+                    "invalid --security-opt: \"{option}\""
+                )));
             }
         }
     }
-    Ok(context.as_object().is_some_and(|map| !map.is_empty()).then_some(context))
+    Ok(context
+        .as_object()
+        .is_some_and(|map| !map.is_empty())
+        .then_some(context))
 }
 
 /// docker's health check is a readiness probe: it says how the container is, and restarts nothing.
@@ -178,7 +216,9 @@ pub(super) fn health(create: &Create) -> Result<Option<Value>> {
         return Ok(None);
     };
     if create.no_healthcheck {
-        return Err(Failure::usage("--no-healthcheck conflicts with --health-* options"));
+        return Err(Failure::usage(
+            "--no-healthcheck conflicts with --health-* options",
+        ));
     }
     let seconds = |text: &Option<String>, usual: u64| -> Result<u64> {
         match text {
@@ -200,10 +240,37 @@ pub(super) fn health(create: &Create) -> Result<Option<Value>> {
 
 /// Numbers of signals that are the same on all Linux machines.
 const SIGNALS: [(&str, u8); 31] = [
-    ("HUP", 1), ("INT", 2), ("QUIT", 3), ("ILL", 4), ("TRAP", 5), ("ABRT", 6), ("BUS", 7), ("FPE", 8), ("KILL", 9),
-    ("USR1", 10), ("SEGV", 11), ("USR2", 12), ("PIPE", 13), ("ALRM", 14), ("TERM", 15), ("STKFLT", 16), ("CHLD", 17),
-    ("CONT", 18), ("STOP", 19), ("TSTP", 20), ("TTIN", 21), ("TTOU", 22), ("URG", 23), ("XCPU", 24), ("XFSZ", 25),
-    ("VTALRM", 26), ("PROF", 27), ("WINCH", 28), ("IO", 29), ("PWR", 30), ("SYS", 31),
+    ("HUP", 1),
+    ("INT", 2),
+    ("QUIT", 3),
+    ("ILL", 4),
+    ("TRAP", 5),
+    ("ABRT", 6),
+    ("BUS", 7),
+    ("FPE", 8),
+    ("KILL", 9),
+    ("USR1", 10),
+    ("SEGV", 11),
+    ("USR2", 12),
+    ("PIPE", 13),
+    ("ALRM", 14),
+    ("TERM", 15),
+    ("STKFLT", 16),
+    ("CHLD", 17),
+    ("CONT", 18),
+    ("STOP", 19),
+    ("TSTP", 20),
+    ("TTIN", 21),
+    ("TTOU", 22),
+    ("URG", 23),
+    ("XCPU", 24),
+    ("XFSZ", 25),
+    ("VTALRM", 26),
+    ("PROF", 27),
+    ("WINCH", 28),
+    ("IO", 29),
+    ("PWR", 30),
+    ("SYS", 31),
 ];
 
 /// A signal by name or number, as `SIGTERM`.
@@ -234,7 +301,10 @@ mod tests {
         assert_eq!(signal("term").unwrap(), "SIGTERM");
         assert_eq!(signal("SIGHUP").unwrap(), "SIGHUP");
         assert_eq!(signal("9").unwrap(), "SIGKILL");
-        assert_eq!(signal("nope").unwrap_err().message, "Error response from daemon: invalid signal: nope");
+        assert_eq!(
+            signal("nope").unwrap_err().message,
+            "Error response from daemon: invalid signal: nope"
+        );
     }
 
     #[test]
@@ -255,7 +325,13 @@ mod tests {
     #[test]
     fn a_later_variable_wins_and_an_unset_one_is_dropped() {
         let flags = ["A=1", "B=x=y", "A=2", "HYPER_TEST_NOT_SET"].map(str::to_owned);
-        assert_eq!(environment(&[], &flags).unwrap(), [("B".to_owned(), "x=y".to_owned()), ("A".to_owned(), "2".to_owned())]);
+        assert_eq!(
+            environment(&[], &flags).unwrap(),
+            [
+                ("B".to_owned(), "x=y".to_owned()),
+                ("A".to_owned(), "2".to_owned())
+            ]
+        );
         assert!(environment(&[], &["=x".to_owned()]).is_err());
     }
 }

@@ -123,13 +123,17 @@ pub(crate) fn plan(create: &Create, identity: &Identity) -> Result<Plan> {
 /// Kubernetes' policy, and the most restarts there may be.
 fn restart_policy(create: &Create) -> Result<(&'static str, Option<u32>)> {
     let policy = create.restart.as_str();
-    let (name, count) = policy.split_once(':').map_or((policy, None), |(name, count)| (name, Some(count)));
+    let (name, count) = policy
+        .split_once(':')
+        .map_or((policy, None), |(name, count)| (name, Some(count)));
     let found = match (name, count) {
         ("no" | "", None) => return Ok(("Never", None)),
         ("on-failure", None) => ("OnFailure", None),
         ("on-failure", Some(count)) => {
             let most: u32 = count.parse().map_err(|_bad| {
-                Failure::usage("invalid restart policy format: maximum retry count must be an integer")
+                Failure::usage(
+                    "invalid restart policy format: maximum retry count must be an integer",
+                )
             })?;
             ("OnFailure", (most > 0).then_some(most))
         }
@@ -148,7 +152,9 @@ fn restart_policy(create: &Create) -> Result<(&'static str, Option<u32>)> {
         }
     };
     if create.rm {
-        return Err(Failure::usage("conflicting options: cannot specify both --restart and --rm"));
+        return Err(Failure::usage(
+            "conflicting options: cannot specify both --restart and --rm",
+        ));
     }
     Ok(found)
 }
@@ -159,7 +165,9 @@ fn hostname(create: &Create, identity: &Identity) -> Result<String> {
     };
     let valid = !name.is_empty()
         && name.len() <= 63
-        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+        && name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
         && !name.starts_with('-')
         && !name.ends_with('-');
     if valid {
@@ -205,7 +213,13 @@ fn labels(create: &Create) -> Result<std::collections::BTreeMap<String, String>>
         .collect())
 }
 
-fn container(create: &Create, identity: &Identity, name: &str, ports: &[PublishedPort], volumes: &volumes::Volumes) -> Result<Value> {
+fn container(
+    create: &Create,
+    identity: &Identity,
+    name: &str,
+    ports: &[PublishedPort],
+    volumes: &volumes::Volumes,
+) -> Result<Value> {
     let mut container = json!({
         "name": name,
         "image": create.image(),
@@ -224,22 +238,41 @@ fn container(create: &Create, identity: &Identity, name: &str, ports: &[Publishe
     if let Some(platform) = &create.platform
         && !matches!(platform.as_str(), "linux/amd64" | "linux" | "amd64")
     {
-        return Err(Failure::refused(format_args!("--platform {platform}"), "the nodes are linux/amd64"));
+        return Err(Failure::refused(
+            format_args!("--platform {platform}"),
+            "the nodes are linux/amd64",
+        ));
     }
     let mut set = |key: &str, value: Value| container[key] = value;
     if let Some(entrypoint) = &create.entrypoint {
         set("command", json!([flags::literal(entrypoint)]));
     }
     if !create.command().is_empty() {
-        set("args", create.command().iter().map(|arg| flags::literal(arg)).collect());
+        set(
+            "args",
+            create
+                .command()
+                .iter()
+                .map(|arg| flags::literal(arg))
+                .collect(),
+        );
     }
     let environment = environment(&create.env_file, &create.env)?;
     if !environment.is_empty() {
-        set("env", environment.iter().map(|(key, value)| json!({"name": key, "value": flags::literal(value)})).collect());
+        set(
+            "env",
+            environment
+                .iter()
+                .map(|(key, value)| json!({"name": key, "value": flags::literal(value)}))
+                .collect(),
+        );
     }
     if let Some(dir) = &create.workdir {
         if !dir.starts_with('/') {
-            return Err(Failure::daemon(format_args!("the working directory '{dir}' is invalid, it needs to be an absolute path")).with_code(125));
+            return Err(Failure::daemon(format_args!(
+                "the working directory '{dir}' is invalid, it needs to be an absolute path"
+            ))
+            .with_code(125));
         }
         set("workingDir", dir.clone().into());
     }
@@ -274,7 +307,11 @@ fn container(create: &Create, identity: &Identity, name: &str, ports: &[Publishe
 
 fn resources(create: &Create) -> Result<Option<Value>> {
     let mut resources = json!({});
-    let memory = create.memory.as_deref().map(units::parse_bytes).transpose()?;
+    let memory = create
+        .memory
+        .as_deref()
+        .map(units::parse_bytes)
+        .transpose()?;
     if let Some(bytes) = memory.filter(|bytes| *bytes > 0) {
         if bytes < LEAST_MEMORY {
             return Err(Failure::daemon("Minimum memory limit allowed is 6MB").with_code(125));
@@ -290,7 +327,10 @@ fn resources(create: &Create) -> Result<Option<Value>> {
     if let Some(reserved) = &create.memory_reservation {
         resources["requests"]["memory"] = units::parse_bytes(reserved)?.to_string().into();
     }
-    Ok(resources.as_object().is_some_and(|map| !map.is_empty()).then_some(resources))
+    Ok(resources
+        .as_object()
+        .is_some_and(|map| !map.is_empty())
+        .then_some(resources))
 }
 
 fn pod_fields(create: &Create, spec: &mut Value) -> Result<()> {
@@ -323,10 +363,15 @@ fn pod_fields(create: &Create, spec: &mut Value) -> Result<()> {
             .ok_or_else(|| Failure::usage(format_args!("invalid argument \"{host}\" for \"--add-host\" flag: bad format for add-host: \"{host}\"")))?;
         let address = address.trim_start_matches('[').trim_end_matches(']');
         if address == "host-gateway" {
-            return Err(Failure::refused("--add-host NAME:host-gateway", "a container does not reach its host"));
+            return Err(Failure::refused(
+                "--add-host NAME:host-gateway",
+                "a container does not reach its host",
+            ));
         }
         if address.parse::<std::net::IpAddr>().is_err() {
-            return Err(Failure::usage(format_args!("invalid argument \"{host}\" for \"--add-host\" flag: invalid IP address in add-host: \"{address}\"")));
+            return Err(Failure::usage(format_args!(
+                "invalid argument \"{host}\" for \"--add-host\" flag: invalid IP address in add-host: \"{address}\""
+            )));
         }
         aliases.push(json!({"ip": address, "hostnames": [name]}));
     }

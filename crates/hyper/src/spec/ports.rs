@@ -15,13 +15,16 @@ pub(crate) fn parse(flags: &[String]) -> Result<Vec<PublishedPort>> {
 }
 
 fn one(flag: &str, ports: &mut Vec<PublishedPort>) -> Result<()> {
-    let invalid = |what: String| Failure::usage(format_args!("invalid publish format '{flag}': {what}"));
+    let invalid =
+        |what: String| Failure::usage(format_args!("invalid publish format '{flag}': {what}"));
     let (rest, protocol) = flag.rsplit_once('/').unwrap_or((flag, "tcp"));
     let protocol = protocol.to_ascii_lowercase();
     if !matches!(protocol.as_str(), "tcp" | "udp") {
         return Err(invalid(format!("invalid proto: {protocol}")));
     }
-    let (rest, container) = rest.rsplit_once(':').map_or(("", rest), |(rest, container)| (rest, container));
+    let (rest, container) = rest
+        .rsplit_once(':')
+        .map_or(("", rest), |(rest, container)| (rest, container));
     let (address, host) = rest.rsplit_once(':').unwrap_or(("", rest));
     let address = address.trim_start_matches('[').trim_end_matches(']');
     if !address.is_empty() && address.parse::<std::net::IpAddr>().is_err() {
@@ -82,7 +85,16 @@ mod tests {
         ] {
             assert_eq!(text(flag).unwrap(), ports, "{flag}");
         }
-        for bad in ["", "x", "0:80", "80:0", "70000:80", "80:80/sctp", "8000-8002:80-81", "nowhere:1:2"] {
+        for bad in [
+            "",
+            "x",
+            "0:80",
+            "80:0",
+            "70000:80",
+            "80:80/sctp",
+            "8000-8002:80-81",
+            "nowhere:1:2",
+        ] {
             assert_eq!(text(bad).unwrap_err().code, 125, "{bad}");
         }
     }

@@ -37,7 +37,9 @@ impl Volumes {
             .with_code(125));
         }
         if self.mounts.iter().any(|mount| mount["mountPath"] == path) {
-            return Err(Failure::daemon(format_args!("Duplicate mount point: {path}")).with_code(125));
+            return Err(
+                Failure::daemon(format_args!("Duplicate mount point: {path}")).with_code(125),
+            );
         }
         let name = self.next_name();
         let mut volume = source;
@@ -56,7 +58,9 @@ impl Volumes {
         let source = json!({"persistentVolumeClaim": {"claimName": name}});
         self.add(source, path, read_only)?;
         if !self.claims.iter().any(|claim| claim.name == name) {
-            self.claims.push(Claim { name: name.to_owned() });
+            self.claims.push(Claim {
+                name: name.to_owned(),
+            });
         }
         Ok(())
     }
@@ -64,9 +68,17 @@ impl Volumes {
 
 fn check_name(name: &str) -> Result<()> {
     let valid = name.len() <= 63
-        && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.'))
-        && name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric())
-        && name.chars().last().is_some_and(|c| c.is_ascii_alphanumeric());
+        && name
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '.'))
+        && name
+            .chars()
+            .next()
+            .is_some_and(|c| c.is_ascii_alphanumeric())
+        && name
+            .chars()
+            .last()
+            .is_some_and(|c| c.is_ascii_alphanumeric());
     if valid {
         return Ok(());
     }
@@ -85,12 +97,17 @@ pub(super) fn plan(create: &Create) -> Result<Volumes> {
     }
     for flag in &create.tmpfs {
         let (path, options) = flag.split_once(':').unwrap_or((flag, ""));
-        let (source, read_only) = memory(flag, options.split(',').filter(|option| !option.is_empty()))?;
+        let (source, read_only) =
+            memory(flag, options.split(',').filter(|option| !option.is_empty()))?;
         volumes.add(source, path, read_only)?;
     }
     if let Some(size) = &create.shm_size {
         let bytes = units::parse_bytes(size)?;
-        volumes.add(json!({"emptyDir": {"medium": "Memory", "sizeLimit": bytes.to_string()}}), "/dev/shm", false)?;
+        volumes.add(
+            json!({"emptyDir": {"medium": "Memory", "sizeLimit": bytes.to_string()}}),
+            "/dev/shm",
+            false,
+        )?;
     }
     Ok(volumes)
 }
@@ -100,29 +117,43 @@ fn volume(flag: &str, volumes: &mut Volumes) -> Result<()> {
     let parts: Vec<&str> = flag.split(':').collect();
     let (source, path, options) = match parts.as_slice() {
         [path] => ("", *path, ""),
-        [path, options] if path.starts_with('/') && matches!(*options, "ro" | "rw") => ("", *path, *options),
+        [path, options] if path.starts_with('/') && matches!(*options, "ro" | "rw") => {
+            ("", *path, *options)
+        }
         [source, path] => (*source, *path, ""),
         [source, path, options] => (*source, *path, *options),
-        _ => return Err(Failure::usage(format_args!("invalid volume specification: '{flag}'"))),
+        _ => {
+            return Err(Failure::usage(format_args!(
+                "invalid volume specification: '{flag}'"
+            )));
+        }
     };
     let mut read_only = false;
     for option in options.split(',').filter(|option| !option.is_empty()) {
         match option {
             "ro" => read_only = true,
             "rw" | "z" | "Z" | "nocopy" => {}
-            other => return Err(Failure::daemon(format_args!("invalid mode: {other}")).with_code(125)),
+            other => {
+                return Err(Failure::daemon(format_args!("invalid mode: {other}")).with_code(125));
+            }
         }
     }
     match source {
         "" => volumes.add(json!({"emptyDir": {}}), path, read_only),
-        source if source.starts_with(['/', '.', '~']) => Err(Failure::refused(format_args!("-v {flag}"), NO_BIND)),
+        source if source.starts_with(['/', '.', '~']) => {
+            Err(Failure::refused(format_args!("-v {flag}"), NO_BIND))
+        }
         name => volumes.named(name, path, read_only),
     }
 }
 
 /// `type=…,source=…,target=…`.
 fn mount(flag: &str, volumes: &mut Volumes) -> Result<()> {
-    let invalid = |what: &str| Failure::usage(format_args!("invalid argument \"{flag}\" for \"--mount\" flag: {what}"));
+    let invalid = |what: &str| {
+        Failure::usage(format_args!(
+            "invalid argument \"{flag}\" for \"--mount\" flag: {what}"
+        ))
+    };
     let (mut kind, mut source, mut target, mut read_only) = ("volume", "", "", false);
     let mut rest = Vec::new();
     for part in flag.split(',') {
@@ -159,7 +190,9 @@ fn memory<'a>(flag: &str, options: impl Iterator<Item = &'a str>) -> Result<(Val
     for option in options {
         let (key, value) = option.split_once('=').unwrap_or((option, ""));
         match key {
-            "size" => source["emptyDir"]["sizeLimit"] = units::parse_bytes(value)?.to_string().into(),
+            "size" => {
+                source["emptyDir"]["sizeLimit"] = units::parse_bytes(value)?.to_string().into();
+            }
             "ro" => read_only = true,
             "rw" | "nosuid" | "nodev" => {}
             _ => {

@@ -26,8 +26,13 @@ fn of_container(text: &str) -> Option<(&str, &str)> {
 
 /// `cp`.
 pub(crate) async fn run(cluster: &Cluster, options: &Copy) -> Result<()> {
-    match (of_container(&options.source), of_container(&options.destination)) {
-        (Some(_), Some(_)) => Err(Failure::plain("copying between containers is not supported")),
+    match (
+        of_container(&options.source),
+        of_container(&options.destination),
+    ) {
+        (Some(_), Some(_)) => Err(Failure::plain(
+            "copying between containers is not supported",
+        )),
         (None, None) => Err(Failure::plain("must specify at least one container source")),
         (Some((name, path)), None) => {
             let container = running(cluster, name).await?;
@@ -53,7 +58,10 @@ async fn running(cluster: &Cluster, name: &str) -> Result<Container> {
 
 fn no_tar(failure: Failure) -> Failure {
     if failure.code == crate::error::NOT_FOUND {
-        return Failure::refused("cp with an image without tar", "the image needs a `tar` command");
+        return Failure::refused(
+            "cp with an image without tar",
+            "the image needs a `tar` command",
+        );
     }
     failure
 }
@@ -65,16 +73,31 @@ fn split(path: &str) -> (String, String) {
     if trimmed.is_empty() {
         return ("/".to_owned(), ".".to_owned());
     }
-    let absolute = if trimmed.starts_with('/') { trimmed.to_owned() } else { format!("/{trimmed}") };
+    let absolute = if trimmed.starts_with('/') {
+        trimmed.to_owned()
+    } else {
+        format!("/{trimmed}")
+    };
     match absolute.rsplit_once('/') {
-        Some((dir, name)) if !name.is_empty() => (if dir.is_empty() { "/".to_owned() } else { dir.to_owned() }, name.to_owned()),
+        Some((dir, name)) if !name.is_empty() => (
+            if dir.is_empty() {
+                "/".to_owned()
+            } else {
+                dir.to_owned()
+            },
+            name.to_owned(),
+        ),
         _ => ("/".to_owned(), ".".to_owned()),
     }
 }
 
 /// What is at a path in the container.
 async fn kind(cluster: &Cluster, container: &Container, path: &str) -> Result<&'static str> {
-    let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
+    let path = if path.starts_with('/') {
+        path.to_owned()
+    } else {
+        format!("/{path}")
+    };
     for (flag, kind) in [("-d", "directory"), ("-e", "file")] {
         let test = ["test", flag, &path].map(str::to_owned);
         match exec::output(cluster, container, &test).await {
@@ -87,9 +110,17 @@ async fn kind(cluster: &Cluster, container: &Container, path: &str) -> Result<&'
     Ok("nothing")
 }
 
-async fn from_container(cluster: &Cluster, container: &Container, path: &str, options: &Copy) -> Result<()> {
+async fn from_container(
+    cluster: &Cluster,
+    container: &Container,
+    path: &str,
+    options: &Copy,
+) -> Result<()> {
     if kind(cluster, container, path).await? == "nothing" {
-        return Err(Failure::daemon(format_args!("Could not find the file {path} in container {}", container.name)));
+        return Err(Failure::daemon(format_args!(
+            "Could not find the file {path} in container {}",
+            container.name
+        )));
     }
     let (dir, name) = split(path);
     let flags = if options.follow_link { "-chf" } else { "-cf" };
@@ -99,12 +130,18 @@ async fn from_container(cluster: &Cluster, container: &Container, path: &str, op
         .stderr(true)
         .container(container.spec().name)
         .max_stdout_buf_size(256 * 1024);
-    let mut process = exec::open(cluster, container, &command, &params).await.map_err(no_tar)?;
-    let mut stdout = process.stdout().ok_or_else(|| Failure::plain("no output"))?;
+    let mut process = exec::open(cluster, container, &command, &params)
+        .await
+        .map_err(no_tar)?;
+    let mut stdout = process
+        .stdout()
+        .ok_or_else(|| Failure::plain("no output"))?;
     let status = process.take_status();
     if options.destination == "-" {
         if terminal::stdout_is_terminal() {
-            return Err(Failure::plain("refusing to copy to the terminal, redirect output to a file"));
+            return Err(Failure::plain(
+                "refusing to copy to the terminal, redirect output to a file",
+            ));
         }
         let mut buffer = vec![0; 64 * 1024];
         loop {
@@ -129,19 +166,29 @@ async fn from_container(cluster: &Cluster, container: &Container, path: &str, op
     copied?;
     ended(status).await?;
     if !options.quiet && terminal::stdout_is_terminal() {
-        terminal::note(&format!("Successfully copied {} to {}", units::decimal_bytes(bytes), options.destination));
+        terminal::note(&format!(
+            "Successfully copied {} to {}",
+            units::decimal_bytes(bytes),
+            options.destination
+        ));
     }
     Ok(())
 }
 
-async fn ended(status: Option<impl Future<Output = Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Status>>>) -> Result<()> {
+async fn ended(
+    status: Option<
+        impl Future<Output = Option<k8s_openapi::apimachinery::pkg::apis::meta::v1::Status>>,
+    >,
+) -> Result<()> {
     let status = match status {
         Some(status) => status.await,
         None => None,
     };
-    match streams::exit_of(status).map_err(no_tar)? {
+    match streams::exit_of(status.as_ref()).map_err(no_tar)? {
         0 => Ok(()),
-        code => Err(Failure::daemon(format_args!("tar in the container ended with {code}"))),
+        code => Err(Failure::daemon(format_args!(
+            "tar in the container ended with {code}"
+        ))),
     }
 }
 
@@ -162,14 +209,20 @@ impl Place {
             });
         }
         if slash {
-            return Err(Failure::plain(format_args!("destination directory {} does not exist", destination.display())));
+            return Err(Failure::plain(format_args!(
+                "destination directory {} does not exist",
+                destination.display()
+            )));
         }
         let directory = match destination.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
         };
         if !directory.is_dir() {
-            return Err(Failure::plain(format_args!("invalid output path: directory \"{}\" does not exist", directory.display())));
+            return Err(Failure::plain(format_args!(
+                "invalid output path: directory \"{}\" does not exist",
+                directory.display()
+            )));
         }
         let name = match destination.components().next_back() {
             Some(Component::Normal(name)) => name.to_string_lossy().into_owned(),
@@ -179,18 +232,34 @@ impl Place {
     }
 }
 
-async fn to_container(cluster: &Cluster, container: &Container, path: &str, options: &Copy) -> Result<()> {
+async fn to_container(
+    cluster: &Cluster,
+    container: &Container,
+    path: &str,
+    options: &Copy,
+) -> Result<()> {
     let there = kind(cluster, container, path).await?;
     let source = options.source.clone();
     let (dir, name) = if source == "-" {
         if there != "directory" {
-            return Err(Failure::daemon(format_args!("extraction point is not a directory: {path}")));
+            return Err(Failure::daemon(format_args!(
+                "extraction point is not a directory: {path}"
+            )));
         }
-        (if path.is_empty() { "/".to_owned() } else { path.to_owned() }, String::new())
+        (
+            if path.is_empty() {
+                "/".to_owned()
+            } else {
+                path.to_owned()
+            },
+            String::new(),
+        )
     } else {
         let local = Path::new(&source);
         if std::fs::symlink_metadata(local).is_err() {
-            return Err(Failure::plain(format_args!("lstat {source}: no such file or directory")));
+            return Err(Failure::plain(format_args!(
+                "lstat {source}: no such file or directory"
+            )));
         }
         // `DIR/.` is what is in the directory.
         let own = match local.file_name() {
@@ -200,7 +269,10 @@ async fn to_container(cluster: &Cluster, container: &Container, path: &str, opti
         match there {
             "directory" => (path.to_owned(), own),
             "nothing" if path.ends_with('/') && local.is_file() => {
-                return Err(Failure::daemon(format_args!("no such directory: {path} in container {}", container.name)));
+                return Err(Failure::daemon(format_args!(
+                    "no such directory: {path} in container {}",
+                    container.name
+                )));
             }
             "file" if local.is_dir() => return Err(Failure::plain("cannot copy directory")),
             _ => split(path),
@@ -210,7 +282,11 @@ async fn to_container(cluster: &Cluster, container: &Container, path: &str, opti
     if !options.archive {
         flags = "-xof".to_owned();
     }
-    let dir = if dir.starts_with('/') { dir } else { format!("/{dir}") };
+    let dir = if dir.starts_with('/') {
+        dir
+    } else {
+        format!("/{dir}")
+    };
     let command = ["tar", &flags, "-", "-C", &dir].map(str::to_owned);
     let params = AttachParams::default()
         .stdin(true)
@@ -218,7 +294,9 @@ async fn to_container(cluster: &Cluster, container: &Container, path: &str, opti
         .stderr(true)
         .container(container.spec().name)
         .max_stdin_buf_size(256 * 1024);
-    let mut process = exec::open(cluster, container, &command, &params).await.map_err(no_tar)?;
+    let mut process = exec::open(cluster, container, &command, &params)
+        .await
+        .map_err(no_tar)?;
     let mut stdin = process.stdin().ok_or_else(|| Failure::plain("no input"))?;
     let status = process.take_status();
     let (writer, mut pipe) = tokio::io::duplex(256 * 1024);
@@ -248,7 +326,11 @@ async fn to_container(cluster: &Cluster, container: &Container, path: &str, opti
         && !options.quiet
         && terminal::stdout_is_terminal()
     {
-        terminal::note(&format!("Successfully copied {} to {}:{path}", units::decimal_bytes(bytes), container.name));
+        terminal::note(&format!(
+            "Successfully copied {} to {}:{path}",
+            units::decimal_bytes(bytes),
+            container.name
+        ));
     }
     finished
 }
@@ -263,7 +345,13 @@ mod tests {
         for here in ["/a:b", "./a:b", "-", "plain"] {
             assert_eq!(of_container(here), None, "{here}");
         }
-        for (path, dir, name) in [("/etc/passwd", "/etc", "passwd"), ("/", "/", "."), ("", "/", "."), ("tmp/", "/", "tmp"), ("/a/b/", "/a", "b")] {
+        for (path, dir, name) in [
+            ("/etc/passwd", "/etc", "passwd"),
+            ("/", "/", "."),
+            ("", "/", "."),
+            ("tmp/", "/", "tmp"),
+            ("/a/b/", "/a", "b"),
+        ] {
             assert_eq!(split(path), (dir.to_owned(), name.to_owned()), "{path}");
         }
     }
@@ -272,9 +360,15 @@ mod tests {
     fn a_copy_goes_into_a_directory_or_takes_a_name() {
         let dir = tempfile::tempdir().unwrap();
         let into = Place::of(dir.path(), "x").unwrap();
-        assert_eq!((into.directory.as_path(), into.name.as_str()), (dir.path(), "x"));
+        assert_eq!(
+            (into.directory.as_path(), into.name.as_str()),
+            (dir.path(), "x")
+        );
         let named = Place::of(&dir.path().join("y"), "x").unwrap();
-        assert_eq!((named.directory.as_path(), named.name.as_str()), (dir.path(), "y"));
+        assert_eq!(
+            (named.directory.as_path(), named.name.as_str()),
+            (dir.path(), "y")
+        );
         assert!(Place::of(&dir.path().join("no/y"), "x").is_err());
         assert!(Place::of(Path::new(&format!("{}/no/", dir.path().display())), "x").is_err());
     }

@@ -1,6 +1,6 @@
 //! `events`: what the cluster says of pods, in docker's words where it has some.
 
-use futures::TryStreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Event;
 use kube::{
@@ -32,7 +32,13 @@ fn time_of(event: &Event) -> Timestamp {
         .as_ref()
         .map(|time| time.0)
         .or_else(|| event.last_timestamp.as_ref().map(|time| time.0))
-        .or_else(|| event.metadata.creation_timestamp.as_ref().map(|time| time.0))
+        .or_else(|| {
+            event
+                .metadata
+                .creation_timestamp
+                .as_ref()
+                .map(|time| time.0)
+        })
         .unwrap_or_default()
 }
 
@@ -71,10 +77,15 @@ fn action(reason: &str) -> String {
 
 fn object(event: &Event, containers: &[Container]) -> Value {
     let uid = event.involved_object.uid.as_deref().unwrap_or_default();
-    let container = containers
-        .iter()
-        .find(|container| container.pods().any(|pod| pod.metadata.uid.as_deref() == Some(uid)));
-    let name = container.map_or_else(|| event.involved_object.name.clone().unwrap_or_default(), |container| container.name.clone());
+    let container = containers.iter().find(|container| {
+        container
+            .pods()
+            .any(|pod| pod.metadata.uid.as_deref() == Some(uid))
+    });
+    let name = container.map_or_else(
+        || event.involved_object.name.clone().unwrap_or_default(),
+        |container| container.name.clone(),
+    );
     let id = container.map_or_else(|| uid.replace('-', ""), |container| container.id.clone());
     let image = container.map(Container::image).unwrap_or_default();
     let time = time_of(event);
@@ -119,14 +130,22 @@ impl Wanted<'_> {
             return Ok(());
         }
         let time = time_of(event);
-        if self.since.is_some_and(|since| time < since) || self.until.is_some_and(|until| time > until) {
+        if self.since.is_some_and(|since| time < since)
+            || self.until.is_some_and(|until| time > until)
+        {
             return Ok(());
         }
         let object = object(event, containers);
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let (id, name, image, what) = (text(&object["id"]), text(&object["Actor"]["Attributes"]["name"]), text(&object["from"]), text(&object["Action"]));
-        let kept = self.filters.any("container", |wanted| wanted == name || id.starts_with(wanted))
-            && self.filters.any("event", |wanted| wanted == what)
+        let (id, name, image, what) = (
+            text(&object["id"]),
+            text(&object["Actor"]["Attributes"]["name"]),
+            text(&object["from"]),
+            text(&object["Action"]),
+        );
+        let kept = self.filters.any("container", |wanted| {
+            wanted == name || id.starts_with(wanted)
+        }) && self.filters.any("event", |wanted| wanted == what)
             && self.filters.any("image", |wanted| wanted == image)
             && self.filters.any("type", |wanted| wanted == "container");
         if kept {
@@ -142,7 +161,11 @@ impl Wanted<'_> {
 /// `events`.
 pub(crate) async fn run(cluster: &Cluster, options: &Events) -> Result<()> {
     let begun = Timestamp::now();
-    let time = |text: &Option<String>| text.as_deref().map(|text| units::parse_time(text, begun)).transpose();
+    let time = |text: &Option<String>| {
+        text.as_deref()
+            .map(|text| units::parse_time(text, begun))
+            .transpose()
+    };
     let wanted = Wanted {
         filters: Filters::parse(&options.filter, &["container", "event", "image", "type"])?,
         format: options.format.as_deref(),
@@ -151,19 +174,33 @@ pub(crate) async fn run(cluster: &Cluster, options: &Events) -> Result<()> {
     };
     if wanted.until.is_some_and(|until| until <= begun) {
         let containers = cluster.containers().await?;
-        let mut events = cluster.api::<Event>().list(&ListParams::default()).await?.items;
+        let mut events = cluster
+            .api::<Event>()
+            .list(&ListParams::default())
+            .await?
+            .items;
         events.sort_by_key(time_of);
         for event in &events {
             wanted.print(event, &containers)?;
         }
         return Ok(());
     }
-    let mut changes = std::pin::pin!(watcher(cluster.api::<Event>(), watcher::Config::default()).default_backoff().applied_objects());
+    let mut changes = watcher(cluster.api::<Event>(), watcher::Config::default())
+        .default_backoff()
+        .applied_objects()
+        .boxed();
     loop {
-        let left = wanted.until.map(|until| until.as_millisecond() - Timestamp::now().as_millisecond());
+        let left = wanted
+            .until
+            .map(|until| until.as_millisecond() - Timestamp::now().as_millisecond());
         let end = async {
             match left {
-                Some(millis) => tokio::time::sleep(std::time::Duration::from_millis(u64::try_from(millis).unwrap_or(0))).await,
+                Some(millis) => {
+                    tokio::time::sleep(std::time::Duration::from_millis(
+                        u64::try_from(millis).unwrap_or(0),
+                    ))
+                    .await;
+                }
                 None => std::future::pending().await,
             }
         };

@@ -6,8 +6,6 @@
 
 use std::collections::BTreeMap;
 
-
-
 use super::{
     launch,
     watch::{self, Started},
@@ -43,12 +41,25 @@ pub(crate) async fn pull(cluster: &Cluster, options: &Pull) -> Result<()> {
         }
         terminal::line(&format!("{tag}: Pulling from {repository}"));
     }
-    let said = fetch(cluster, &options.image, options.platform.as_deref(), options.quiet).await?;
+    let said = fetch(
+        cluster,
+        &options.image,
+        options.platform.as_deref(),
+        options.quiet,
+    )
+    .await?;
     if !options.quiet {
         if let Some((_, digest)) = said.digest.split_once('@') {
             terminal::line(&format!("Digest: {digest}"));
         }
-        terminal::line(&format!("Status: {} for {repository}:{tag}", if said.new { "Downloaded newer image" } else { "Image is up to date" }));
+        terminal::line(&format!(
+            "Status: {} for {repository}:{tag}",
+            if said.new {
+                "Downloaded newer image"
+            } else {
+                "Image is up to date"
+            }
+        ));
     }
     terminal::line(&options.image);
     Ok(())
@@ -61,7 +72,12 @@ pub(crate) struct Pulled {
 }
 
 /// Has a node fetch an image.
-pub(crate) async fn fetch(cluster: &Cluster, image: &str, platform: Option<&str>, quiet: bool) -> Result<Pulled> {
+pub(crate) async fn fetch(
+    cluster: &Cluster,
+    image: &str,
+    platform: Option<&str>,
+    quiet: bool,
+) -> Result<Pulled> {
     let create = Create {
         restart: "no".to_owned(),
         pull: "always".to_owned(),
@@ -77,11 +93,14 @@ pub(crate) async fn fetch(cluster: &Cluster, image: &str, platform: Option<&str>
         ..launch::Launch::default()
     };
     let spinner = (!quiet && std::io::IsTerminal::is_terminal(&std::io::stderr())).then(|| {
-        let spinner = indicatif::ProgressBar::new_spinner().with_message("the node fetches the image");
+        let spinner =
+            indicatif::ProgressBar::new_spinner().with_message("the node fetches the image");
         spinner.enable_steady_tick(std::time::Duration::from_millis(100));
         spinner
     });
-    let container = launch::create(cluster, &create, &begun).await.map_err(|error| error.with_code(1))?;
+    let container = launch::create(cluster, &create, &begun)
+        .await
+        .map_err(|error| error.with_code(1))?;
     let started = watch::started(cluster, &container).await;
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
@@ -90,19 +109,41 @@ pub(crate) async fn fetch(cluster: &Cluster, image: &str, platform: Option<&str>
     let now = cluster.pods().get_opt(container.pod_name()).await;
     cluster.remove(&container, Some(0)).await?;
     match started? {
-        Started::No(reason, message) if matches!(reason.as_str(), "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull") => {
-            Err(Failure::daemon(if message.is_empty() { reason } else { message }))
+        Started::No(reason, message)
+            if matches!(
+                reason.as_str(),
+                "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull"
+            ) =>
+        {
+            Err(Failure::daemon(if message.is_empty() {
+                reason
+            } else {
+                message
+            }))
         }
         // The image is there: only the program is not, as it should be.
-        Started::No(reason, message) if !matches!(reason.as_str(), "RunContainerError" | "CreateContainerError" | "StartError") => {
+        Started::No(reason, message)
+            if !matches!(
+                reason.as_str(),
+                "RunContainerError" | "CreateContainerError" | "StartError"
+            ) =>
+        {
             Err(Failure::daemon(format_args!("{reason}: {message}")))
         }
         _ => {
-            let new = events?.iter().any(|event| event.reason == "Pulled" && event.message.starts_with("Successfully pulled"));
-            let status = now?.and_then(|pod| pod.status).and_then(|status| status.container_statuses).unwrap_or_default();
+            let new = events?.iter().any(|event| {
+                event.reason == "Pulled" && event.message.starts_with("Successfully pulled")
+            });
+            let status = now?
+                .and_then(|pod| pod.status)
+                .and_then(|status| status.container_statuses)
+                .unwrap_or_default();
             Ok(Pulled {
                 new,
-                digest: status.first().map(|status| status.image_id.clone()).unwrap_or_default(),
+                digest: status
+                    .first()
+                    .map(|status| status.image_id.clone())
+                    .unwrap_or_default(),
             })
         }
     }
@@ -129,7 +170,10 @@ pub(crate) async fn list(cluster: &Cluster, options: &Images) -> Result<()> {
     let mut seen: BTreeMap<(String, String), (String, usize)> = BTreeMap::new();
     for container in cluster.containers().await? {
         let (repository, tag) = split(&container.image());
-        let id = container.status().map(|status| status.image_id.clone()).unwrap_or_default();
+        let id = container
+            .status()
+            .map(|status| status.image_id.clone())
+            .unwrap_or_default();
         let entry = seen.entry((repository, tag)).or_default();
         if entry.0.is_empty() {
             entry.0 = id;
@@ -142,15 +186,31 @@ pub(crate) async fn list(cluster: &Cluster, options: &Images) -> Result<()> {
         .filter(|((repository, tag), _)| {
             let whole = format!("{repository}:{tag}");
             wanted.is_none_or(|wanted| wanted == repository || wanted == whole)
-                && filters.any("reference", |reference| reference == repository || reference == whole)
+                && filters.any("reference", |reference| {
+                    reference == repository || reference == whole
+                })
         })
         .map(|((repository, tag), (id, count))| {
-            let digest = id.split_once('@').map_or("<none>", |(_, digest)| digest).to_owned();
+            let digest = id
+                .split_once('@')
+                .map_or("<none>", |(_, digest)| digest)
+                .to_owned();
             let hex = id.rsplit("sha256:").next().unwrap_or_default().to_owned();
-            let short = if options.list.no_trunc { format!("sha256:{hex}") } else { hex.chars().take(12).collect() };
+            let short = if options.list.no_trunc {
+                format!("sha256:{hex}")
+            } else {
+                hex.chars().take(12).collect()
+            };
             Row::from([
                 ("Repository", repository),
-                ("Tag", if tag.starts_with("sha256:") { "<none>".to_owned() } else { tag }),
+                (
+                    "Tag",
+                    if tag.starts_with("sha256:") {
+                        "<none>".to_owned()
+                    } else {
+                        tag
+                    },
+                ),
                 ("Digest", digest),
                 ("ID", short),
                 ("CreatedSince", "N/A".to_owned()),
@@ -164,7 +224,11 @@ pub(crate) async fn list(cluster: &Cluster, options: &Images) -> Result<()> {
         default: &["Repository", "Tag", "Digest", "ID", "CreatedSince", "Size"],
         ..ROWS
     };
-    let list = if options.digests { &with_digests } else { &ROWS };
+    let list = if options.digests {
+        &with_digests
+    } else {
+        &ROWS
+    };
     terminal::out(&list.print(&rows, options.list.format.as_deref(), options.list.quiet)?);
     Ok(())
 }

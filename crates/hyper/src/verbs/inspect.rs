@@ -20,17 +20,40 @@ pub(crate) fn object(container: &Container) -> Value {
     let pod = container.pod.spec.clone().unwrap_or_default();
     let state = container.state();
     let command = container.command();
-    let (path, args) = command.split_first().map_or((String::new(), Vec::new()), |(path, args)| (path.clone(), args.to_vec()));
-    let time = |time: Option<jiff::Timestamp>| time.map_or_else(|| NEVER.to_owned(), |time| time.to_string());
+    let (path, args) = command
+        .split_first()
+        .map_or((String::new(), Vec::new()), |(path, args)| {
+            (path.clone(), args.to_vec())
+        });
+    let time = |time: Option<jiff::Timestamp>| {
+        time.map_or_else(|| NEVER.to_owned(), |time| time.to_string())
+    };
     let context = spec.security_context.clone().unwrap_or_default();
     let capabilities = context.capabilities.clone().unwrap_or_default();
-    let limits = spec.resources.clone().unwrap_or_default().limits.unwrap_or_default();
-    let quantity = |name: &str| limits.get(name).map(|quantity| quantity.0.clone()).unwrap_or_default();
-    let (policy, retries) = container.restart_policy().split_once(':').unwrap_or((container.restart_policy(), "0"));
+    let limits = spec
+        .resources
+        .clone()
+        .unwrap_or_default()
+        .limits
+        .unwrap_or_default();
+    let quantity = |name: &str| {
+        limits
+            .get(name)
+            .map(|quantity| quantity.0.clone())
+            .unwrap_or_default()
+    };
+    let (policy, retries) = container
+        .restart_policy()
+        .split_once(':')
+        .unwrap_or((container.restart_policy(), "0"));
     let ended = container.ended().filter(|_| state != State::Running);
     let status = container.pod.status.clone().unwrap_or_default();
     let address = status.pod_ip.clone().unwrap_or_default();
-    let error = container.waiting().map(|(_, message)| message).or(status.message).unwrap_or_default();
+    let error = container
+        .waiting()
+        .map(|(_, message)| message)
+        .or(status.message)
+        .unwrap_or_default();
     let user = match (context.run_as_user, context.run_as_group) {
         (Some(user), Some(group)) => format!("{user}:{group}"),
         (Some(user), None) => user.to_string(),
@@ -40,12 +63,25 @@ pub(crate) fn object(container: &Container) -> Value {
         .env
         .iter()
         .flatten()
-        .map(|variable| format!("{}={}", variable.name, unescaped(variable.value.as_deref().unwrap_or_default())))
+        .map(|variable| {
+            format!(
+                "{}={}",
+                variable.name,
+                unescaped(variable.value.as_deref().unwrap_or_default())
+            )
+        })
         .collect();
     let mut ports = json!({});
     let mut bindings = json!({});
     for port in spec.ports.iter().flatten() {
-        let key = format!("{}/{}", port.container_port, port.protocol.as_deref().unwrap_or("TCP").to_ascii_lowercase());
+        let key = format!(
+            "{}/{}",
+            port.container_port,
+            port.protocol
+                .as_deref()
+                .unwrap_or("TCP")
+                .to_ascii_lowercase()
+        );
         ports[key] = Value::Null;
     }
     for port in container.ports() {
@@ -74,7 +110,10 @@ pub(crate) fn object(container: &Container) -> Value {
     if let Some(health) = container.health() {
         state_object["Health"] = json!({"Status": health, "FailingStreak": 0, "Log": []});
     }
-    let image_id = container.status().map(|status| status.image_id.clone()).unwrap_or_default();
+    let image_id = container
+        .status()
+        .map(|status| status.image_id.clone())
+        .unwrap_or_default();
     json!({
         "Id": container.id,
         "Created": container.created().to_string(),
@@ -128,7 +167,11 @@ pub(crate) fn object(container: &Container) -> Value {
 
 /// A text as it was given: Kubernetes' `$$` is `$`.
 pub(crate) fn unescaped(text: &str) -> String {
-    if text.contains("$$") { text.replace("$$", "$") } else { text.to_owned() }
+    if text.contains("$$") {
+        text.replace("$$", "$")
+    } else {
+        text.to_owned()
+    }
 }
 
 fn nano_cpus(quantity: &str) -> i64 {
@@ -139,7 +182,12 @@ fn nano_cpus(quantity: &str) -> i64 {
 }
 
 fn mounts(container: &Container) -> Vec<Value> {
-    let volumes = container.pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()).collect::<Vec<_>>();
+    let volumes = container
+        .pod
+        .spec
+        .iter()
+        .flat_map(|spec| spec.volumes.iter().flatten())
+        .collect::<Vec<_>>();
     container
         .spec()
         .volume_mounts
@@ -148,7 +196,9 @@ fn mounts(container: &Container) -> Vec<Value> {
         .map(|mount| {
             let volume = volumes.iter().find(|volume| volume.name == mount.name);
             let claim = volume.and_then(|volume| volume.persistent_volume_claim.as_ref());
-            let memory = volume.and_then(|volume| volume.empty_dir.as_ref()).is_some_and(|dir| dir.medium.as_deref() == Some("Memory"));
+            let memory = volume
+                .and_then(|volume| volume.empty_dir.as_ref())
+                .is_some_and(|dir| dir.medium.as_deref() == Some("Memory"));
             json!({
                 "Type": if memory { "tmpfs" } else { "volume" },
                 "Name": claim.map_or(mount.name.as_str(), |claim| claim.claim_name.as_str()),
@@ -187,7 +237,10 @@ pub(crate) fn print(objects: &[Value], format: Option<&str>) -> Result<()> {
 pub(crate) async fn run(cluster: &Cluster, options: &Inspect) -> Result<()> {
     let kind = options.kind.as_deref().unwrap_or("");
     if !matches!(kind, "" | "container" | "network" | "volume") {
-        return Err(Failure::refused(format_args!("inspect --type {kind}"), "the types are container, network and volume"));
+        return Err(Failure::refused(
+            format_args!("inspect --type {kind}"),
+            "the types are container, network and volume",
+        ));
     }
     let all = cluster.containers().await?;
     let mut found = Vec::new();
@@ -225,27 +278,50 @@ pub(crate) async fn run(cluster: &Cluster, options: &Inspect) -> Result<()> {
     for message in &missing {
         terminal::note(message);
     }
-    if missing.is_empty() { Ok(()) } else { Err(Failure::exit(1)) }
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::exit(1))
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{self, tests::{pod, status}};
+    use crate::model::{
+        self,
+        tests::{pod, status},
+    };
 
     #[test]
     fn fields_that_scripts_read() {
-        let mut web = pod("web", 'a', status("Running", json!({"running": {"startedAt": "2026-01-02T03:00:00Z"}})));
+        let mut web = pod(
+            "web",
+            'a',
+            status(
+                "Running",
+                json!({"running": {"startedAt": "2026-01-02T03:00:00Z"}}),
+            ),
+        );
         web.status.as_mut().unwrap().pod_ip = Some("10.0.0.2".into());
         let container = model::containers(vec![web]).remove(0);
         let object = object(&container);
         for (template, text) in [
-            ("{{.State.Running}} {{.State.Status}} {{.State.ExitCode}}", "true running 0"),
+            (
+                "{{.State.Running}} {{.State.Status}} {{.State.ExitCode}}",
+                "true running 0",
+            ),
             ("{{.Name}} {{.Config.Image}}", "/web busybox:1"),
             ("{{.NetworkSettings.IPAddress}}", "10.0.0.2"),
-            ("{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", "10.0.0.2"),
+            (
+                "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}",
+                "10.0.0.2",
+            ),
             ("{{json .Config.Cmd}}", "[\"-c\",\"x\"]"),
-            ("{{.State.StartedAt}} {{.State.FinishedAt}}", "2026-01-02T03:00:00Z 0001-01-01T00:00:00Z"),
+            (
+                "{{.State.StartedAt}} {{.State.FinishedAt}}",
+                "2026-01-02T03:00:00Z 0001-01-01T00:00:00Z",
+            ),
             ("{{.HostConfig.RestartPolicy.Name}}", "no"),
         ] {
             assert_eq!(render(template, &object).unwrap(), text, "{template}");

@@ -33,13 +33,22 @@ pub(crate) struct Launch {
 }
 
 /// Creates a container. Every failure is hyper's own: 125.
-pub(crate) async fn create(cluster: &Cluster, options: &Create, launch: &Launch) -> Result<Container> {
-    make(cluster, options, launch).await.map_err(|error| error.with_code(OWN))
+pub(crate) async fn create(
+    cluster: &Cluster,
+    options: &Create,
+    launch: &Launch,
+) -> Result<Container> {
+    Box::pin(make(cluster, options, launch))
+        .await
+        .map_err(|error| error.with_code(OWN))
 }
 
 async fn make(cluster: &Cluster, options: &Create, launch: &Launch) -> Result<Container> {
     for stream in &options.attach {
-        if !matches!(stream.to_ascii_lowercase().as_str(), "stdin" | "stdout" | "stderr") {
+        if !matches!(
+            stream.to_ascii_lowercase().as_str(),
+            "stdin" | "stdout" | "stderr"
+        ) {
             return Err(Failure::usage("valid streams are STDIN, STDOUT and STDERR"));
         }
     }
@@ -65,7 +74,10 @@ async fn make(cluster: &Cluster, options: &Create, launch: &Launch) -> Result<Co
     if let Some(flag) = plan.needs_hypernetes
         && !cluster.is_hypernetes().await?
     {
-        return Err(Failure::refused(flag, "the cluster's nodes do not count restarts; use on-failure"));
+        return Err(Failure::refused(
+            flag,
+            "the cluster's nodes do not count restarts; use on-failure",
+        ));
     }
     publish::check(cluster, &plan.ports, &identity.name).await?;
     claims(cluster, &plan).await?;
@@ -92,7 +104,11 @@ async fn make(cluster: &Cluster, options: &Create, launch: &Launch) -> Result<Co
         return Err(error);
     }
     if let Some(path) = &options.cidfile {
-        std::fs::write(path, &container.id).map_err(|error| Failure::plain(format_args!("failed to write the container ID to the file: {error}")))?;
+        std::fs::write(path, &container.id).map_err(|error| {
+            Failure::plain(format_args!(
+                "failed to write the container ID to the file: {error}"
+            ))
+        })?;
     }
     Ok(container)
 }
@@ -109,7 +125,10 @@ fn conflict(existing: &[Container], name: &str) -> Result<()> {
 
 /// Creates the pod. Its name can be another container's that was renamed: then it gets an ending.
 pub(crate) async fn post(cluster: &Cluster, mut pod: Value, name: &str) -> Result<Pod> {
-    let base = pod["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+    let base = pod["metadata"]["name"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
     for _try in 0..TRIES {
         let object: Pod = serde_json::from_value(pod.clone()).map_err(Failure::plain)?;
         match cluster.pods().create(&PostParams::default(), &object).await {
@@ -121,13 +140,18 @@ pub(crate) async fn post(cluster: &Cluster, mut pod: Value, name: &str) -> Resul
             Err(error) => return Err(error.into()),
         }
     }
-    Err(Failure::daemon(format_args!("no name is left for a pod of container {name}")))
+    Err(Failure::daemon(format_args!(
+        "no name is left for a pod of container {name}"
+    )))
 }
 
 /// Secrets that `login` made in the namespace.
 async fn pull_secrets(cluster: &Cluster) -> Result<Vec<Value>> {
     let secrets = cluster.api::<Secret>();
-    match secrets.list(&ListParams::default().labels(meta::REGISTRY)).await {
+    match secrets
+        .list(&ListParams::default().labels(meta::REGISTRY))
+        .await
+    {
         Ok(list) => Ok(list
             .items
             .into_iter()

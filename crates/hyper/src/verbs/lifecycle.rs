@@ -11,8 +11,7 @@ use kube::api::{AttachParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
 use super::{
-    each, launch,
-    publish,
+    each, launch, publish,
     run::{self, Foreground},
     watch,
 };
@@ -30,15 +29,26 @@ use crate::{
 const KEPT_RUNS: usize = 3;
 
 async fn patch(cluster: &Cluster, pod: &str, patch: &Value) -> Result<Pod> {
-    Ok(cluster.pods().patch(pod, &PatchParams::default(), &Patch::Merge(patch)).await?)
+    Ok(cluster
+        .pods()
+        .patch(pod, &PatchParams::default(), &Patch::Merge(patch))
+        .await?)
 }
 
 /// Says that a container is to stop, without waiting for it.
-pub(crate) async fn begin_stop(cluster: &Cluster, container: &Container, grace: Option<i64>) -> Result<()> {
+pub(crate) async fn begin_stop(
+    cluster: &Cluster,
+    container: &Container,
+    grace: Option<i64>,
+) -> Result<()> {
     let mut change = json!({"spec": {"activeDeadlineSeconds": 1}});
     if let Some(seconds) = grace {
         // docker: a negative time is no limit.
-        let seconds = if seconds < 0 { i64::from(u32::MAX) } else { seconds };
+        let seconds = if seconds < 0 {
+            i64::from(u32::MAX)
+        } else {
+            seconds
+        };
         change["metadata"]["annotations"][meta::STOP_GRACE] = seconds.to_string().into();
     }
     match patch(cluster, container.pod_name(), &change).await {
@@ -58,7 +68,10 @@ async fn stop_one(cluster: &Cluster, container: &Container, grace: Option<i64>) 
 /// `stop`.
 pub(crate) async fn stop(cluster: &Cluster, options: &Stop) -> Result<()> {
     if let Some(signal) = &options.signal {
-        return Err(Failure::refused(format_args!("stop --signal {signal}"), "say it when the container is made, with run --stop-signal, or send it with kill -s"));
+        return Err(Failure::refused(
+            format_args!("stop --signal {signal}"),
+            "say it when the container is made, with run --stop-signal, or send it with kill -s",
+        ));
     }
     let stops = options.names.containers.iter().map(|name| async move {
         let container = cluster.find(name).await?;
@@ -95,7 +108,9 @@ pub(crate) async fn start(cluster: &Cluster, options: &Start) -> Result<()> {
         .await;
     }
     let [name] = names.as_slice() else {
-        return Err(Failure::plain("you cannot start and attach multiple containers at once"));
+        return Err(Failure::plain(
+            "you cannot start and attach multiple containers at once",
+        ));
     };
     let container = cluster.find(name).await?;
     let container = start_one(cluster, &container).await?;
@@ -108,7 +123,7 @@ pub(crate) async fn start(cluster: &Cluster, options: &Start) -> Result<()> {
         sig_proxy: true,
         from_start: true,
     };
-    match foreground.follow(cluster, &container).await? {
+    match Box::pin(foreground.follow(cluster, &container)).await? {
         Some(code) => run::finish(code),
         None => Ok(()),
     }
@@ -117,15 +132,23 @@ pub(crate) async fn start(cluster: &Cluster, options: &Start) -> Result<()> {
 /// Starts a container that was created or has ended.
 pub(crate) async fn start_one(cluster: &Cluster, container: &Container) -> Result<Container> {
     if container.is_gated() {
-        let pod = patch(cluster, container.pod_name(), &json!({"spec": {"schedulingGates": null}})).await?;
+        let pod = patch(
+            cluster,
+            container.pod_name(),
+            &json!({"spec": {"schedulingGates": null}}),
+        )
+        .await?;
         return Ok(Container {
             pod,
             ..container.clone()
         });
     }
     match container.state() {
-        State::Exited | State::Dead => again(cluster, container).await,
-        State::Removing => Err(Failure::daemon(format_args!("container is marked for removal and cannot be started: {}", container.name))),
+        State::Exited | State::Dead => Box::pin(again(cluster, container)).await,
+        State::Removing => Err(Failure::daemon(format_args!(
+            "container is marked for removal and cannot be started: {}",
+            container.name
+        ))),
         State::Running | State::Created | State::Restarting => Ok(container.clone()),
     }
 }
@@ -133,7 +156,10 @@ pub(crate) async fn start_one(cluster: &Cluster, container: &Container) -> Resul
 /// A new pod for a container that has ended.
 async fn again(cluster: &Cluster, container: &Container) -> Result<Container> {
     if container.name.contains('/') {
-        return Err(Failure::daemon(format_args!("{} is one of several containers of a pod: start the pod with the tool that made it", container.name)));
+        return Err(Failure::daemon(format_args!(
+            "{} is one of several containers of a pod: start the pod with the tool that made it",
+            container.name
+        )));
     }
     let pod = renewed(container)?;
     let pod = launch::post(cluster, pod, "").await?;
@@ -142,7 +168,11 @@ async fn again(cluster: &Cluster, container: &Container) -> Result<Container> {
     let surplus = earlier.len().saturating_sub(KEPT_RUNS);
     for old in earlier.drain(..surplus) {
         let name = old.metadata.name.unwrap_or_default();
-        match cluster.pods().delete(&name, &kube::api::DeleteParams::default()).await {
+        match cluster
+            .pods()
+            .delete(&name, &kube::api::DeleteParams::default())
+            .await
+        {
             Ok(_) => {}
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             Err(error) => return Err(error.into()),
@@ -158,13 +188,22 @@ async fn again(cluster: &Cluster, container: &Container) -> Result<Container> {
 /// The pod of the next run.
 fn renewed(container: &Container) -> Result<Value> {
     let old = serde_json::to_value(&container.pod).map_err(Failure::plain)?;
-    let mut labels: BTreeMap<String, String> = container.pod.metadata.labels.clone().unwrap_or_default();
+    let mut labels: BTreeMap<String, String> =
+        container.pod.metadata.labels.clone().unwrap_or_default();
     labels.insert(meta::NAME.to_owned(), container.name.clone());
-    let mut annotations: BTreeMap<String, String> = container.pod.metadata.annotations.clone().unwrap_or_default();
+    let mut annotations: BTreeMap<String, String> = container
+        .pod
+        .metadata
+        .annotations
+        .clone()
+        .unwrap_or_default();
     annotations.remove(meta::STOP_GRACE);
     annotations.insert(meta::ID.to_owned(), container.id.clone());
     annotations.insert(meta::CREATED.to_owned(), container.created().to_string());
-    annotations.insert(meta::RUN.to_owned(), (model::run_number(&container.pod) + 1).to_string());
+    annotations.insert(
+        meta::RUN.to_owned(),
+        (model::run_number(&container.pod) + 1).to_string(),
+    );
     let mut spec = old["spec"].clone();
     if let Some(fields) = spec.as_object_mut() {
         for field in ["nodeName", "activeDeadlineSeconds", "ephemeralContainers"] {
@@ -190,24 +229,43 @@ pub(crate) async fn restart(cluster: &Cluster, options: &Restart) -> Result<()> 
 }
 
 /// Stops and starts one container.
-pub(crate) async fn restart_one(cluster: &Cluster, container: &Container, grace: Option<i64>) -> Result<Container> {
+pub(crate) async fn restart_one(
+    cluster: &Cluster,
+    container: &Container,
+    grace: Option<i64>,
+) -> Result<Container> {
     stop_one(cluster, container, grace).await?;
     let now = cluster.find(&container.id).await?;
     start_one(cluster, &now).await
 }
 
 /// Stops one container and waits for it.
-pub(crate) async fn stop_container(cluster: &Cluster, container: &Container, grace: Option<i64>) -> Result<()> {
+pub(crate) async fn stop_container(
+    cluster: &Cluster,
+    container: &Container,
+    grace: Option<i64>,
+) -> Result<()> {
     stop_one(cluster, container, grace).await
 }
 
 /// Sends a signal to the first process of a container.
 pub(crate) async fn signal(cluster: &Cluster, container: &Container, name: &str) -> Result<()> {
-    let shared = container.pod.spec.as_ref().and_then(|spec| spec.share_process_namespace).unwrap_or(false);
+    let shared = container
+        .pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.share_process_namespace)
+        .unwrap_or(false);
     if shared {
-        return Err(Failure::refused(format_args!("kill -s {name} of a container with --init"), "only KILL; its first process is not the container's"));
+        return Err(Failure::refused(
+            format_args!("kill -s {name} of a container with --init"),
+            "only KILL; its first process is not the container's",
+        ));
     }
-    let params = AttachParams::default().stdout(true).stderr(true).container(container.spec().name);
+    let params = AttachParams::default()
+        .stdout(true)
+        .stderr(true)
+        .container(container.spec().name);
     let short = name.trim_start_matches("SIG").to_owned();
     let command = ["kill".to_owned(), format!("-{short}"), "1".to_owned()];
     let mut process = super::exec::open(cluster, container, &command, &params).await?;
@@ -215,9 +273,12 @@ pub(crate) async fn signal(cluster: &Cluster, container: &Container, name: &str)
         Some(status) => status.await,
         None => None,
     };
-    match streams::exit_of(status)? {
+    match streams::exit_of(status.as_ref())? {
         0 => Ok(()),
-        code => Err(Failure::daemon(format_args!("cannot kill container: {}: kill in the container ended with {code}", container.name))),
+        code => Err(Failure::daemon(format_args!(
+            "cannot kill container: {}: kill in the container ended with {code}",
+            container.name
+        ))),
     }
 }
 
@@ -236,7 +297,10 @@ pub(crate) async fn kill(cluster: &Cluster, options: &Kill) -> Result<()> {
 /// Sends a signal to one container that runs.
 pub(crate) async fn kill_one(cluster: &Cluster, container: &Container, name: &str) -> Result<()> {
     if container.state() != State::Running {
-        return Err(Failure::daemon(format_args!("cannot kill container: {}: container {} is not running", container.name, container.id)));
+        return Err(Failure::daemon(format_args!(
+            "cannot kill container: {}: container {} is not running",
+            container.name, container.id
+        )));
     }
     if name != "SIGKILL" {
         return signal(cluster, container, name).await;
@@ -262,14 +326,27 @@ pub(crate) async fn remove(cluster: &Cluster, options: &Remove) -> Result<()> {
 }
 
 /// Removes one container and waits until it is gone.
-pub(crate) async fn remove_one(cluster: &Cluster, container: &Container, force: bool) -> Result<()> {
+pub(crate) async fn remove_one(
+    cluster: &Cluster,
+    container: &Container,
+    force: bool,
+) -> Result<()> {
     let state = container.state();
     if matches!(state, State::Running | State::Restarting) && !force {
         let (what, advice) = match state {
-            State::Restarting => ("restarting", "stop the container before removing or force remove"),
-            _ => ("running", "stop the container before removing or force remove"),
+            State::Restarting => (
+                "restarting",
+                "stop the container before removing or force remove",
+            ),
+            _ => (
+                "running",
+                "stop the container before removing or force remove",
+            ),
         };
-        return Err(Failure::daemon(format_args!("cannot remove container \"/{}\": container is {what}: {advice}", container.name)));
+        return Err(Failure::daemon(format_args!(
+            "cannot remove container \"/{}\": container is {what}: {advice}",
+            container.name
+        )));
     }
     publish::withdraw(cluster, container).await?;
     cluster.remove(container, force.then_some(1)).await?;
@@ -291,10 +368,15 @@ pub(crate) async fn rename(cluster: &Cluster, options: &Rename) -> Result<()> {
     let new = options.new_name.trim_start_matches('/');
     names::check(new)?;
     let all = cluster.containers().await?;
-    let taken = all.iter().find(|other| other.name == new).map(|other| other.id.clone());
+    let taken = all
+        .iter()
+        .find(|other| other.name == new)
+        .map(|other| other.id.clone());
     let container = crate::cluster::find(all, &options.container)?;
     if container.name == new {
-        return Err(Failure::daemon("Renaming a container with the same name as its current name"));
+        return Err(Failure::daemon(
+            "Renaming a container with the same name as its current name",
+        ));
     }
     if let Some(id) = taken {
         return Err(Failure::daemon(format_args!(
@@ -303,7 +385,12 @@ pub(crate) async fn rename(cluster: &Cluster, options: &Rename) -> Result<()> {
     }
     let change = json!({"metadata": {"labels": {meta::NAME: new}, "annotations": {meta::ID: container.id, meta::CREATED: container.created().to_string()}}});
     for pod in container.pods() {
-        patch(cluster, pod.metadata.name.as_deref().unwrap_or_default(), &change).await?;
+        patch(
+            cluster,
+            pod.metadata.name.as_deref().unwrap_or_default(),
+            &change,
+        )
+        .await?;
     }
     Ok(())
 }
@@ -312,7 +399,9 @@ pub(crate) async fn rename(cluster: &Cluster, options: &Rename) -> Result<()> {
 pub(crate) async fn prune(cluster: &Cluster, options: &Prune) -> Result<()> {
     let filters = Filters::parse(&options.filter, &["until", "label"])?;
     if !options.force {
-        terminal::out("WARNING! This will remove all stopped containers.\nAre you sure you want to continue? [y/N] ");
+        terminal::out(
+            "WARNING! This will remove all stopped containers.\nAre you sure you want to continue? [y/N] ",
+        );
         let mut answer = String::new();
         std::io::stdin().read_line(&mut answer)?;
         if !matches!(answer.trim(), "y" | "Y" | "yes") {
@@ -328,7 +417,11 @@ pub(crate) async fn prune(cluster: &Cluster, options: &Prune) -> Result<()> {
     for container in cluster.containers().await? {
         let idle = container.state().is_over() || container.is_gated();
         let old = until.is_none_or(|until| container.created() < until);
-        if idle && old && filters.labels("label", &container.labels()) && !container.name.contains('/') {
+        if idle
+            && old
+            && filters.labels("label", &container.labels())
+            && !container.name.contains('/')
+        {
             remove_one(cluster, &container, false).await?;
             removed.push(container.id);
         }
@@ -347,19 +440,36 @@ mod tests {
 
     #[test]
     fn the_next_run_is_the_same_container() {
-        let mut old = pod("web", 'a', status("Failed", json!({"terminated": {"exitCode": 137}})));
+        let mut old = pod(
+            "web",
+            'a',
+            status("Failed", json!({"terminated": {"exitCode": 137}})),
+        );
         let fields = old.spec.as_mut().unwrap();
         fields.node_name = Some("node".into());
         fields.active_deadline_seconds = Some(1);
-        old.metadata.annotations.as_mut().unwrap().insert(meta::STOP_GRACE.into(), "0".into());
+        old.metadata
+            .annotations
+            .as_mut()
+            .unwrap()
+            .insert(meta::STOP_GRACE.into(), "0".into());
         let container = model::containers(vec![old.clone()]).remove(0);
         let next: Pod = serde_json::from_value(renewed(&container).unwrap()).unwrap();
         assert!(next.spec.as_ref().unwrap().node_name.is_none());
-        assert!(next.spec.as_ref().unwrap().active_deadline_seconds.is_none());
+        assert!(
+            next.spec
+                .as_ref()
+                .unwrap()
+                .active_deadline_seconds
+                .is_none()
+        );
         assert_eq!(model::annotation(&next, meta::STOP_GRACE), None);
         let both = model::containers(vec![old, next]);
         assert_eq!(both.len(), 1);
-        assert_eq!((both[0].id.as_str(), both[0].name.as_str()), (container.id.as_str(), "web"));
+        assert_eq!(
+            (both[0].id.as_str(), both[0].name.as_str()),
+            (container.id.as_str(), "web")
+        );
         assert_eq!(both[0].created(), container.created());
         assert_eq!(model::run_number(&both[0].pod), 1);
     }

@@ -19,7 +19,11 @@ pub(crate) fn tail(text: &str) -> Option<i64> {
 /// `logs`.
 pub(crate) async fn run(cluster: &Cluster, options: &Logs) -> Result<()> {
     let now = Timestamp::now();
-    let time = |text: &Option<String>| text.as_deref().map(|text| units::parse_time(text, now)).transpose();
+    let time = |text: &Option<String>| {
+        text.as_deref()
+            .map(|text| units::parse_time(text, now))
+            .transpose()
+    };
     let query = Query {
         follow: options.follow,
         since: time(&options.since)?,
@@ -34,7 +38,11 @@ pub(crate) async fn run(cluster: &Cluster, options: &Logs) -> Result<()> {
 }
 
 /// Prints the log of all runs of a container.
-pub(crate) async fn of_container(cluster: &Cluster, container: &crate::model::Container, query: Query) -> Result<()> {
+pub(crate) async fn of_container(
+    cluster: &Cluster,
+    container: &crate::model::Container,
+    query: Query,
+) -> Result<()> {
     let name = container.spec().name;
     if query.tail.is_none() {
         for pod in &container.earlier {
@@ -54,7 +62,11 @@ pub(crate) async fn of_container(cluster: &Cluster, container: &crate::model::Co
 }
 
 /// The run before a restart in place.
-async fn previous(cluster: &Cluster, container: &crate::model::Container, query: &Query) -> Result<()> {
+async fn previous(
+    cluster: &Cluster,
+    container: &crate::model::Container,
+    query: &Query,
+) -> Result<()> {
     let params = kube::api::LogParams {
         container: Some(container.spec().name),
         previous: true,
@@ -76,7 +88,11 @@ async fn previous(cluster: &Cluster, container: &crate::model::Container, query:
 /// A container that has not run has an empty log.
 fn tolerate(result: Result<()>) -> Result<()> {
     match result {
-        Err(Failure { message, .. }) if message.contains("is waiting to start") || message.contains("is not there") => Ok(()),
+        Err(Failure { message, .. })
+            if message.contains("is waiting to start") || message.contains("is not there") =>
+        {
+            Ok(())
+        }
         other => other,
     }
 }

@@ -21,7 +21,9 @@ mod volume;
 mod watch;
 
 use crate::{
-    cli::{Cli, Command, ContainerCommand, ContainerGroup, ImageCommand, ImageGroup, SystemCommand},
+    cli::{
+        Cli, Command, ContainerCommand, ContainerGroup, ImageCommand, ImageGroup, SystemCommand,
+    },
     cluster::{Cluster, Target},
     completion,
     error::{Failure, Result},
@@ -39,12 +41,27 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         Command::Image(command) => image(&target, command).await,
         Command::ImageGroup { command } => match command {
             ImageGroup::Ls(options) => images::list(&target.connect().await?, &options).await,
-            ImageGroup::Rm(_) => image(&target, ImageCommand::Rmi(crate::cli::AnyArguments::default())).await,
+            ImageGroup::Rm(_) => {
+                image(
+                    &target,
+                    ImageCommand::Rmi(crate::cli::AnyArguments::default()),
+                )
+                .await
+            }
             ImageGroup::Other(command) => image(&target, command).await,
         },
         Command::Compose(compose) => compose::run(&target, &compose.files, compose.command).await,
-        Command::Up(top) => compose::run(&target, &top.files, crate::cli::ComposeCommand::Up(top.up)).await,
-        Command::Down(top) => compose::run(&target, &top.files, crate::cli::ComposeCommand::Down(top.down)).await,
+        Command::Up(top) => {
+            compose::run(&target, &top.files, crate::cli::ComposeCommand::Up(top.up)).await
+        }
+        Command::Down(top) => {
+            compose::run(
+                &target,
+                &top.files,
+                crate::cli::ComposeCommand::Down(top.down),
+            )
+            .await
+        }
         Command::Volume(command) => volume::run(&target.connect().await?, command).await,
         Command::Network(command) => network::run(&target.connect().await?, command).await,
         Command::Context(command) => context::run(&target, command),
@@ -55,8 +72,13 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         Command::System(command) => match command {
             SystemCommand::Info(options) => system::info(&target, &options).await,
             SystemCommand::Events(options) => events::run(&target.connect().await?, &options).await,
-            SystemCommand::Prune(options) => lifecycle::prune(&target.connect().await?, &options).await,
-            SystemCommand::Df(_) => Err(Failure::refused("system df", "disks are the node's; `hypernetes image` is the operator's view")),
+            SystemCommand::Prune(options) => {
+                lifecycle::prune(&target.connect().await?, &options).await
+            }
+            SystemCommand::Df(_) => Err(Failure::refused(
+                "system df",
+                "disks are the node's; `hypernetes image` is the operator's view",
+            )),
         },
         Command::Completion { shell } => {
             completion::print(shell);
@@ -68,7 +90,7 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
 
 async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
     match command {
-        ContainerCommand::Run(options) => run::run(cluster, &options).await,
+        ContainerCommand::Run(options) => Box::pin(run::run(cluster, &options)).await,
         ContainerCommand::Create(options) => run::create(cluster, &options).await,
         ContainerCommand::Ps(options) => list::ps(cluster, &options).await,
         ContainerCommand::Logs(options) => logs::run(cluster, &options).await,
@@ -88,12 +110,30 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
         ContainerCommand::Stats(options) => stats::run(cluster, &options).await,
         ContainerCommand::Events(options) => events::run(cluster, &options).await,
         ContainerCommand::Prune(options) => lifecycle::prune(cluster, &options).await,
-        ContainerCommand::Pause(_) => Err(Failure::refused("pause", "Kubernetes cannot say it of a pod; `hyper stop` keeps the container and its log, `hyper start` runs it again")),
-        ContainerCommand::Unpause(_) => Err(Failure::refused("unpause", "there are no paused containers")),
-        ContainerCommand::Diff(_) => Err(Failure::refused("diff", "compare with `hyper cp CONTAINER:PATH -`")),
-        ContainerCommand::Commit(_) => Err(Failure::refused("commit", "build the image from a Dockerfile elsewhere, push it, and run that")),
-        ContainerCommand::Export(_) => Err(Failure::refused("export", "`hyper cp CONTAINER:/ -` streams the files as a tar archive")),
-        ContainerCommand::Update(_) => Err(Failure::refused("update", "create the container anew with other limits")),
+        ContainerCommand::Pause(_) => Err(Failure::refused(
+            "pause",
+            "Kubernetes cannot say it of a pod; `hyper stop` keeps the container and its log, `hyper start` runs it again",
+        )),
+        ContainerCommand::Unpause(_) => Err(Failure::refused(
+            "unpause",
+            "there are no paused containers",
+        )),
+        ContainerCommand::Diff(_) => Err(Failure::refused(
+            "diff",
+            "compare with `hyper cp CONTAINER:PATH -`",
+        )),
+        ContainerCommand::Commit(_) => Err(Failure::refused(
+            "commit",
+            "build the image from a Dockerfile elsewhere, push it, and run that",
+        )),
+        ContainerCommand::Export(_) => Err(Failure::refused(
+            "export",
+            "`hyper cp CONTAINER:/ -` streams the files as a tar archive",
+        )),
+        ContainerCommand::Update(_) => Err(Failure::refused(
+            "update",
+            "create the container anew with other limits",
+        )),
     }
 }
 
@@ -102,15 +142,44 @@ async fn image(target: &Target, command: ImageCommand) -> Result<()> {
     match command {
         ImageCommand::Pull(options) => images::pull(&target.connect().await?, &options).await,
         ImageCommand::Images(options) => images::list(&target.connect().await?, &options).await,
-        ImageCommand::Rmi(_) => Err(Failure::refused("rmi", "the node removes images that no container uses")),
-        ImageCommand::Tag(_) => Err(Failure::refused("tag", format_args!("{registry}: tag there, with the tool that built the image"))),
-        ImageCommand::Push(_) => Err(Failure::refused("push", format_args!("{registry}: push with the tool that built the image"))),
-        ImageCommand::Save(_) => Err(Failure::refused("save", format_args!("{registry}: copy it from there, for example with skopeo"))),
-        ImageCommand::Load(_) => Err(Failure::refused("load", format_args!("{registry}: copy it there, for example with skopeo, then pull"))),
-        ImageCommand::Import(_) => Err(Failure::refused("import", format_args!("{registry}: copy it there, then pull"))),
-        ImageCommand::Search(_) => Err(Failure::refused("search", format_args!("{registry}: ask the registry; `hyper images` lists what this namespace uses"))),
-        ImageCommand::History(_) => Err(Failure::refused("history", format_args!("{registry}: ask the registry, for example with skopeo inspect"))),
-        ImageCommand::Build(_) => Err(Failure::refused("build", "build with another tool, push into a registry, then run")),
+        ImageCommand::Rmi(_) => Err(Failure::refused(
+            "rmi",
+            "the node removes images that no container uses",
+        )),
+        ImageCommand::Tag(_) => Err(Failure::refused(
+            "tag",
+            format_args!("{registry}: tag there, with the tool that built the image"),
+        )),
+        ImageCommand::Push(_) => Err(Failure::refused(
+            "push",
+            format_args!("{registry}: push with the tool that built the image"),
+        )),
+        ImageCommand::Save(_) => Err(Failure::refused(
+            "save",
+            format_args!("{registry}: copy it from there, for example with skopeo"),
+        )),
+        ImageCommand::Load(_) => Err(Failure::refused(
+            "load",
+            format_args!("{registry}: copy it there, for example with skopeo, then pull"),
+        )),
+        ImageCommand::Import(_) => Err(Failure::refused(
+            "import",
+            format_args!("{registry}: copy it there, then pull"),
+        )),
+        ImageCommand::Search(_) => Err(Failure::refused(
+            "search",
+            format_args!(
+                "{registry}: ask the registry; `hyper images` lists what this namespace uses"
+            ),
+        )),
+        ImageCommand::History(_) => Err(Failure::refused(
+            "history",
+            format_args!("{registry}: ask the registry, for example with skopeo inspect"),
+        )),
+        ImageCommand::Build(_) => Err(Failure::refused(
+            "build",
+            "build with another tool, push into a registry, then run",
+        )),
     }
 }
 

@@ -32,12 +32,21 @@ const ROWS: Rows<'_> = Rows {
 };
 
 fn api(cluster: &Cluster) -> Api<DynamicObject> {
-    let kind = ApiResource::from_gvk(&GroupVersionKind::gvk("hypernetes.io", "v1alpha1", "Network"));
+    let kind = ApiResource::from_gvk(&GroupVersionKind::gvk(
+        "hypernetes.io",
+        "v1alpha1",
+        "Network",
+    ));
     Api::namespaced_with(cluster.client.clone(), &cluster.namespace, &kind)
 }
 
 fn id(network: &DynamicObject) -> String {
-    network.metadata.uid.clone().unwrap_or_default().replace('-', "")
+    network
+        .metadata
+        .uid
+        .clone()
+        .unwrap_or_default()
+        .replace('-', "")
 }
 
 fn object(network: &DynamicObject) -> Value {
@@ -73,35 +82,77 @@ pub(crate) async fn run(cluster: &Cluster, command: NetworkCommand) -> Result<()
             let mut rows = Vec::new();
             for network in api.list(&ListParams::default()).await?.items {
                 let labels = network.metadata.labels.clone().unwrap_or_default();
-                let (name, id) = (network.metadata.name.clone().unwrap_or_default(), id(&network));
+                let (name, id) = (
+                    network.metadata.name.clone().unwrap_or_default(),
+                    id(&network),
+                );
                 let kept = filters.any("name", |wanted| name.contains(wanted))
                     && filters.any("id", |wanted| id.starts_with(wanted))
                     && filters.any("driver", |wanted| wanted == "hypernetes")
                     && filters.labels("label", &labels);
                 if kept {
-                    let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+                    let labels: Vec<String> = labels
+                        .iter()
+                        .map(|(key, value)| format!("{key}={value}"))
+                        .collect();
                     rows.push(Row::from([
-                        ("ID", if options.no_trunc { id } else { id.chars().take(12).collect() }),
+                        (
+                            "ID",
+                            if options.no_trunc {
+                                id
+                            } else {
+                                id.chars().take(12).collect()
+                            },
+                        ),
                         ("Name", name),
                         ("Driver", "hypernetes".to_owned()),
                         ("Scope", "local".to_owned()),
                         ("IPv6", "false".to_owned()),
                         ("Internal", "false".to_owned()),
                         ("Labels", labels.join(",")),
-                        ("CreatedAt", network.metadata.creation_timestamp.as_ref().map(|time| crate::units::created_at(time.0)).unwrap_or_default()),
-                        ("Subnet", network.data["spec"]["cidr"].as_str().unwrap_or_default().to_owned()),
+                        (
+                            "CreatedAt",
+                            network
+                                .metadata
+                                .creation_timestamp
+                                .as_ref()
+                                .map(|time| crate::units::created_at(time.0))
+                                .unwrap_or_default(),
+                        ),
+                        (
+                            "Subnet",
+                            network.data["spec"]["cidr"]
+                                .as_str()
+                                .unwrap_or_default()
+                                .to_owned(),
+                        ),
                     ]));
                 }
             }
             terminal::out(&ROWS.print(&rows, options.format.as_deref(), options.quiet)?);
             Ok(())
         }
-        NetworkCommand::Create { subnet, driver, label, name } => {
-            if let Some(driver) = driver.filter(|driver| !matches!(driver.as_str(), "bridge" | "hypernetes")) {
-                return Err(Failure::refused(format_args!("network create --driver {driver}"), "there is one kind of network, which is the tenant's own"));
+        NetworkCommand::Create {
+            subnet,
+            driver,
+            label,
+            name,
+        } => {
+            if let Some(driver) =
+                driver.filter(|driver| !matches!(driver.as_str(), "bridge" | "hypernetes"))
+            {
+                return Err(Failure::refused(
+                    format_args!("network create --driver {driver}"),
+                    "there is one kind of network, which is the tenant's own",
+                ));
             }
-            let subnet = subnet.ok_or_else(|| Failure::usage("network create needs --subnet, such as 10.5.0.0/16"))?;
-            let labels: serde_json::Map<String, Value> = spec::key_values(&label, "label")?.into_iter().map(|(key, value)| (key, value.into())).collect();
+            let subnet = subnet.ok_or_else(|| {
+                Failure::usage("network create needs --subnet, such as 10.5.0.0/16")
+            })?;
+            let labels: serde_json::Map<String, Value> = spec::key_values(&label, "label")?
+                .into_iter()
+                .map(|(key, value)| (key, value.into()))
+                .collect();
             let network: DynamicObject = serde_json::from_value(json!({
                 "apiVersion": "hypernetes.io/v1alpha1", "kind": "Network",
                 "metadata": {"name": name, "labels": labels}, "spec": {"cidr": subnet},
@@ -110,7 +161,9 @@ pub(crate) async fn run(cluster: &Cluster, command: NetworkCommand) -> Result<()
             match api.create(&PostParams::default(), &network).await {
                 Ok(network) => terminal::line(&id(&network)),
                 Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
-                    return Err(Failure::daemon(format_args!("network with name {name} already exists")));
+                    return Err(Failure::daemon(format_args!(
+                        "network with name {name} already exists"
+                    )));
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -119,7 +172,10 @@ pub(crate) async fn run(cluster: &Cluster, command: NetworkCommand) -> Result<()
         NetworkCommand::Inspect { format, names } => {
             let mut objects = Vec::new();
             for name in names {
-                let network = api.get_opt(&name).await?.ok_or_else(|| Failure::daemon(format_args!("network {name} not found")))?;
+                let network = api
+                    .get_opt(&name)
+                    .await?
+                    .ok_or_else(|| Failure::daemon(format_args!("network {name} not found")))?;
                 objects.push(object(&network));
             }
             print::print(&objects, format.as_deref())
@@ -130,14 +186,17 @@ pub(crate) async fn run(cluster: &Cluster, command: NetworkCommand) -> Result<()
                 match api.delete(&name, &DeleteParams::default()).await {
                     Ok(_) => Ok(Some(name)),
                     Err(kube::Error::Api(status)) if status.code == 404 && force => Ok(Some(name)),
-                    Err(kube::Error::Api(status)) if status.code == 404 => Err(Failure::daemon(format_args!("network {name} not found"))),
+                    Err(kube::Error::Api(status)) if status.code == 404 => {
+                        Err(Failure::daemon(format_args!("network {name} not found")))
+                    }
                     Err(error) => Err(error.into()),
                 }
             })
             .await
         }
-        NetworkCommand::Connect(_) | NetworkCommand::Disconnect(_) => {
-            Err(Failure::refused("network connect", "a container is on one network, which run --network chooses"))
-        }
+        NetworkCommand::Connect(_) | NetworkCommand::Disconnect(_) => Err(Failure::refused(
+            "network connect",
+            "a container is on one network, which run --network chooses",
+        )),
     }
 }

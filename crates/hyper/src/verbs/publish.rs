@@ -17,11 +17,21 @@ pub(crate) const SHORT_ID: &str = "hyper.hypernetes.io/short-id";
 
 /// Refuses before anything is made what cannot be published.
 pub(crate) async fn check(cluster: &Cluster, ports: &[PublishedPort], name: &str) -> Result<()> {
-    let Some(first) = ports.first() else { return Ok(()) };
-    if let Some(port) = ports.iter().find(|port| !port.address.is_empty() && port.address != "0.0.0.0") {
+    let Some(first) = ports.first() else {
+        return Ok(());
+    };
+    if let Some(port) = ports
+        .iter()
+        .find(|port| !port.address.is_empty() && port.address != "0.0.0.0")
+    {
         return Err(Failure::refused(
             format_args!("publishing on the address {}", port.address),
-            format_args!("for your own machine alone: kubectl port-forward pod/{} {}:{}", names::of_pod(name), port.host.max(1024), port.container),
+            format_args!(
+                "for your own machine alone: kubectl port-forward pod/{} {}:{}",
+                names::of_pod(name),
+                port.host.max(1024),
+                port.container
+            ),
         ));
     }
     if cluster.serves("services").await? {
@@ -32,14 +42,22 @@ pub(crate) async fn check(cluster: &Cluster, ports: &[PublishedPort], name: &str
         format_args!(
             "this cluster serves no Services; for your own machine: kubectl port-forward pod/{} {}:{}",
             names::of_pod(name),
-            if first.host == 0 { first.container } else { first.host },
+            if first.host == 0 {
+                first.container
+            } else {
+                first.host
+            },
             first.container
         ),
     ))
 }
 
 /// Makes the Service.
-pub(crate) async fn publish(cluster: &Cluster, container: &Container, ports: &[PublishedPort]) -> Result<()> {
+pub(crate) async fn publish(
+    cluster: &Cluster,
+    container: &Container,
+    ports: &[PublishedPort],
+) -> Result<()> {
     if ports.is_empty() {
         return Ok(());
     }
@@ -58,7 +76,10 @@ pub(crate) async fn publish(cluster: &Cluster, container: &Container, ports: &[P
         "spec": {"type": "LoadBalancer", "selector": {SHORT_ID: container.short_id()}, "ports": list},
     }))
     .map_err(Failure::plain)?;
-    cluster.api::<Service>().create(&PostParams::default(), &service).await?;
+    cluster
+        .api::<Service>()
+        .create(&PostParams::default(), &service)
+        .await?;
     Ok(())
 }
 
@@ -87,6 +108,12 @@ pub(crate) async fn addresses(cluster: &Cluster, container: &Container) -> Resul
     }
     let mine = ListParams::default().labels(&format!("{SHORT_ID}={}", container.short_id()));
     let services = cluster.api::<Service>().list(&mine).await?;
-    let ingress = services.items.into_iter().filter_map(|service| service.status?.load_balancer?.ingress).flatten();
-    Ok(ingress.filter_map(|ingress| ingress.ip.or(ingress.hostname)).collect())
+    let ingress = services
+        .items
+        .into_iter()
+        .filter_map(|service| service.status?.load_balancer?.ingress)
+        .flatten();
+    Ok(ingress
+        .filter_map(|ingress| ingress.ip.or(ingress.hostname))
+        .collect())
 }

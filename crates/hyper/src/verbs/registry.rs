@@ -17,19 +17,33 @@ const HUB: &str = "https://index.docker.io/v1/";
 
 /// The registry as nodes look it up.
 fn key(server: &str) -> String {
-    let bare = server.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
+    let bare = server
+        .trim_start_matches("https://")
+        .trim_start_matches("http://")
+        .trim_end_matches('/');
     match bare {
-        "docker.io" | "index.docker.io" | "index.docker.io/v1" | "registry-1.docker.io" => HUB.to_owned(),
+        "docker.io" | "index.docker.io" | "index.docker.io/v1" | "registry-1.docker.io" => {
+            HUB.to_owned()
+        }
         other => other.to_owned(),
     }
 }
 
 /// The registry as a name and a label can hold it.
 fn slug(server: &str) -> String {
-    let bare = server.trim_start_matches("https://").trim_start_matches("http://").trim_end_matches('/');
+    let bare = server
+        .trim_start_matches("https://")
+        .trim_start_matches("http://")
+        .trim_end_matches('/');
     let text: String = bare
         .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || c == '.' { c.to_ascii_lowercase() } else { '-' })
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || c == '.' {
+                c.to_ascii_lowercase()
+            } else {
+                '-'
+            }
+        })
         .take(48)
         .collect();
     text.trim_matches(['-', '.']).to_owned()
@@ -42,10 +56,14 @@ fn secret_name(server: &str) -> String {
 /// `login`.
 pub(crate) async fn login(cluster: &Cluster, options: &Login) -> Result<()> {
     if options.password.is_some() && options.password_stdin {
-        return Err(Failure::plain("conflicting options: cannot specify both --password and --password-stdin"));
+        return Err(Failure::plain(
+            "conflicting options: cannot specify both --password and --password-stdin",
+        ));
     }
     if options.password_stdin && options.username.is_none() {
-        return Err(Failure::plain("the --password-stdin option requires --username to be set"));
+        return Err(Failure::plain(
+            "the --password-stdin option requires --username to be set",
+        ));
     }
     let username = match &options.username {
         Some(name) => name.clone(),
@@ -53,7 +71,9 @@ pub(crate) async fn login(cluster: &Cluster, options: &Login) -> Result<()> {
     };
     let password = match &options.password {
         Some(password) => {
-            terminal::note("WARNING! Using --password via the CLI is insecure. Use --password-stdin.");
+            terminal::note(
+                "WARNING! Using --password via the CLI is insecure. Use --password-stdin.",
+            );
             password.clone()
         }
         None if options.password_stdin => {
@@ -61,7 +81,11 @@ pub(crate) async fn login(cluster: &Cluster, options: &Login) -> Result<()> {
             text.trim_end_matches(['\r', '\n']).to_owned()
         }
         None if terminal::stdin_is_terminal() => hidden("Password: ")?,
-        None => return Err(Failure::plain("Error: Cannot perform an interactive login from a non TTY device")),
+        None => {
+            return Err(Failure::plain(
+                "Error: Cannot perform an interactive login from a non TTY device",
+            ));
+        }
     };
     if username.is_empty() || password.is_empty() {
         return Err(Failure::plain("Error: username and password are required"));
@@ -84,16 +108,28 @@ pub(crate) async fn login(cluster: &Cluster, options: &Login) -> Result<()> {
         }
         Err(error) => return Err(error.into()),
     }
-    terminal::note(&format!("Credentials are kept in Secret {name} of namespace {}; they are tried at the next pull.", cluster.namespace));
+    terminal::note(&format!(
+        "Credentials are kept in Secret {name} of namespace {}; they are tried at the next pull.",
+        cluster.namespace
+    ));
     terminal::line("Login Succeeded");
     Ok(())
 }
 
 /// `logout`.
 pub(crate) async fn logout(cluster: &Cluster, options: &Logout) -> Result<()> {
-    match cluster.api::<Secret>().delete(&secret_name(&options.server), &DeleteParams::default()).await {
-        Ok(_) => terminal::line(&format!("Removing login credentials for {}", key(&options.server))),
-        Err(kube::Error::Api(status)) if status.code == 404 => terminal::line(&format!("Not logged in to {}", key(&options.server))),
+    match cluster
+        .api::<Secret>()
+        .delete(&secret_name(&options.server), &DeleteParams::default())
+        .await
+    {
+        Ok(_) => terminal::line(&format!(
+            "Removing login credentials for {}",
+            key(&options.server)
+        )),
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            terminal::line(&format!("Not logged in to {}", key(&options.server)));
+        }
         Err(error) => return Err(error.into()),
     }
     Ok(())
@@ -122,10 +158,21 @@ mod tests {
     fn registries_have_keys_and_names() {
         for (server, is, name) in [
             ("docker.io", HUB, "hyper-registry-docker.io"),
-            ("registry.example:5000", "registry.example:5000", "hyper-registry-registry.example-5000"),
-            ("https://registry.example/", "registry.example", "hyper-registry-registry.example"),
+            (
+                "registry.example:5000",
+                "registry.example:5000",
+                "hyper-registry-registry.example-5000",
+            ),
+            (
+                "https://registry.example/",
+                "registry.example",
+                "hyper-registry-registry.example",
+            ),
         ] {
-            assert_eq!((key(server).as_str(), secret_name(server).as_str()), (is, name));
+            assert_eq!(
+                (key(server).as_str(), secret_name(server).as_str()),
+                (is, name)
+            );
         }
     }
 }

@@ -43,7 +43,9 @@ pub(crate) async fn run(cluster: &Cluster, options: &Run) -> Result<()> {
         return Err(Failure::plain("the input device is not a TTY"));
     }
     if options.detach && !create.attach.is_empty() {
-        return Err(Failure::usage("conflicting options: cannot specify both --attach and --detach"));
+        return Err(Failure::usage(
+            "conflicting options: cannot specify both --attach and --detach",
+        ));
     }
     let keys = streams::detach_keys(&options.detach_keys)?;
     let begun = Instant::now();
@@ -75,7 +77,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Run) -> Result<()> {
         sig_proxy: options.sig_proxy,
         from_start: true,
     };
-    match foreground.follow(cluster, &container).await? {
+    match Box::pin(foreground.follow(cluster, &container)).await? {
         Some(code) => {
             if create.rm {
                 publish::withdraw(cluster, &container).await?;
@@ -96,11 +98,18 @@ pub(crate) fn finish(code: i32) -> Result<()> {
 }
 
 /// Waits for the start; the inner error says why there is none. Ctrl-C ends the waiting.
-pub(crate) async fn start(cluster: &Cluster, container: &Container, quiet: bool) -> Result<Result<Container>> {
+pub(crate) async fn start(
+    cluster: &Cluster,
+    container: &Container,
+    quiet: bool,
+) -> Result<Result<Container>> {
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let pulling = !quiet && terminal::stdin_is_terminal() && std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let pulling = !quiet
+        && terminal::stdin_is_terminal()
+        && std::io::IsTerminal::is_terminal(&std::io::stderr());
     let spinner = pulling.then(|| {
-        let spinner = indicatif::ProgressBar::new_spinner().with_message(format!("starting {}", container.name));
+        let spinner = indicatif::ProgressBar::new_spinner()
+            .with_message(format!("starting {}", container.name));
         spinner.enable_steady_tick(std::time::Duration::from_millis(100));
         spinner
     });
@@ -153,13 +162,26 @@ fn not_started(container: &Container, reason: &str, message: &str) -> Failure {
 }
 
 /// What the start took: what hyper saw, and what the cluster says in events.
-async fn timing(cluster: &Cluster, container: &Container, accepted: std::time::Duration, running: std::time::Duration) -> Result<()> {
-    terminal::note(&format!("{:>7} ms  accepted by the API server", accepted.as_millis()));
+async fn timing(
+    cluster: &Cluster,
+    container: &Container,
+    accepted: std::time::Duration,
+    running: std::time::Duration,
+) -> Result<()> {
+    terminal::note(&format!(
+        "{:>7} ms  accepted by the API server",
+        accepted.as_millis()
+    ));
     let events = super::events::of_pod(cluster, container).await?;
     let first = events.first().map(|event| event.time);
     for event in events {
-        let since = first.map_or(0, |first| event.time.as_millisecond() - first.as_millisecond());
-        terminal::note(&format!("{since:>7} ms  {}: {}", event.reason, event.message));
+        let since = first.map_or(0, |first| {
+            event.time.as_millisecond() - first.as_millisecond()
+        });
+        terminal::note(&format!(
+            "{since:>7} ms  {}: {}",
+            event.reason, event.message
+        ));
     }
     terminal::note(&format!("{:>7} ms  seen running", running.as_millis()));
     Ok(())
@@ -178,7 +200,11 @@ pub(crate) struct Foreground {
 
 impl Foreground {
     /// Stays until the container ends. `None`: the user left it running.
-    pub(crate) async fn follow(&self, cluster: &Cluster, container: &Container) -> Result<Option<i32>> {
+    pub(crate) async fn follow(
+        &self,
+        cluster: &Cluster,
+        container: &Container,
+    ) -> Result<Option<i32>> {
         let mut proxy = Proxy::new()?;
         let session = async {
             if self.tty {
@@ -251,14 +277,21 @@ impl Foreground {
                     since,
                     ..Query::default()
                 };
-                let printed = logs::print(cluster, container.pod_name(), &container.spec().name, &query).await;
+                let printed = logs::print(
+                    cluster,
+                    container.pod_name(),
+                    &container.spec().name,
+                    &query,
+                )
+                .await;
                 // With a restart policy the container comes back, and its output with it.
-                let over = watch::until(cluster, container, |now| match now.map(Container::state) {
-                    None | Some(State::Exited | State::Dead | State::Removing) => Some(true),
-                    Some(State::Running) => Some(false),
-                    Some(State::Created | State::Restarting) => None,
-                })
-                .await?;
+                let over =
+                    watch::until(cluster, container, |now| match now.map(Container::state) {
+                        None | Some(State::Exited | State::Dead | State::Removing) => Some(true),
+                        Some(State::Running) => Some(false),
+                        Some(State::Created | State::Restarting) => None,
+                    })
+                    .await?;
                 if over {
                     drop(done);
                     return printed;
@@ -345,8 +378,16 @@ pub(crate) async fn attach(cluster: &Cluster, options: &Attach) -> Result<()> {
     let container = cluster.find(&options.container).await?;
     match container.state() {
         State::Running => {}
-        State::Restarting => return Err(Failure::plain("You cannot attach to a restarting container, wait until it is running")),
-        _ => return Err(Failure::plain("You cannot attach to a stopped container, start it first")),
+        State::Restarting => {
+            return Err(Failure::plain(
+                "You cannot attach to a restarting container, wait until it is running",
+            ));
+        }
+        _ => {
+            return Err(Failure::plain(
+                "You cannot attach to a stopped container, start it first",
+            ));
+        }
     }
     let spec = container.spec();
     let foreground = Foreground {
@@ -356,7 +397,7 @@ pub(crate) async fn attach(cluster: &Cluster, options: &Attach) -> Result<()> {
         sig_proxy: options.sig_proxy,
         from_start: false,
     };
-    match foreground.follow(cluster, &container).await? {
+    match Box::pin(foreground.follow(cluster, &container)).await? {
         Some(code) => finish(code),
         None => Ok(()),
     }

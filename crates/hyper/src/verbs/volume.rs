@@ -28,8 +28,16 @@ const ROWS: Rows<'_> = Rows {
 };
 
 /// A claim of docker's options.
-pub(crate) fn claim(name: &str, size: &str, class: Option<&str>, labels: &[(String, String)]) -> Result<PersistentVolumeClaim> {
-    let labels: serde_json::Map<String, Value> = labels.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect();
+pub(crate) fn claim(
+    name: &str,
+    size: &str,
+    class: Option<&str>,
+    labels: &[(String, String)],
+) -> Result<PersistentVolumeClaim> {
+    let labels: serde_json::Map<String, Value> = labels
+        .iter()
+        .map(|(key, value)| (key.clone(), value.clone().into()))
+        .collect();
     let mut object = json!({
         "metadata": {"name": name, "labels": labels},
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": size}}},
@@ -44,7 +52,10 @@ async fn served(cluster: &Cluster) -> Result<()> {
     if cluster.serves("persistentvolumeclaims").await? {
         return Ok(());
     }
-    Err(Failure::refused("volume", "this cluster serves no persistent volumes; `run -v /PATH` is a volume that lives as long as the container"))
+    Err(Failure::refused(
+        "volume",
+        "this cluster serves no persistent volumes; `run -v /PATH` is a volume that lives as long as the container",
+    ))
 }
 
 fn object(claim: &PersistentVolumeClaim) -> Value {
@@ -84,8 +95,14 @@ pub(crate) async fn run(cluster: &Cluster, command: VolumeCommand) -> Result<()>
                 let value = object(&claim);
                 let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
                 let (name, driver) = (text(&value["Name"]), text(&value["Driver"]));
-                if filters.any("name", |wanted| name.contains(wanted)) && filters.any("driver", |wanted| wanted == driver) && filters.labels("label", &labels) {
-                    let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+                if filters.any("name", |wanted| name.contains(wanted))
+                    && filters.any("driver", |wanted| wanted == driver)
+                    && filters.labels("label", &labels)
+                {
+                    let labels: Vec<String> = labels
+                        .iter()
+                        .map(|(key, value)| format!("{key}={value}"))
+                        .collect();
                     rows.push(Row::from([
                         ("Driver", driver),
                         ("Name", name),
@@ -106,12 +123,22 @@ pub(crate) async fn run(cluster: &Cluster, command: VolumeCommand) -> Result<()>
                 match key.as_str() {
                     "size" => size = value,
                     "class" | "type" => class = Some(value),
-                    other => return Err(Failure::daemon(format_args!("create: invalid option: \"{other}\"; the options are size and class"))),
+                    other => {
+                        return Err(Failure::daemon(format_args!(
+                            "create: invalid option: \"{other}\"; the options are size and class"
+                        )));
+                    }
                 }
             }
             let labels = spec::key_values(&label, "label")?;
             let name = name.unwrap_or_else(|| names::new_id().chars().take(32).collect());
-            match api.create(&PostParams::default(), &claim(&name, &size, class.as_deref(), &labels)?).await {
+            match api
+                .create(
+                    &PostParams::default(),
+                    &claim(&name, &size, class.as_deref(), &labels)?,
+                )
+                .await
+            {
                 Ok(_) => {}
                 // docker: a volume that is there already is fine.
                 Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
@@ -123,7 +150,10 @@ pub(crate) async fn run(cluster: &Cluster, command: VolumeCommand) -> Result<()>
         VolumeCommand::Inspect { format, names } => {
             let mut objects = Vec::new();
             for name in names {
-                let claim = api.get_opt(&name).await?.ok_or_else(|| Failure::daemon(format_args!("get {name}: no such volume")))?;
+                let claim = api
+                    .get_opt(&name)
+                    .await?
+                    .ok_or_else(|| Failure::daemon(format_args!("get {name}: no such volume")))?;
                 objects.push(object(&claim));
             }
             print::print(&objects, format.as_deref())
@@ -132,13 +162,21 @@ pub(crate) async fn run(cluster: &Cluster, command: VolumeCommand) -> Result<()>
             let users = cluster.containers().await?;
             let (api, users) = (&api, &users);
             each(&names, |name| async move {
-                if let Some(user) = users.iter().find(|container| super::list::mounts(container).contains(&name)) {
-                    return Err(Failure::daemon(format_args!("remove {name}: volume is in use - [{}]", user.id)));
+                if let Some(user) = users
+                    .iter()
+                    .find(|container| super::list::mounts(container).contains(&name))
+                {
+                    return Err(Failure::daemon(format_args!(
+                        "remove {name}: volume is in use - [{}]",
+                        user.id
+                    )));
                 }
                 match api.delete(&name, &DeleteParams::default()).await {
                     Ok(_) => Ok(Some(name)),
                     Err(kube::Error::Api(status)) if status.code == 404 && force => Ok(Some(name)),
-                    Err(kube::Error::Api(status)) if status.code == 404 => Err(Failure::daemon(format_args!("get {name}: no such volume"))),
+                    Err(kube::Error::Api(status)) if status.code == 404 => {
+                        Err(Failure::daemon(format_args!("get {name}: no such volume")))
+                    }
                     Err(error) => Err(error.into()),
                 }
             })

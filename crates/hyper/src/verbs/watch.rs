@@ -15,7 +15,7 @@ pub(crate) async fn until<T>(
     container: &Container,
     mut look: impl FnMut(Option<&Container>) -> Option<T>,
 ) -> Result<T> {
-    let mut changes = std::pin::pin!(watch_object(cluster.pods(), container.pod_name()));
+    let mut changes = watch_object(cluster.pods(), container.pod_name()).boxed();
     while let Some(change) = changes.next().await {
         let pod = match change {
             Ok(pod) => pod,
@@ -59,7 +59,10 @@ const HOPELESS: [&str; 8] = [
 pub(crate) async fn started(cluster: &Cluster, container: &Container) -> Result<Started> {
     until(cluster, container, |now| {
         let Some(now) = now else {
-            return Some(Started::No("Removed".to_owned(), format!("No such container: {}", container.name)));
+            return Some(Started::No(
+                "Removed".to_owned(),
+                format!("No such container: {}", container.name),
+            ));
         };
         if let Some((reason, message)) = now.waiting()
             && HOPELESS.contains(&reason.as_str())
@@ -67,10 +70,15 @@ pub(crate) async fn started(cluster: &Cluster, container: &Container) -> Result<
             return Some(Started::No(reason, message));
         }
         match now.state() {
-            model::State::Running | model::State::Exited | model::State::Restarting => Some(Started::Yes(Box::new(now.clone()))),
+            model::State::Running | model::State::Exited | model::State::Restarting => {
+                Some(Started::Yes(Box::new(now.clone())))
+            }
             model::State::Dead => {
                 let status = now.pod.status.clone().unwrap_or_default();
-                Some(Started::No(status.reason.unwrap_or_default(), status.message.unwrap_or_default()))
+                Some(Started::No(
+                    status.reason.unwrap_or_default(),
+                    status.message.unwrap_or_default(),
+                ))
             }
             model::State::Created | model::State::Removing => None,
         }

@@ -14,7 +14,12 @@ use crate::error::{Failure, Result};
 
 /// Writes an archive whose entries are `from` or below it, as `to` in `directory`. Bytes of files.
 pub(super) fn unpack(reader: impl Read, directory: &Path, from: &str, to: &str) -> Result<u64> {
-    let root = fs::open(directory, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(io::Error::from)?;
+    let root = fs::open(
+        directory,
+        OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(io::Error::from)?;
     let mut archive = tar::Archive::new(reader);
     let mut bytes = 0;
     for entry in archive.entries()? {
@@ -34,7 +39,10 @@ fn parts(path: &Path, from: &str, to: &str) -> Result<Vec<String>> {
             Component::Normal(name) => names.push(name.to_string_lossy().into_owned()),
             Component::CurDir | Component::RootDir => {}
             Component::ParentDir | Component::Prefix(_) => {
-                return Err(Failure::plain(format_args!("the container sent a path that leads out of the directory: {}", path.display())));
+                return Err(Failure::plain(format_args!(
+                    "the container sent a path that leads out of the directory: {}",
+                    path.display()
+                )));
             }
         }
     }
@@ -47,7 +55,10 @@ fn parts(path: &Path, from: &str, to: &str) -> Result<Vec<String>> {
     match names.first_mut() {
         Some(first) if first == from => to.clone_into(first),
         _ => {
-            return Err(Failure::plain(format_args!("the container sent a file that was not asked for: {}", path.display())));
+            return Err(Failure::plain(format_args!(
+                "the container sent a file that was not asked for: {}",
+                path.display()
+            )));
         }
     }
     Ok(names)
@@ -61,7 +72,12 @@ fn parent(root: &OwnedFd, parts: &[String]) -> io::Result<OwnedFd> {
             Ok(()) | Err(rustix::io::Errno::EXIST) => {}
             Err(error) => return Err(error.into()),
         }
-        dir = fs::openat(&dir, name.as_str(), OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        dir = fs::openat(
+            &dir,
+            name.as_str(),
+            OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
     }
     Ok(dir)
 }
@@ -83,19 +99,25 @@ fn write(root: &OwnedFd, entry: &mut tar::Entry<'_, impl Read>, parts: &[String]
         }
         tar::EntryType::Regular | tar::EntryType::Continuous | tar::EntryType::GNUSparse => {
             clear(&dir, name)?;
-            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let flags =
+                OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let file = fs::openat(&dir, name, flags, mode).map_err(io::Error::from)?;
             Ok(io::copy(entry, &mut File::from(file))?)
         }
         tar::EntryType::Symlink => {
-            let target = entry.link_name()?.ok_or_else(|| Failure::plain("the container sent a link without a target"))?;
+            let target = entry
+                .link_name()?
+                .ok_or_else(|| Failure::plain("the container sent a link without a target"))?;
             clear(&dir, name)?;
             fs::symlinkat(target.as_ref(), &dir, name).map_err(io::Error::from)?;
             Ok(0)
         }
         // Devices, sockets and hard links are not files of this machine.
         _ => {
-            crate::terminal::note(&format!("hyper: {} is no file, directory or symbolic link and is not copied", parts.join("/")));
+            crate::terminal::note(&format!(
+                "hyper: {} is no file, directory or symbolic link and is not copied",
+                parts.join("/")
+            ));
             Ok(0)
         }
     }
@@ -145,8 +167,14 @@ mod tests {
             ("etc/l", tar::EntryType::Symlink, "a"),
         ]);
         assert_eq!(unpack(&bytes[..], dir.path(), "etc", "copy").unwrap(), 5);
-        assert_eq!(std::fs::read_to_string(dir.path().join("copy/a")).unwrap(), "hello");
-        assert_eq!(std::fs::read_link(dir.path().join("copy/l")).unwrap(), Path::new("a"));
+        assert_eq!(
+            std::fs::read_to_string(dir.path().join("copy/a")).unwrap(),
+            "hello"
+        );
+        assert_eq!(
+            std::fs::read_link(dir.path().join("copy/l")).unwrap(),
+            Path::new("a")
+        );
         // Again, over what is there.
         unpack(&bytes[..], dir.path(), "etc", "copy").unwrap();
     }
@@ -159,11 +187,21 @@ mod tests {
         for entries in [
             vec![("x/../../evil", tar::EntryType::Regular, "x")],
             vec![("other/evil", tar::EntryType::Regular, "x")],
-            vec![("x/", tar::EntryType::Directory, ""), ("x/l", tar::EntryType::Symlink, target), ("x/l/evil", tar::EntryType::Regular, "x")],
-            vec![("x", tar::EntryType::Symlink, target), ("x/evil", tar::EntryType::Regular, "x")],
+            vec![
+                ("x/", tar::EntryType::Directory, ""),
+                ("x/l", tar::EntryType::Symlink, target),
+                ("x/l/evil", tar::EntryType::Regular, "x"),
+            ],
+            vec![
+                ("x", tar::EntryType::Symlink, target),
+                ("x/evil", tar::EntryType::Regular, "x"),
+            ],
         ] {
             let bytes = archive(&entries);
-            assert!(unpack(&bytes[..], dir.path(), "x", "x").is_err(), "{entries:?}");
+            assert!(
+                unpack(&bytes[..], dir.path(), "x", "x").is_err(),
+                "{entries:?}"
+            );
             drop(std::fs::remove_dir_all(dir.path().join("x")));
             drop(std::fs::remove_file(dir.path().join("x")));
         }
@@ -172,7 +210,13 @@ mod tests {
         let victim = outside.path().join("victim");
         std::fs::write(&victim, "keep").unwrap();
         std::os::unix::fs::symlink(&victim, dir.path().join("f")).unwrap();
-        unpack(&archive(&[("f", tar::EntryType::Regular, "new")])[..], dir.path(), "f", "f").unwrap();
+        unpack(
+            &archive(&[("f", tar::EntryType::Regular, "new")])[..],
+            dir.path(),
+            "f",
+            "f",
+        )
+        .unwrap();
         assert_eq!(std::fs::read_to_string(&victim).unwrap(), "keep");
     }
 }
