@@ -22,7 +22,8 @@ mod watch;
 
 use crate::{
     cli::{
-        Cli, Command, ContainerCommand, ContainerGroup, ImageCommand, ImageGroup, SystemCommand,
+        Cli, Command, ComposeCommand, ComposeFiles, ContainerCommand, ContainerGroup, ImageCommand,
+        ImageGroup, SystemCommand,
     },
     cluster::{Cluster, Target},
     completion,
@@ -50,12 +51,12 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
             }
             ImageGroup::Other(command) => image(&target, command).await,
         },
-        Command::Compose(compose) => compose::run(&target, &compose.files, compose.command).await,
+        Command::Compose(compose) => project(&target, &compose.files, compose.command).await,
         Command::Up(top) => {
-            compose::run(&target, &top.files, crate::cli::ComposeCommand::Up(top.up)).await
+            project(&target, &top.files, crate::cli::ComposeCommand::Up(top.up)).await
         }
         Command::Down(top) => {
-            compose::run(
+            project(
                 &target,
                 &top.files,
                 crate::cli::ComposeCommand::Down(top.down),
@@ -135,6 +136,10 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
             "create the container anew with other limits",
         )),
     }
+}
+
+async fn project(target: &Target, files: &ComposeFiles, command: ComposeCommand) -> Result<()> {
+    Box::pin(compose::run(target, files, command)).await
 }
 
 async fn image(target: &Target, command: ImageCommand) -> Result<()> {
