@@ -25,6 +25,9 @@ use crate::{
 /// Times a user may press Ctrl-C before hyper leaves.
 const PATIENCE: u32 = 3;
 
+/// How long a container that runs may turn out to be none.
+const MOMENT: std::time::Duration = std::time::Duration::from_millis(120);
+
 /// `create`.
 pub(crate) async fn create(cluster: &Cluster, options: &Create) -> Result<()> {
     let launch = Launch {
@@ -121,10 +124,24 @@ pub(crate) async fn start(
         spinner.finish_and_clear();
     }
     Ok(match started {
-        Started::Yes(container) => match start_error(&container) {
-            Some(failure) => Err(failure),
-            None => Ok(*container),
-        },
+        Started::Yes(container) => {
+            // A program that is not there is known a moment after the start.
+            let failure = match start_error(&container) {
+                Some(failure) => Some(failure),
+                None => {
+                    let look = |now: Option<&Container>| now.and_then(start_error);
+                    let found = watch::until(cluster, &container, look);
+                    match tokio::time::timeout(MOMENT, found).await {
+                        Ok(failure) => Some(failure?),
+                        Err(_elapsed) => None,
+                    }
+                }
+            };
+            match failure {
+                Some(failure) => Err(failure),
+                None => Ok(*container),
+            }
+        }
         Started::No(reason, message) => Err(not_started(container, &reason, &message)),
     })
 }
