@@ -28,8 +28,8 @@ mod resize;
 mod resources;
 mod roles;
 mod sandbox;
-mod services;
 mod scheduler;
+mod services;
 mod sources;
 mod status;
 mod steps;
@@ -38,6 +38,7 @@ mod streams;
 mod tokens;
 mod usage;
 mod volumes;
+mod wishes;
 mod worker;
 
 use std::{

@@ -25,6 +25,7 @@ use crate::{
     prober::{self, Health, ProbeKind},
     resize::ResizeState,
     roles::{self, Role},
+    wishes,
 };
 
 /// How long `ErrImagePull` stands before it reads `ImagePullBackOff`.
@@ -241,6 +242,7 @@ impl View<'_> {
         self.pod
             .metadata
             .deletion_grace_period_seconds
+            .or_else(|| wishes::stop_grace(self.pod))
             .or_else(|| {
                 self.spec()
                     .and_then(|spec| spec.termination_grace_period_seconds)
@@ -259,7 +261,16 @@ impl View<'_> {
     }
 
     /// Whether an ended container of the pod runs again: by its own rules and policy before the pod's.
-    pub(crate) fn restarts(&self, container: &Container, role: Role, exit_code: i32) -> bool {
+    pub(crate) fn restarts(
+        &self,
+        container: &Container,
+        role: Role,
+        attempt: u32,
+        exit_code: i32,
+    ) -> bool {
+        if wishes::max_restarts(self.pod).is_some_and(|most| attempt >= most) {
+            return false;
+        }
         match role {
             Role::Sidecar => return true,
             Role::Ephemeral => return false,
@@ -312,7 +323,7 @@ impl View<'_> {
                 && self.records(&container.name).first().is_some_and(|record| {
                     record.state == ContainerState::Exited
                         && record.exit_code != 0
-                        && !self.restarts(container, role, record.exit_code)
+                        && !self.restarts(container, role, record.config.attempt, record.exit_code)
                 })
         })
     }
@@ -345,7 +356,12 @@ impl View<'_> {
             self.records(&container.name).first().is_some_and(|record| {
                 record.state == ContainerState::Exited
                     && !self.memory.killed.contains(&record.id)
-                    && !self.restarts(container, Role::Main, record.exit_code)
+                    && !self.restarts(
+                        container,
+                        Role::Main,
+                        record.config.attempt,
+                        record.exit_code,
+                    )
             })
         };
         self.has_init_failed() || self.containers().iter().all(ended)
@@ -539,7 +555,12 @@ fn need(view: &View<'_>, container: &Container, role: Role, plan: &mut Plan) -> 
                 }
                 ContainerState::Exited
                     if !view.memory.killed.contains(&record.id)
-                        && !view.restarts(container, role, record.exit_code) =>
+                        && !view.restarts(
+                            container,
+                            role,
+                            record.config.attempt,
+                            record.exit_code,
+                        ) =>
                 {
                     return Need::Done {
                         ok: record.exit_code == 0,
@@ -710,7 +731,7 @@ fn plan_kills(view: &View<'_>, plan: &mut Plan) {
         }
         let name = &container.name;
         // What it exits with does not matter: it is ended from outside.
-        let restarts = view.restarts(container, role, -1);
+        let restarts = view.restarts(container, role, record.config.attempt, -1);
         let image = record
             .config
             .annotations

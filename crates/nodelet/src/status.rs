@@ -283,7 +283,8 @@ fn phase(view: &View<'_>, status: &PodStatus, old: Option<&str>) -> &'static str
     }
     let restarts = |status: &ContainerStatus, code: i32| {
         let found = view.containers().iter().find(|c| c.name == status.name);
-        found.is_some_and(|container| view.restarts(container, Role::Main, code))
+        let attempt = u32::try_from(status.restart_count).unwrap_or(0);
+        found.is_some_and(|container| view.restarts(container, Role::Main, attempt, code))
     };
     let (mut again, mut failed) = (false, false);
     let (mut running, mut waiting, mut stopped, mut succeeded) = (0, 0, 0, 0);

@@ -284,6 +284,20 @@ fn reserved_labels_annotations_and_finalizers_are_the_controllers() {
     }
     let foreign = json!({"labels": {"nothypernetes.io/x": "1", "app": "x"}});
     assert_eq!(config(foreign).fields().len(), 0);
+    // The tenants' own command line keeps its records there.
+    let client = json!({"labels": {"hyper.hypernetes.io/name": "a"}, "annotations": {"hyper.hypernetes.io/id": "b"}});
+    assert_eq!(config(client).fields().len(), 0);
+}
+
+#[test]
+fn a_pod_says_what_the_node_shall_do_at_its_end() {
+    let wishes = json!({"metadata": {"annotations": {
+        "hypernetes.io/max-restarts": "3", "hypernetes.io/stop-grace-seconds": "1"}}, "spec": {}});
+    assert_eq!(Case::create("", "Pod", wishes.clone()).fields().len(), 0);
+    let changed =
+        Case::create("", "Pod", wishes.clone()).update(json!({"metadata": {}, "spec": {}}));
+    assert_eq!(changed.fields().len(), 0);
+    assert_eq!(Case::create("", "ConfigMap", wishes).fields().len(), 2);
 }
 
 #[test]

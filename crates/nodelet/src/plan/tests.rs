@@ -626,3 +626,37 @@ fn an_ephemeral_container_comes_once_to_a_vm_that_runs() {
     let world = World::new(spec);
     assert_eq!(world.plan().actions, [Action::RunSandbox { attempt: 0 }]);
 }
+
+#[test]
+fn restarts_end_at_the_most_that_was_asked_for() {
+    let world = |failures: usize| {
+        let mut world =
+            World::new(json!({"restartPolicy": "OnFailure"})).sandbox(SandboxState::Ready, None);
+        world.pod.metadata.annotations = Some(BTreeMap::from([(
+            "hypernetes.io/max-restarts".to_owned(),
+            "3".to_owned(),
+        )]));
+        for _failure in 0..failures {
+            world = world.container("c", ContainerState::Exited, Some((1, -1000)));
+        }
+        world
+    };
+    for failures in 1..=3 {
+        let view = world(failures);
+        assert!(!view.view().is_finished(), "{failures} failures");
+    }
+    assert!(world(4).view().is_finished(), "three restarts were made");
+}
+
+#[test]
+fn a_pod_that_is_stopped_at_its_deadline_has_the_time_that_was_asked_for() {
+    let mut world = World::new(json!({"terminationGracePeriodSeconds": 30}));
+    assert_eq!(world.view().grace_seconds(), 30);
+    world.pod.metadata.annotations = Some(BTreeMap::from([(
+        "hypernetes.io/stop-grace-seconds".to_owned(),
+        "0".to_owned(),
+    )]));
+    assert_eq!(world.view().grace_seconds(), 0);
+    world.pod.metadata.deletion_grace_period_seconds = Some(5);
+    assert_eq!(world.view().grace_seconds(), 5, "a deletion says its own");
+}
