@@ -3,8 +3,9 @@
 #
 #   netprobe udp-echo PORT NAME    answers each datagram with NAME and what it said
 #   netprobe tcp-echo PORT NAME    answers each line with NAME and the line
-#   netprobe udp HOST PORT TEXT    prints the answer; exit 1 without one
-#   netprobe tcp HOST PORT TEXT    the same
+#   netprobe udp HOST PORT TEXT [COUNT]    prints the answer; exit 1 without one. COUNT times, each
+#                                          from a port of its own
+#   netprobe tcp HOST PORT TEXT [COUNT]    the same
 #   netprobe hold HOST PORT        one connection for ever: prints each answer to a counted line
 #   netprobe dns TYPE NAME         prints the code and the records of an answer (A, SRV, PTR, CNAME)
 use strict;
@@ -38,16 +39,20 @@ if ($what eq 'udp-echo') {
         close $client;
     }
 } elsif ($what eq 'udp') {
-    my ($host, $port, $text) = @args;
-    my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Proto => 'udp') or die "connect: $!";
-    $socket->send($text) or die "send: $!";
-    print answer($socket), "\n";
+    my ($host, $port, $text, $count) = @args;
+    for (1 .. $count // 1) {
+        my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Proto => 'udp') or die "connect: $!";
+        $socket->send($text) or die "send: $!";
+        print answer($socket), "\n";
+    }
 } elsif ($what eq 'tcp') {
-    my ($host, $port, $text) = @args;
-    my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Timeout => 5) or die "connect: $!\n";
-    $socket->autoflush(1);
-    print $socket "$text\n";
-    print answer($socket);
+    my ($host, $port, $text, $count) = @args;
+    for (1 .. $count // 1) {
+        my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Timeout => 5) or die "connect: $!\n";
+        $socket->autoflush(1);
+        print $socket "$text\n";
+        print answer($socket);
+    }
 } elsif ($what eq 'hold') {
     my ($host, $port) = @args;
     my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Timeout => 5) or die "connect: $!\n";
