@@ -81,7 +81,7 @@ pub(super) fn ignored(call: &Call, part: Part) -> fn(&str) -> bool {
         Part::Main if strategy::has_status(call.kind) => |name| name == "status",
         Part::Main => |_| false,
         Part::Status => |name| name != "status",
-        Part::Finalize => |name| name != "spec",
+        Part::Finalize | Part::Ephemeral | Part::Resize => |name| name != "spec",
     }
 }
 
@@ -156,6 +156,8 @@ pub(super) fn subresource_of(part: Part) -> &'static str {
         Part::Main => "",
         Part::Status => "status",
         Part::Finalize => "finalize",
+        Part::Ephemeral => "ephemeralcontainers",
+        Part::Resize => "resize",
     }
 }
 
