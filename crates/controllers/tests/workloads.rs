@@ -9,6 +9,7 @@
 mod common;
 
 use common::{Cluster, name, names};
+use hypernetes_apimachinery::usage::{PodUsage, Usage};
 use serde_json::{Value, json};
 
 const APPS: &str = "/apis/apps/v1/namespaces/default";
@@ -541,4 +542,117 @@ async fn a_quota_is_charged_and_given_back() {
         .wait(&path, |q| q["status"]["used"]["pods"] == "1")
         .await;
     assert_eq!(cluster.list(&pods()).await.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_autoscaler_follows_the_use() {
+    let cluster = Cluster::start().await;
+    let mut object = deployment("d", 1);
+    object["spec"]["template"]["spec"]["containers"][0]["resources"] =
+        json!({"requests": {"cpu": "100m"}});
+    cluster
+        .create(&format!("{APPS}/deployments"), &object)
+        .await;
+    let path = format!("{APPS}/deployments/d");
+    cluster.wait(&path, |d| is_rolled_out(d, 1)).await;
+    let scalers = "/apis/autoscaling/v2/namespaces/default/horizontalpodautoscalers";
+    let metric = json!({"type": "Resource", "resource": {"name": "cpu",
+        "target": {"type": "Utilization", "averageUtilization": 30}}});
+    let scaler = |name: &str, target: &str| {
+        json!({"metadata": {"name": name}, "spec": {"maxReplicas": 5, "metrics": [metric],
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": target}}})
+    };
+    cluster.create(scalers, &scaler("blind", "d")).await;
+    let blind = cluster
+        .wait(&format!("{scalers}/blind"), |scaler| {
+            condition(scaler, "ScalingActive")["status"] == "False"
+        })
+        .await;
+    assert_eq!(
+        condition(&blind, "ScalingActive")["reason"],
+        "FailedGetResourceMetric"
+    );
+    cluster.delete(&format!("{scalers}/blind")).await;
+
+    let pod = cluster.list(&pods()).await.remove(0);
+    let text = |field: &str| pod["metadata"][field].as_str().unwrap().to_owned();
+    let used = Usage {
+        cpu_nano_cores: 90_000_000,
+        memory_bytes: 1 << 20,
+    };
+    cluster.usage.set(
+        Vec::new(),
+        vec![PodUsage {
+            namespace: "default".into(),
+            name: text("name"),
+            uid: text("uid"),
+            at: jiff::Timestamp::now(),
+            window: std::time::Duration::from_secs(10),
+            containers: [("a".to_owned(), used)].into(),
+        }],
+    );
+    cluster.create(scalers, &scaler("s", "d")).await;
+    cluster.wait(&path, |d| is_rolled_out(d, 3)).await;
+    let is = cluster
+        .wait(&format!("{scalers}/s"), |scaler| {
+            scaler["status"]["desiredReplicas"] == 3
+        })
+        .await;
+    let current = &is["status"]["currentMetrics"][0]["resource"]["current"];
+    assert_eq!(current["averageUtilization"], 90);
+    assert_eq!(condition(&is, "AbleToScale")["reason"], "SucceededRescale");
+    cluster.create(scalers, &scaler("lost", "nothing")).await;
+    cluster
+        .wait(&format!("{scalers}/lost"), |scaler| {
+            condition(scaler, "AbleToScale")["reason"] == "FailedGetScale"
+        })
+        .await;
+}
+
+/// What a tenant's own pod could not be, a pod of its template is not either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_template_gets_no_more_than_a_pod() {
+    let cluster = Cluster::start().await;
+    let labels = json!({"hypernetes.io/tenant": "acme"});
+    let namespace = json!({"metadata": {"name": "acme", "labels": labels}});
+    cluster.create("/api/v1/namespaces", &namespace).await;
+    let collection = "/apis/apps/v1/namespaces/acme/deployments";
+    let mut host = deployment_of("host");
+    host["spec"]["template"]["spec"]["hostNetwork"] = true.into();
+    let mut reserved = deployment_of("reserved");
+    reserved["spec"]["template"]["metadata"]["annotations"] =
+        json!({"hypernetes.io/allowed-kernels": "*"});
+    for (object, field) in [
+        (host, "spec.hostNetwork"),
+        (
+            reserved,
+            "metadata.annotations[hypernetes.io/allowed-kernels]",
+        ),
+    ] {
+        cluster.create(collection, &object).await;
+        let path = format!("{collection}/{}", name(&object));
+        let failed = cluster
+            .wait(&path, |d| {
+                condition(d, "ReplicaFailure")["status"] == "True"
+            })
+            .await;
+        let message = condition(&failed, "ReplicaFailure")["message"]
+            .as_str()
+            .unwrap();
+        assert!(
+            message.contains("forbidden") && message.contains(field),
+            "{message}"
+        );
+    }
+    assert!(
+        cluster
+            .list("/api/v1/namespaces/acme/pods")
+            .await
+            .is_empty()
+    );
+    // The namespace goes with all that is in it, though its controllers go on.
+    cluster.delete("/api/v1/namespaces/acme").await;
+    cluster
+        .wait("/api/v1/namespaces/acme", Value::is_null)
+        .await;
 }

@@ -23,9 +23,7 @@ mod workloads;
 use std::time::Duration;
 
 use http::{HeaderMap, Response};
-use hypernetes_apimachinery::{
-    ResourceKind, Schema, Status, definitions, meta, usage::UsageBoard,
-};
+use hypernetes_apimachinery::{ResourceKind, Schema, Status, definitions, meta, usage::UsageBoard};
 use hypernetes_identity::User;
 use hypernetes_store::{Durability, Entry, Store, StoreError};
 use serde_json::Value;

@@ -3,6 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use hypernetes_apimachinery::usage::UsageBoard;
 use hypernetes_apiserver::{ApiServer, ApiServerConfig};
 use hypernetes_controllers::ControllersConfig;
 use hypernetes_identity::{User, WORKLOAD_CONTROLLERS};
@@ -17,6 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Cluster {
     pub(crate) client: Client,
+    pub(crate) usage: UsageBoard,
     server: ApiServer,
     controllers: Mutex<(CancellationToken, JoinHandle<()>)>,
     node: JoinHandle<()>,
@@ -50,12 +52,14 @@ impl Cluster {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
         let mut config = ApiServerConfig::new(store);
         config.node_name = Some("n1".into());
+        let usage = config.usage.clone();
         let server = ApiServer::new(config).await.unwrap();
         let client = Client::new(server.service_as(User::system("test")), "default");
         let controllers = Mutex::new(start_controllers(&server));
         let node = tokio::spawn(node(client.clone()));
         let cluster = Self {
             client,
+            usage,
             server,
             controllers,
             node,
