@@ -159,7 +159,7 @@ fn one(item: &Value, requests: &Value, limits: &Value, errors: &mut Vec<String>)
 mod tests {
     use super::*;
 
-    fn range(item: Value) -> Vec<Value> {
+    fn range(item: &Value) -> Vec<Value> {
         vec![json!({"spec": {"limits": [item]}})]
     }
 
@@ -219,10 +219,10 @@ mod tests {
         ];
         for (mut item, resources, expected) in cases {
             item["type"] = "Container".into();
-            let error = check(&range(item), &pod(&resources)).unwrap_err();
+            let error = check(&range(&item), &pod(&resources)).unwrap_err();
             assert_eq!(error, expected);
         }
-        let whole = range(json!({"type": "Pod", "max": {"cpu": "1"}}));
+        let whole = range(&json!({"type": "Pod", "max": {"cpu": "1"}}));
         let two = json!({"spec": {"containers": [{"resources": {"limits": {"cpu": "600m"}}}, {"resources": {"limits": {"cpu": "600m"}}}]}});
         assert_eq!(
             check(&whole, &two).unwrap_err(),
