@@ -129,6 +129,10 @@ pub(crate) struct Up {
     #[arg(long)]
     pub(crate) node_name: Option<String>,
 
+    /// Directory of the system call filters that pods can name (seccompProfile of type Localhost)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) seccomp_profiles: Option<PathBuf>,
+
     /// More names or addresses in the API server's certificate
     #[arg(long = "tls-san", value_name = "NAME")]
     pub(crate) tls_sans: Vec<String>,
