@@ -18,6 +18,7 @@ pub fn apply(kind: &ResourceKind, object: &mut Value) {
         }
         ("", "Secret") => secret(object),
         ("", "Namespace") => namespace(object),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => crate::crd::prepare(object),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),
         ("hypernetes.io", "Network") => network(object),
         _ => {}

@@ -113,10 +113,10 @@ const NO_COLLECTION: &[&str] = &[
 const CREATE: &[&str] = &["create"];
 const GET: &[&str] = &["get"];
 const CONNECT: &[&str] = &["create", "get"];
-const STATUS: &[&str] = &["get", "patch", "update"];
+pub(crate) const STATUS: &[&str] = &["get", "patch", "update"];
 const UPDATE: &[&str] = &["update"];
 
-const fn sub(
+pub(crate) const fn sub(
     name: &'static str,
     kind: &'static str,
     verbs: &'static [&'static str],
@@ -130,7 +130,7 @@ const fn sub(
     }
 }
 
-const fn kind(
+pub(crate) const fn kind(
     group: &'static str,
     version: &'static str,
     kind: &'static str,
@@ -261,6 +261,19 @@ static KINDS: &[ResourceKind] = &[
         "subjectaccessreviews",
         "subjectaccessreview",
     ),
+    ResourceKind {
+        short_names: &["crd", "crds"],
+        categories: &["api-extensions"],
+        namespaced: false,
+        subresources: &[sub("status", "CustomResourceDefinition", STATUS)],
+        ..kind(
+            "apiextensions.k8s.io",
+            "v1",
+            "CustomResourceDefinition",
+            "customresourcedefinitions",
+            "customresourcedefinition",
+        )
+    },
     kind("coordination.k8s.io", "v1", "Lease", "leases", "lease"),
     ResourceKind {
         short_names: &["ev"],
@@ -326,6 +339,11 @@ pub fn by_resource(group: &str, version: &str, plural: &str) -> Option<&'static 
     KINDS
         .iter()
         .find(|k| k.group == group && k.version == version && k.plural == plural)
+}
+
+/// Whether the kind is no row of the table but comes from a definition.
+pub fn is_custom(kind: &ResourceKind) -> bool {
+    !KINDS.iter().any(|known| std::ptr::eq(known, kind))
 }
 
 /// The kind of an object.

@@ -42,6 +42,11 @@ pub fn validate_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<Fie
         ("node.k8s.io", "RuntimeClass") => {
             found.immutable(&Path::root("handler"), &new["handler"], &old["handler"]);
         }
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => {
+            found
+                .errors
+                .extend(crate::crd::validate_definition_update(new, old));
+        }
         ("hypernetes.io", "Network") => ours::network_update(new, old, &mut found),
         ("hypernetes.io", "Tenant") => ours::tenant_update(new, old, &mut found),
         _ => {}
@@ -72,6 +77,9 @@ fn specific(kind: &ResourceKind, object: &Value, found: &mut Found) {
         ("rbac.authorization.k8s.io", "RoleBinding") => cluster::binding(object, true, found),
         ("rbac.authorization.k8s.io", "ClusterRoleBinding") => {
             cluster::binding(object, false, found);
+        }
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => {
+            found.errors.extend(crate::crd::validate_definition(object));
         }
         ("hypernetes.io", "Tenant") => ours::tenant(object, found),
         ("hypernetes.io", "Network") => ours::network(object, found),

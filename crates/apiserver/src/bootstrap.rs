@@ -229,6 +229,7 @@ async fn ensure_one(
     object["kind"] = kind.kind.into();
     let call = |verb: &'static str| Call {
         kind,
+        custom: None,
         info: RequestInfo {
             verb,
             is_resource: true,

@@ -25,6 +25,8 @@ mod body;
 mod bootstrap;
 mod codec;
 mod config;
+mod customs;
+mod definitions;
 mod endpoints;
 mod engine;
 mod events;

@@ -10,6 +10,8 @@ use crate::{
     authorizer::Authorizer,
     bootstrap,
     config::{ApiServerConfig, VersionInfo},
+    customs::Customs,
+    definitions,
     engine::Engine,
     flow::Flow,
     metrics::Metrics,
@@ -69,6 +71,8 @@ impl ApiServer {
         let shutdown = CancellationToken::new();
         let engine = Engine {
             authorizer: Authorizer::new(config.store.clone()),
+            customs: Customs::new(config.store.clone()),
+            naming: tokio::sync::Mutex::new(()),
             store: config.store,
             clock: config.clock,
             node_name: config.node_name,
@@ -81,7 +85,7 @@ impl ApiServer {
             engine.store.clone(),
             engine.clock.clone(),
             engine.limits.event_life,
-            shutdown,
+            shutdown.clone(),
         ));
         let inner = Inner {
             engine,
@@ -92,9 +96,13 @@ impl ApiServer {
             version: config.version,
             server_address: config.server_address,
         };
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        let inner = Arc::new(inner);
+        inner.engine.tasks.spawn(definitions::run(
+            Arc::downgrade(&inner),
+            inner.engine.store.clone(),
+            shutdown,
+        ));
+        Ok(Self { inner })
     }
 
     /// The server as a service. The caller of a request is told by the extensions

@@ -13,7 +13,9 @@ use futures::{FutureExt, future::BoxFuture};
 use http::{Request, Response, header};
 use http_body::Body;
 use http_body_util::BodyExt;
-use hypernetes_apimachinery::{ResourceKind, Status, kinds, selector::FieldSelector};
+use hypernetes_apimachinery::{
+    ResourceKind, Status, crd::CustomKind, kinds, selector::FieldSelector,
+};
 use hypernetes_identity::User;
 use tokio::time::{Instant, timeout};
 use tower::Service;
@@ -21,8 +23,9 @@ use tower::Service;
 use crate::{
     authentication::{self, InProcessUser},
     body::{self, ApiBody, BoxError},
+    customs::Customs,
     endpoints::Endpoints,
-    engine::{Call, Part},
+    engine::{self, Call, Part},
     flow::Place,
     metrics::StreamGuard,
     pods::{self, Pods},
@@ -70,14 +73,23 @@ struct Arrived {
     info: RequestInfo,
     query: Query,
     kind: Option<&'static ResourceKind>,
+    custom: Option<Arc<CustomKind>>,
 }
 
 impl Arrived {
-    fn new(request: &Request<ApiBody>) -> Self {
+    fn new(request: &Request<ApiBody>, customs: &Customs) -> Self {
         let query = Query::parse(request.uri().query().unwrap_or_default());
         let mut info = RequestInfo::new(request.method(), request.uri().path(), &query);
-        let kind = kinds::by_resource(&info.group, &info.version, &info.resource)
+        let mut kind = kinds::by_resource(&info.group, &info.version, &info.resource)
             .filter(|_| info.is_resource);
+        let mut custom = None;
+        if kind.is_none() && info.is_resource && !info.group.is_empty() {
+            // What cannot be read is as if it were not there; the store says why to whoever writes.
+            custom = customs
+                .find(&info.group, &info.version, &info.resource)
+                .unwrap_or_default();
+            kind = custom.as_ref().map(|custom| custom.kind);
+        }
         if let Some(kind) = kind
             && info.name.is_empty()
             && matches!(info.verb, "list" | "watch" | "deletecollection")
@@ -85,13 +97,19 @@ impl Arrived {
             // A selection of one name is authorized as that name. The parser must be the one that
             // selects: where two read a text differently, more is shown than was authorized.
             let selector = query.get("fieldSelector").unwrap_or_default();
-            if let Ok(selector) = FieldSelector::parse(selector, kind)
+            let more = engine::selectable(custom.as_deref());
+            if let Ok(selector) = FieldSelector::parse_with(selector, kind, more)
                 && let Some(name) = selector.pinned("metadata.name")
             {
                 info.name = name.to_owned();
             }
         }
-        Self { info, query, kind }
+        Self {
+            info,
+            query,
+            kind,
+            custom,
+        }
     }
 
     fn is_long_running(&self) -> bool {
@@ -118,7 +136,7 @@ impl Arrived {
 impl Inner {
     async fn serve(self: Arc<Self>, request: Request<ApiBody>) -> Response<ApiBody> {
         let started = Instant::now();
-        let arrived = Arrived::new(&request);
+        let arrived = Arrived::new(&request, &self.engine.customs);
         let long_running = arrived.is_long_running();
         let (verb, label) = (arrived.info.verb, arrived.label());
         let handled = AssertUnwindSafe(self.handle(request, arrived)).catch_unwind();
@@ -161,7 +179,12 @@ impl Inner {
         arrived: Arrived,
     ) -> Result<Response<ApiBody>> {
         let long_running = arrived.is_long_running();
-        let Arrived { info, query, kind } = arrived;
+        let Arrived {
+            info,
+            query,
+            kind,
+            custom,
+        } = arrived;
         let (parts, body) = request.into_parts();
         let caller = authentication::authenticate(&self.authenticators, &parts).await?;
         let authorizer = &self.engine.authorizer;
@@ -177,6 +200,7 @@ impl Inner {
                 server_address: &self.server_address,
                 metrics: &self.metrics,
                 ready: !self.engine.shutdown.is_cancelled(),
+                customs: &self.engine.customs,
             };
             return endpoints.serve(&parts.method, parts.uri.path(), &query, &parts.headers);
         }
@@ -185,6 +209,7 @@ impl Inner {
         let headers = std::mem::take(&mut parts.headers);
         let call = Call {
             kind,
+            custom,
             info,
             query,
             headers,

@@ -78,7 +78,7 @@ impl Engine {
                 expected.api_version()
             )));
         }
-        let (config, warnings) = decode::reviewed(parsed.clone(), expected, call.schema()?, mode)?;
+        let (config, warnings) = decode::reviewed_for(call, parsed.clone(), mode)?;
         let mut config = decode::stored(call.kind, config);
         if !config["metadata"]["managedFields"].is_null() {
             return Err(Status::bad_request("metadata.managedFields must be nil"));

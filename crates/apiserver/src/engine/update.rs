@@ -16,15 +16,13 @@ use hypernetes_store::{Compare, Entry, Op};
 use serde_json::Value;
 
 use super::{
-    Call, Engine, Written, conflict_of,
-    decode::{self, Expected},
-    managers, modified, revision_of,
+    Call, Engine, Written, conflict_of, decode, managers, modified, revision_of,
     strategy::{self, Part},
 };
 use crate::{
     body::ApiBody,
     codec::{self, Encoded},
-    keys, negotiate,
+    definitions, keys, negotiate,
     status::{self, Result},
 };
 
@@ -144,6 +142,13 @@ impl Engine {
         let old = Self::present(call.kind, codec::decode(&entry.value));
         let schema = call.schema()?;
         let failed = |error| status::of_patch(&error, call.kind, &call.info.name);
+        if patch_type == PatchType::StrategicMerge && call.custom.is_some() {
+            return Err(Status::unsupported_media_type(&[
+                PATCH_TYPES[0],
+                PATCH_TYPES[1],
+                PATCH_TYPES[3],
+            ]));
+        }
         let value = match patch_type {
             PatchType::Json => patch::json_patch(&old, &parsed.value).map_err(failed)?,
             PatchType::Merge => patch::merge_patch(&old, &parsed.value),
@@ -153,7 +158,7 @@ impl Engine {
             value,
             duplicates: parsed.duplicates.clone(),
         };
-        let (object, warnings) = decode::reviewed(parsed, Expected::of(call.kind), schema, mode)?;
+        let (object, warnings) = decode::reviewed_for(call, parsed, mode)?;
         Ok((decode::stored(call.kind, object), warnings))
     }
 
@@ -216,6 +221,14 @@ impl Engine {
         if part == Part::Main {
             defaults::apply(kind, &mut new);
         }
+        self.complete(call, &mut new);
+        let _naming = match definitions::is_definition(kind) {
+            true => Some(self.naming.lock().await),
+            false => None,
+        };
+        if definitions::is_definition(kind) {
+            self.settle_names(&mut new)?;
+        }
         meta::set_resource_version(&mut new, entry.mod_revision);
         let mut warnings = managers::dedup_owners(&mut new);
         match managers {
@@ -232,10 +245,13 @@ impl Engine {
         if part == Part::Main {
             warnings.extend(self.admit_update(call, &mut new, &old)?);
         }
-        let errors = match part {
+        let mut errors = match part {
             Part::Main => validation::validate_update(kind, &new, &old),
             Part::Status | Part::Finalize => validation::validate_status_update(kind, &new, &old),
         };
+        if let Some(custom) = &call.custom {
+            errors.extend(custom.validate(&new, Some(&old)));
+        }
         if !errors.is_empty() {
             return Err(Status::invalid(
                 call.kind.group,
@@ -279,6 +295,37 @@ impl Engine {
 }
 
 impl Engine {
+    /// Fills in the defaults of a custom resource, in the version in which it is stored.
+    pub(super) fn complete(&self, call: &Call, object: &mut Value) {
+        if let Some(custom) = &call.custom {
+            custom.complete(object);
+            object["apiVersion"] = custom.stored_as.as_str().into();
+        }
+    }
+
+    /// Writes an object, or removes it if nothing holds it any more. `false`: it has changed
+    /// meanwhile.
+    pub(crate) async fn put_or_remove(
+        &self,
+        call: &Call,
+        entry: &Entry,
+        object: &Value,
+    ) -> Result<bool> {
+        if !strategy::is_finished(call.kind, object) {
+            return self.overwrite(call, entry, object, false).await;
+        }
+        let op = Op::Delete(entry.key.clone());
+        let compares = vec![Compare::ModRevision(entry.key.clone(), entry.mod_revision)];
+        match self
+            .store
+            .txn(compares, vec![op], Self::durability(call.kind))
+            .await
+        {
+            Ok(_) => Ok(true),
+            Err(error) => conflict_of(error).map(|_current| false),
+        }
+    }
+
     /// Writes an object that a subresource has changed. `false`: it has changed meanwhile.
     pub(crate) async fn overwrite(
         &self,
