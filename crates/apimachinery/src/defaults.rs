@@ -1,6 +1,7 @@
 //! What Kubernetes fills in when an object leaves it out.
 
 mod pod;
+mod workloads;
 
 use serde_json::{Map, Value, json};
 
@@ -21,6 +22,8 @@ pub fn apply(kind: &ResourceKind, object: &mut Value) {
         ("apiextensions.k8s.io", "CustomResourceDefinition") => crate::crd::prepare(object),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),
         ("hypernetes.io", "Network") => network(object),
+        ("apps" | "autoscaling" | "batch" | "policy" | "scheduling.k8s.io", _)
+        | ("", "LimitRange" | "ResourceQuota") => workloads::apply(kind, object),
         _ => {}
     }
 }

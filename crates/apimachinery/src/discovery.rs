@@ -222,7 +222,7 @@ mod tests {
         assert_eq!(find("pods")["shortNames"], json!(["po"]));
         assert_eq!(find("pods/eviction")["group"], "policy");
         assert_eq!(find("namespaces")["namespaced"], false);
-        assert!(api_resource_list("apps", "v1", &[]).is_none());
+        assert!(api_resource_list("extensions", "v1", &[]).is_none());
     }
 
     #[test]

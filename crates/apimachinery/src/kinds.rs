@@ -1,5 +1,7 @@
 //! The table of served kinds: names, scope, verbs, subresources.
 
+mod workloads;
+
 /// A kind that the server serves under one group and version.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ResourceKind {
@@ -181,6 +183,7 @@ static KINDS: &[ResourceKind] = &[
         short_names: &["ev"],
         ..kind("", "v1", "Event", "events", "event")
     },
+    workloads::LIMIT_RANGES,
     ResourceKind {
         short_names: &["ns"],
         namespaced: false,
@@ -216,9 +219,15 @@ static KINDS: &[ResourceKind] = &[
         ],
         ..kind("", "v1", "Pod", "pods", "pod")
     },
+    workloads::RESOURCE_QUOTAS,
     kind("", "v1", "Secret", "secrets", "secret"),
     ResourceKind {
         short_names: &["sa"],
+        subresources: &[Subresource {
+            group: Some(AUTHN),
+            version: Some("v1"),
+            ..sub("token", "TokenRequest", CREATE)
+        }],
         ..kind(
             "",
             "v1",
@@ -227,6 +236,11 @@ static KINDS: &[ResourceKind] = &[
             "serviceaccount",
         )
     },
+    workloads::CONTROLLER_REVISIONS,
+    workloads::DAEMON_SETS,
+    workloads::DEPLOYMENTS,
+    workloads::REPLICA_SETS,
+    workloads::STATEFUL_SETS,
     review(
         AUTHN,
         "SelfSubjectReview",
@@ -274,6 +288,9 @@ static KINDS: &[ResourceKind] = &[
             "customresourcedefinition",
         )
     },
+    workloads::AUTOSCALERS,
+    workloads::CRON_JOBS,
+    workloads::JOBS,
     kind("coordination.k8s.io", "v1", "Lease", "leases", "lease"),
     ResourceKind {
         short_names: &["ev"],
@@ -289,6 +306,7 @@ static KINDS: &[ResourceKind] = &[
             "runtimeclass",
         )
     },
+    workloads::DISRUPTION_BUDGETS,
     ResourceKind {
         namespaced: false,
         name_rule: NameRule::PathSegment,
@@ -313,6 +331,7 @@ static KINDS: &[ResourceKind] = &[
         name_rule: NameRule::PathSegment,
         ..kind(RBAC, "v1", "Role", "roles", "role")
     },
+    workloads::PRIORITY_CLASSES,
     ResourceKind {
         short_names: &["hnet"],
         categories: &["hypernetes"],
@@ -386,7 +405,7 @@ mod tests {
         let pod = by_resource("", "v1", "pods").unwrap();
         assert_eq!(by_api_version("v1", "Pod"), Some(pod));
         assert_eq!(pod.subresource("exec").unwrap().kind, "PodExecOptions");
-        assert_eq!(by_resource("apps", "v1", "deployments"), None);
+        assert_eq!(by_resource("apps", "v1beta1", "deployments"), None);
         assert_eq!(
             by_api_version("hypernetes.io/v1alpha1", "Tenant")
                 .unwrap()

@@ -24,6 +24,8 @@ pub mod meta;
 pub mod openapi;
 pub mod patch;
 pub mod protobuf;
+pub mod quota;
+pub mod schedule;
 pub mod selector;
 pub mod status;
 pub mod strict;

@@ -332,7 +332,7 @@ mod tests {
             format!("/openapi/v3/api/v1?hash={}", core.hash)
         );
         assert!(index["paths"]["apis/hypernetes.io/v1alpha1"].is_object());
-        assert!(document("apps", "v1").is_none());
+        assert!(document("extensions", "v1").is_none());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod age;
 mod columns;
 mod pod;
+mod workloads;
 
 use jiff::Timestamp;
 use serde_json::{Value, json};

@@ -7,7 +7,9 @@ mod meta;
 mod ours;
 mod path;
 mod pod;
+mod policies;
 mod volume;
+mod workloads;
 
 use serde_json::Value;
 
@@ -15,6 +17,8 @@ use crate::kinds::ResourceKind;
 
 pub use error::{ErrorKind, FieldError};
 pub use path::Path;
+pub use policies::SYSTEM_PRIORITIES;
+pub use workloads::validate_scale;
 
 /// Findings beyond this number are not collected: a hostile object shall not make a long answer.
 const MAX_FINDINGS: usize = 100;
@@ -46,6 +50,11 @@ pub fn validate_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<Fie
             found
                 .errors
                 .extend(crate::crd::validate_definition_update(new, old));
+        }
+        ("apps" | "batch", _) => workloads::validate_update(kind, new, old, &mut found),
+        ("autoscaling" | "policy" | "scheduling.k8s.io", _)
+        | ("", "LimitRange" | "ResourceQuota") => {
+            policies::validate_update(kind, new, old, &mut found);
         }
         ("hypernetes.io", "Network") => ours::network_update(new, old, &mut found),
         ("hypernetes.io", "Tenant") => ours::tenant_update(new, old, &mut found),
@@ -81,6 +90,9 @@ fn specific(kind: &ResourceKind, object: &Value, found: &mut Found) {
         ("apiextensions.k8s.io", "CustomResourceDefinition") => {
             found.errors.extend(crate::crd::validate_definition(object));
         }
+        ("apps" | "batch", _) => workloads::validate(kind, object, found),
+        ("autoscaling" | "policy" | "scheduling.k8s.io", _)
+        | ("", "LimitRange" | "ResourceQuota") => policies::validate(kind, object, found),
         ("hypernetes.io", "Tenant") => ours::tenant(object, found),
         ("hypernetes.io", "Network") => ours::network(object, found),
         _ => {}

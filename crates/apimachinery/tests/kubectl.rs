@@ -97,13 +97,13 @@ fn route(
             return (
                 200,
                 discovery::AGGREGATED_MEDIA_TYPE.to_owned(),
-                discovery::aggregated(parts == ["api"])
+                discovery::aggregated(parts == ["api"], &[])
                     .to_string()
                     .into_bytes(),
             );
         }
         ["version"] => Some(json!({"major": "1", "minor": "36", "gitVersion": "v1.36.2"})),
-        ["openapi", "v3"] => return document(openapi::index()),
+        ["openapi", "v3"] => return document(&openapi::index(&[])),
         ["openapi", "v3", "api", version] => {
             return document(openapi::document("", version).unwrap());
         }

@@ -4,8 +4,10 @@
 //! they are not there, so that an operator may change them.
 
 use http::HeaderMap;
-use hypernetes_apimachinery::{ResourceKind, kinds, meta};
-use hypernetes_identity::{ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, TenantRole, User};
+use hypernetes_apimachinery::{ResourceKind, kinds, meta, validation::SYSTEM_PRIORITIES};
+use hypernetes_identity::{
+    ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, TenantRole, User, WORKLOAD_CONTROLLERS,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -30,6 +32,19 @@ pub(crate) async fn ensure(engine: &Engine) -> Result<(), StartError> {
         )
         .await?;
     }
+    for (name, value) in SYSTEM_PRIORITIES {
+        let class = json!({
+            "metadata": {"name": name},
+            "value": value,
+            "description": match name {
+                "system-node-critical" => "Used for system critical pods that must not be moved \
+                    from their current node.",
+                _ => "Used for system critical pods that must run in the cluster, but can be \
+                    moved to another node if necessary.",
+            },
+        });
+        ensure_one(engine, "scheduling.k8s.io", "priorityclasses", class, false).await?;
+    }
     for (name, rules) in cluster_roles() {
         let role = json!({"metadata": metadata(name), "rules": rules});
         ensure_one(engine, RBAC, "clusterroles", role, true).await?;
@@ -53,8 +68,13 @@ fn metadata(name: &str) -> Value {
     json!({"name": name, "labels": {"kubernetes.io/bootstrapping": "rbac-defaults"}})
 }
 
-const BINDINGS: [(&str, &str, &[&str]); 5] = [
+const BINDINGS: [(&str, &str, &[&str]); 6] = [
     ("cluster-admin", "cluster-admin", &["system:masters"]),
+    (
+        WORKLOAD_CONTROLLERS,
+        "cluster-admin",
+        &[WORKLOAD_CONTROLLERS],
+    ),
     ("system:discovery", "system:discovery", &[ALL_AUTHENTICATED]),
     (
         "system:basic-user",
@@ -146,13 +166,42 @@ fn cluster_roles() -> Vec<(&'static str, Value)> {
         (
             // Names that every user of the cluster chooses from.
             "hypernetes:catalogue-viewer",
-            json!([rule("node.k8s.io", &["runtimeclasses"], &READ)]),
+            json!([
+                rule("node.k8s.io", &["runtimeclasses"], &READ),
+                rule("scheduling.k8s.io", &["priorityclasses"], &READ),
+            ]),
         ),
     ];
     for role in TenantRole::ALL {
         roles.push((role.cluster_role(), tenant_rules(role)));
     }
     roles
+}
+
+const WORKLOADS: [&str; 11] = [
+    "daemonsets",
+    "daemonsets/status",
+    "deployments",
+    "deployments/scale",
+    "deployments/status",
+    "replicasets",
+    "replicasets/scale",
+    "replicasets/status",
+    "statefulsets",
+    "statefulsets/scale",
+    "statefulsets/status",
+];
+const BATCH: [&str; 4] = ["cronjobs", "cronjobs/status", "jobs", "jobs/status"];
+const AUTOSCALERS: [&str; 2] = [
+    "horizontalpodautoscalers",
+    "horizontalpodautoscalers/status",
+];
+const BUDGETS: [&str; 2] = ["poddisruptionbudgets", "poddisruptionbudgets/status"];
+
+/// The resources but for their status.
+fn only_objects<'a>(resources: &[&'a str]) -> Vec<&'a str> {
+    let objects = resources.iter().filter(|name| !name.ends_with("/status"));
+    objects.copied().collect()
 }
 
 /// What members of a tenant may do in its namespaces. Only kinds that live in a namespace, and
@@ -172,6 +221,16 @@ fn tenant_rules(role: TenantRole) -> Value {
             ],
             &READ,
         ),
+        rule(
+            "",
+            &["limitranges", "resourcequotas", "resourcequotas/status"],
+            &READ,
+        ),
+        rule("apps", &WORKLOADS, &READ),
+        rule("apps", &["controllerrevisions"], &READ),
+        rule("batch", &BATCH, &READ),
+        rule("autoscaling", &AUTOSCALERS, &READ),
+        rule("policy", &BUDGETS, &READ),
         rule("events.k8s.io", &["events"], &READ),
         rule("coordination.k8s.io", &["leases"], &READ),
         rule("hypernetes.io", &["networks", "networks/status"], &READ),
@@ -188,7 +247,12 @@ fn tenant_rules(role: TenantRole) -> Value {
                 &["pods/attach", "pods/exec", "pods/portforward"],
                 &["create", "get"],
             ),
-            rule("", &["pods/eviction"], &["create"]),
+            rule("", &["pods/eviction", "serviceaccounts/token"], &["create"]),
+            // The status is the controllers' to write.
+            rule("apps", &only_objects(&WORKLOADS), &WRITE),
+            rule("batch", &only_objects(&BATCH), &WRITE),
+            rule("autoscaling", &only_objects(&AUTOSCALERS), &WRITE),
+            rule("policy", &only_objects(&BUDGETS), &WRITE),
             rule("coordination.k8s.io", &["leases"], &WRITE),
         ]);
     }

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use hypernetes_identity::{Authenticator, CertificateAuthenticator};
+use hypernetes_identity::{Authenticator, CertificateAuthenticator, SigningKey};
 use hypernetes_store::Store;
 use hypernetes_streaming::PodStreams;
 use jiff::Timestamp;
@@ -17,6 +17,8 @@ pub struct ApiServerConfig {
     pub store: Store,
     /// Ways to find out who calls, asked in order.
     pub authenticators: Vec<Arc<dyn Authenticator>>,
+    /// Signs service account tokens; without it none are issued or accepted.
+    pub service_account_key: Option<SigningKey>,
     /// Where logs, exec, attach and port-forward come from; without it they are refused.
     pub streams: Option<Arc<dyn PodStreams>>,
     /// The node that new pods are bound to; without it they wait for a binding.
@@ -32,11 +34,13 @@ pub struct ApiServerConfig {
 }
 
 impl ApiServerConfig {
-    /// Client certificates, no node, the system's clock, default bounds.
+    /// Client certificates, a token key for the life of the process, no node, the system's clock,
+    /// default bounds.
     pub fn new(store: Store) -> Self {
         Self {
             store,
             authenticators: vec![Arc::new(CertificateAuthenticator)],
+            service_account_key: SigningKey::ephemeral().ok(),
             streams: None,
             node_name: None,
             server_address: "127.0.0.1:6443".into(),

@@ -41,8 +41,10 @@ mod rbac;
 mod reaper;
 mod request_info;
 mod reviews;
+mod scale;
 mod server;
 mod service;
+mod service_accounts;
 mod status;
 
 pub use authentication::InProcessUser;

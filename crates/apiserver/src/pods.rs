@@ -237,6 +237,7 @@ impl Pods<'_> {
         let (eviction, _) = decode_body(bytes, &call.headers, &call.query, expected)?;
         let mut options = DeleteOptions::of_value(&eviction["deleteOptions"])?;
         options.dry_run |= call.is_dry_run()?;
+        self.engine.disrupt(call, &options).await?;
         match self
             .engine
             .delete_object(call, &call.info.namespace, &call.info.name, &options)

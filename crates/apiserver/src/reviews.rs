@@ -5,20 +5,28 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{Request, Response, header};
 use hypernetes_apimachinery::Status;
-use hypernetes_identity::{Authenticator, User};
+use hypernetes_identity::{Authenticator, SERVICE_ACCOUNT_ISSUER, User};
 use serde_json::{Value, json};
 
 use crate::{
     body::{self, ApiBody},
     engine::{Call, Engine, Expected, decode_body},
     rbac::{Action, Rule},
+    service_accounts::ServiceAccounts,
     status::Result,
 };
+
+/// Who knows tokens.
+#[derive(Clone, Copy)]
+pub(crate) struct Authenticators<'a> {
+    pub(crate) all: &'a [Arc<dyn Authenticator>],
+    pub(crate) service_accounts: Option<&'a ServiceAccounts>,
+}
 
 /// Answers a review.
 pub(crate) async fn serve(
     engine: &Engine,
-    authenticators: &[Arc<dyn Authenticator>],
+    authenticators: &Authenticators<'_>,
     call: &Call,
     bytes: &Bytes,
 ) -> Result<Response<ApiBody>> {
@@ -48,7 +56,7 @@ pub(crate) async fn serve(
             }
             rules(engine, &call.user, namespace)?
         }
-        "TokenReview" => token(authenticators, spec["token"].as_str().unwrap_or_default()).await?,
+        "TokenReview" => token(authenticators, &spec).await?,
         _ => return Err(Status::no_resource()),
     };
     if call.kind.kind == "TokenReview" {
@@ -156,13 +164,35 @@ fn rules(engine: &Engine, user: &User, namespace: &str) -> Result<Value> {
     Ok(json!({"resourceRules": resources, "nonResourceRules": paths, "incomplete": false}))
 }
 
-async fn token(authenticators: &[Arc<dyn Authenticator>], token: &str) -> Result<Value> {
+/// Upstream: without audiences, those of the API server are meant.
+async fn token(authenticators: &Authenticators<'_>, spec: &Value) -> Result<Value> {
+    let token = spec["token"].as_str().unwrap_or_default();
+    let own = [SERVICE_ACCOUNT_ISSUER.to_owned()];
+    let asked = strings(&spec["audiences"]);
+    let audiences: &[String] = if asked.is_empty() { &own } else { &asked };
+    if let Some(accounts) = authenticators.service_accounts {
+        match accounts.verify(token, audiences) {
+            Ok(Some((user, audiences))) => {
+                let mut status = json!({"authenticated": true, "user": user_info(&user)});
+                if !asked.is_empty() {
+                    status["audiences"] = audiences.into();
+                }
+                return Ok(status);
+            }
+            Ok(None) => {}
+            Err(error) => return Ok(json!({"authenticated": false, "error": error.to_string()})),
+        }
+    }
+    // Other tokens are for the API server alone.
+    if !audiences.contains(&own[0]) {
+        return Ok(json!({"authenticated": false, "error": "the token is not known"}));
+    }
     let request = Request::builder()
         .header(header::AUTHORIZATION, format!("Bearer {token}"))
         .body(())
         .map_err(|_error| Status::bad_request("the token has characters that no token has"))?;
     let (parts, ()) = request.into_parts();
-    for authenticator in authenticators {
+    for authenticator in authenticators.all {
         match authenticator.authenticate(&parts, None).await {
             Ok(Some(user)) => {
                 return Ok(json!({"authenticated": true, "user": user_info(&user)}));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hypernetes_identity::{Authenticator, User};
+use hypernetes_identity::{Authenticator, TokenKey, User};
 use hypernetes_streaming::PodStreams;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -17,6 +17,7 @@ use crate::{
     metrics::Metrics,
     reaper,
     service::ApiService,
+    service_accounts::ServiceAccounts,
 };
 
 /// Failure to start.
@@ -42,6 +43,7 @@ pub struct ApiServer {
 pub(crate) struct Inner {
     pub(crate) engine: Engine,
     pub(crate) authenticators: Vec<Arc<dyn Authenticator>>,
+    pub(crate) service_accounts: Option<ServiceAccounts>,
     pub(crate) streams: Option<Arc<dyn PodStreams>>,
     pub(crate) flow: Flow,
     pub(crate) metrics: Metrics,
@@ -87,9 +89,21 @@ impl ApiServer {
             engine.limits.event_life,
             shutdown.clone(),
         ));
+        let service_accounts = config.service_account_key.as_ref().map(|key| {
+            ServiceAccounts::new(
+                TokenKey::new(key),
+                engine.store.clone(),
+                engine.clock.clone(),
+            )
+        });
+        let mut authenticators = config.authenticators;
+        if let Some(accounts) = &service_accounts {
+            authenticators.push(Arc::new(accounts.clone()));
+        }
         let inner = Inner {
             engine,
-            authenticators: config.authenticators,
+            authenticators,
+            service_accounts,
             streams: config.streams,
             flow: Flow::default(),
             metrics: Metrics::new(),

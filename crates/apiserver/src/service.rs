@@ -32,7 +32,7 @@ use crate::{
     query::Query,
     rbac::Action,
     request_info::RequestInfo,
-    reviews,
+    reviews, scale,
     server::Inner,
     status::Result,
 };
@@ -265,7 +265,11 @@ impl Inner {
                 let bytes = body::read(body).await?;
                 match verb {
                     "create" if !kind.is_stored() => {
-                        reviews::serve(engine, &self.authenticators, call, &bytes).await
+                        let asked = reviews::Authenticators {
+                            all: &self.authenticators,
+                            service_accounts: self.service_accounts.as_ref(),
+                        };
+                        reviews::serve(engine, &asked, call, &bytes).await
                     }
                     "create" => engine.create(call, &bytes).await,
                     "update" => engine.update(call, Part::Main, &bytes).await,
@@ -309,6 +313,19 @@ impl Inner {
                 "patch" => engine.patch(call, part, &body::read(body).await?).await,
                 _ => Err(Status::method_not_allowed()),
             };
+        }
+        if subresource.name == "scale" {
+            let bytes = match info.verb {
+                "get" => Bytes::new(),
+                _ => body::read(body).await?,
+            };
+            return scale::serve(engine, call, &bytes).await;
+        }
+        if subresource.name == "token" {
+            let accounts = self.service_accounts.as_ref().ok_or_else(|| {
+                Status::unavailable("this API server has no key for service account tokens")
+            })?;
+            return accounts.issue(engine, call, &body::read(body).await?);
         }
         if !pods::is_pod(call.kind) {
             return Err(Status::method_not_allowed());

@@ -118,7 +118,9 @@ fn requests() -> Vec<(&'static str, String)> {
 
 /// Whether everybody who is known may do it.
 fn is_everybodys(target: &str) -> bool {
-    target.contains("/selfsubject") || target.contains("/runtimeclasses")
+    ["/selfsubject", "/runtimeclasses", "/priorityclasses"]
+        .iter()
+        .any(|part| target.contains(part))
 }
 
 async fn nothing_is_shown(client: &Client, known: bool) {

@@ -399,7 +399,7 @@ async fn the_status_is_written_apart() {
         .await
         .expect(200);
     assert_eq!(patched["status"]["phase"], "Running");
-    assert!(patched["spec"].get("priority").is_none());
+    assert_eq!(patched["spec"]["priority"], 0);
     let patched = admin
         .patch(
             &path,
@@ -679,13 +679,13 @@ async fn what_does_not_exist_is_said_so() {
     let missing = "the server could not find the requested resource";
     for path in [
         "/api/v2/pods",
-        "/apis/apps/v1/deployments",
+        "/apis/apps/v2/deployments",
         "/api/v1/namespaces/default/nothings",
         "/api/v1/namespaces/default/pods/p/nothing",
         "/api/v1/namespaces/default/nodes",
         "/api/v1/pods/p",
         "/nothing",
-        "/apis/apps",
+        "/apis/extensions",
         "/openapi/v2",
     ] {
         admin.get(path).await.refused(404, "NotFound", missing);

@@ -7,6 +7,8 @@
 //! - **Tenant** → its namespace, the network `default` in it, role bindings for its members, and
 //!   sight of the tenant itself. Deletion goes the other way and waits for each stage.
 //! - **Network**: kept until no pod is on it, then removed from the node.
+//! - **Workloads** (only where the cluster does not bring their controllers itself): ReplicaSets, Deployments,
+//!   StatefulSets, DaemonSets, Jobs, CronJobs, disruption budgets, quotas, and the garbage collector.
 //! - **Namespace**: gets the service account `default` and the authority's certificate; a deleted one is
 //!   emptied, pods first and networks last, before it goes.
 #![forbid(unsafe_code)]
@@ -17,6 +19,7 @@ mod namespace;
 mod network;
 mod objects;
 mod tenant;
+mod workloads;
 
 use std::{sync::Arc, time::Duration};
 
@@ -46,6 +49,10 @@ pub struct ControllersConfig {
     pub client: Client,
     /// Networks of the node in whose process this runs; `None` where nodes clean up themselves.
     pub networks: Option<Arc<dyn NetworkDriver>>,
+    /// The API server for the controllers of workloads, which write what tenants have asked for: its user
+    /// is in [`hypernetes_identity::WORKLOAD_CONTROLLERS`], to which the rules for tenants hold. `None` where the
+    /// cluster brings such controllers itself.
+    pub workloads: Option<Client>,
     /// Certificate of the authority, for pods that speak to the API.
     pub ca_pem: String,
 }
@@ -61,10 +68,16 @@ impl std::fmt::Debug for ControllersConfig {
 /// Runs all controllers until `stop`; what is under way then is finished.
 pub async fn run(config: ControllersConfig, stop: CancellationToken) {
     let context = Arc::new(config);
+    let workloads = async {
+        if let Some(client) = context.workloads.clone() {
+            Box::pin(workloads::run(client, &stop)).await;
+        }
+    };
     tokio::join!(
+        workloads,
         tenants(context.clone(), &stop),
         networks(context.clone(), &stop),
-        namespaces(context, &stop),
+        namespaces(context.clone(), &stop),
     );
 }
 

@@ -109,6 +109,14 @@ pub(crate) struct Debug {
 
 #[derive(Debug, Args)]
 pub(crate) struct Up {
+    /// Collector to send containers' log lines on to, as JSON lines: http://HOST:PORT/PATH or https
+    #[arg(long, value_name = "URL")]
+    pub(crate) log_forward: Option<String>,
+
+    /// File with the token that the collector is given
+    #[arg(long, value_name = "FILE", requires = "log_forward")]
+    pub(crate) log_forward_token: Option<PathBuf>,
+
     /// Let the operator run programs in pods' VMs: hypernetes debug
     #[arg(long)]
     pub(crate) allow_guest_exec: bool,

@@ -8,6 +8,7 @@ mod doctor;
 mod image;
 mod kernel;
 mod lock;
+mod logs;
 mod node;
 mod node_config;
 mod parts;

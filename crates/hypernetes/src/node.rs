@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use hypernetes_cri::{CriServer, NodeNetwork};
+use hypernetes_runtime::ship_logs;
 use hypernetes_telemetry::{VERSION, chain};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +38,7 @@ pub(crate) async fn run(paths: &Paths, options: cli::Node) -> Result<()> {
     if let Some(address) = server.metrics_address() {
         info!(%address, "metrics are served");
     }
+    let shipping = config.logs.shipping(paths)?;
     let socket = CriServer::bind(&config.socket)?;
 
     let stop = CancellationToken::new();
@@ -56,6 +58,13 @@ pub(crate) async fn run(paths: &Paths, options: cli::Node) -> Result<()> {
         admin::serve(&admin_socket, backend, token).await?;
         Ok("operator's socket")
     });
+    if let Some(shipping) = shipping {
+        let (runtime, token) = (parts.runtime.clone(), stop.clone());
+        tasks.spawn(async move {
+            ship_logs(runtime, shipping, token).await?;
+            Ok("logs' way to the collector")
+        });
+    }
     info!(socket = %config.socket.display(), "the runtime interface listens");
     terminal::line(&format!(
         "hypernetes node is up: unix://{}",

@@ -16,7 +16,10 @@ use hypernetes_types::NetworkId;
 use ipnet::{IpNet, Ipv4Net};
 use serde::Deserialize;
 
-use crate::parts::{CNI_NETWORK, CniOptions, HostPodsOptions, PartsOptions};
+use crate::{
+    logs::LogOptions,
+    parts::{CNI_NETWORK, CniOptions, HostPodsOptions, PartsOptions},
+};
 
 /// All settings with their defaults and what they mean.
 pub(crate) const DEFAULT: &str = include_str!("node.yaml");
@@ -39,6 +42,7 @@ pub(crate) struct NodeConfig {
     uid_base: u32,
     templates: usize,
     host_handler: Host,
+    pub(crate) logs: LogOptions,
     debug: Debug,
     hyperstart: PathBuf,
     kernel_dir: PathBuf,
@@ -212,6 +216,7 @@ impl Default for NodeConfig {
             uid_base: 0x7000_0000,
             templates: TemplateConfig::default().most,
             host_handler: Host::default(),
+            logs: LogOptions::default(),
             debug: Debug::default(),
             hyperstart: PathBuf::new(),
             kernel_dir: PathBuf::new(),
@@ -271,6 +276,7 @@ impl NodeConfig {
             true => serde_saphyr::from_str(text)?,
             false => Self::default(),
         };
+        config.logs.check()?;
         for path in [&config.socket, &config.kubelet_dir, &config.run_dir]
             .into_iter()
             .chain(&config.host_paths.copied)

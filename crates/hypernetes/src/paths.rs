@@ -43,6 +43,11 @@ impl Paths {
     }
 
     /// The operator's socket to the running daemon.
+    /// How far containers' logs were sent on.
+    pub(crate) fn log_cursors(&self) -> PathBuf {
+        self.state.join("log-cursors")
+    }
+
     pub(crate) fn admin_socket(&self) -> PathBuf {
         self.state.join("admin.sock")
     }

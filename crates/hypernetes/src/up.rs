@@ -14,8 +14,9 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use hypernetes_apiserver::{ApiServer, ApiServerConfig, tls_config};
 use hypernetes_controllers::ControllersConfig;
-use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User};
+use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User, WORKLOAD_CONTROLLERS};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
+use hypernetes_runtime::ship_logs;
 use hypernetes_telemetry::{VERSION, chain};
 use tokio::{
     net::TcpListener,
@@ -29,6 +30,7 @@ use crate::{
     admin,
     cli::Up,
     lock::StateLock,
+    logs::LogOptions,
     parts::{HostPodsOptions, Parts, PartsOptions},
     paths::Paths,
     terminal,
@@ -97,6 +99,11 @@ impl Node {
         config.streams = Some(Nodelet::streams_of(self.parts.runtime.clone()));
         config.node_name = Some(node_name.clone());
         config.server_address = address.to_string();
+        config.service_account_key = Some(
+            self.authority
+                .service_account_key()
+                .context("cannot open the key of service account tokens")?,
+        );
         let server = ApiServer::new(config)
             .await
             .context("cannot start the API server")?;
@@ -120,6 +127,13 @@ impl Node {
         let controllers = ControllersConfig {
             client: client("system:hypernetes-controllers"),
             networks: Some(self.parts.networks.clone()),
+            workloads: Some(kube::Client::new(
+                server.service_as(User::authenticated(
+                    "system:hypernetes-workload-controllers",
+                    [WORKLOAD_CONTROLLERS.to_owned()],
+                )),
+                "default",
+            )),
             ca_pem: self.authority.certificate_pem().to_owned(),
         };
         let token = stop.clone();
@@ -156,6 +170,18 @@ impl Node {
             admin::serve(&socket, backend, token).await?;
             Ok("operator's socket")
         });
+
+        let logs = LogOptions {
+            forward: options.log_forward.clone(),
+            token_file: options.log_forward_token.clone(),
+        };
+        if let Some(shipping) = logs.shipping(paths)? {
+            let (runtime, token) = (self.parts.runtime.clone(), stop.clone());
+            parts.spawn(async move {
+                ship_logs(runtime, shipping, token).await?;
+                Ok("logs' way to the collector")
+            });
+        }
 
         self.write_admin_kubeconfig(&paths.admin_kubeconfig(), address)?;
         info!(%address, node = node_name, "the API server listens");

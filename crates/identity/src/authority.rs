@@ -104,6 +104,20 @@ pub struct SigningKey {
     pub public: Vec<u8>,
 }
 
+impl SigningKey {
+    /// A new key that is kept nowhere: what it has signed is worth nothing after a restart.
+    ///
+    /// # Errors
+    /// If there is no randomness.
+    pub fn ephemeral() -> Result<Self, AuthorityError> {
+        let pair = KeyPair::generate().map_err(|e| issue("the token key", e))?;
+        Ok(Self {
+            pkcs8: pair.serialize_der(),
+            public: pair.public_key_raw().to_vec(),
+        })
+    }
+}
+
 impl std::fmt::Debug for SigningKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SigningKey").finish_non_exhaustive()

@@ -12,6 +12,7 @@ mod authority;
 mod certificate;
 mod files;
 mod kubeconfig;
+mod service_account;
 mod user;
 
 pub use authenticator::{
@@ -21,7 +22,10 @@ pub use authority::{Authority, AuthorityError, Credentials, SigningKey};
 pub use certificate::{CertificateError, user_of_certificate};
 pub use files::{FileError, write_private};
 pub use kubeconfig::Kubeconfig;
+pub use service_account::{
+    BoundObject, KubernetesClaims, SERVICE_ACCOUNT_ISSUER, TokenClaims, TokenError, TokenKey,
+};
 pub use user::{
-    ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, ANONYMOUS, MASTERS, TenantRole, User, tenant_group,
-    tenant_of_group,
+    ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, ANONYMOUS, MASTERS, TenantRole, User,
+    WORKLOAD_CONTROLLERS, tenant_group, tenant_of_group,
 };

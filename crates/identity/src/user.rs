@@ -13,6 +13,10 @@ pub const ANONYMOUS: &str = "system:anonymous";
 /// Group that may do everything, whatever roles exist.
 pub const MASTERS: &str = "system:masters";
 
+/// Group of the controllers that write what tenants have asked for. It may do everything that roles
+/// can give, and the rules for tenants' objects hold for it.
+pub const WORKLOAD_CONTROLLERS: &str = "system:hypernetes:workload-controllers";
+
 /// Somebody who calls the API.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct User {

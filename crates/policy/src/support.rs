@@ -86,16 +86,8 @@ const POD: &[(&str, Support)] = &[
         No("is not supported by this node: the VM's overhead is added by itself"),
     ),
     ("preemptionPolicy", Yes),
-    (
-        "priority",
-        Rule(|value| {
-            (*value != 0).then(|| "priorities are not supported: leave it unset".to_owned())
-        }),
-    ),
-    (
-        "priorityClassName",
-        No("priorities are not supported: leave it unset"),
-    ),
+    ("priority", Yes),
+    ("priorityClassName", Yes),
     (
         "readinessGates",
         No("readiness gates are not supported by this node"),

@@ -55,6 +55,7 @@ pub use error::RuntimeError;
 pub use figures::{NodeFigures, StartFigures};
 pub use host::*;
 pub use identity::{check_sandbox, network_request};
+pub use logs::ship::{LogShipping, ship_logs};
 pub use node::NodeRuntime;
 pub use ports::{Images, Kernels};
 pub use process::{FirstProcess, first_process, signal_number};

@@ -10,3 +10,4 @@ pub(crate) mod fanout;
 pub(crate) mod file;
 pub(crate) mod format;
 pub(crate) mod pump;
+pub(crate) mod ship;

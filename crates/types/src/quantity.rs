@@ -37,6 +37,32 @@ impl Quantity {
     }
 }
 
+impl std::ops::Add for Quantity {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            nano: self.nano.saturating_add(other.nano),
+        }
+    }
+}
+
+impl std::ops::Sub for Quantity {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self {
+            nano: self.nano.saturating_sub(other.nano),
+        }
+    }
+}
+
+impl std::iter::Sum for Quantity {
+    fn sum<I: Iterator<Item = Self>>(amounts: I) -> Self {
+        amounts.fold(Self::default(), std::ops::Add::add)
+    }
+}
+
 fn div_up(value: i128, by: i128) -> i128 {
     let floor = value.div_euclid(by);
     if value.rem_euclid(by) == 0 {

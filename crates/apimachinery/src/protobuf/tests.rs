@@ -601,10 +601,10 @@ fn every_stored_kubernetes_kind_has_a_table() {
 #[test]
 fn what_is_not_served_or_not_protobuf_is_refused() {
     assert_eq!(decode(b"{}"), Err(ProtobufError::Magic));
-    let error = decode(&body("apps/v1", "Deployment", &core::Pod::default())).unwrap_err();
+    let error = decode(&body("apps/v2", "Deployment", &core::Pod::default())).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "no kind \"Deployment\" is registered for version \"apps/v1\""
+        "no kind \"Deployment\" is registered for version \"apps/v2\""
     );
 }
 

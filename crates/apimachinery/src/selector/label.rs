@@ -34,6 +34,37 @@ enum Operator {
     LessThan,
 }
 
+/// The form that `labelSelector` in a query takes, sorted by key as upstream prints it.
+impl std::fmt::Display for LabelSelector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut texts: Vec<(&str, String)> = self
+            .requirements
+            .iter()
+            .map(|requirement| (requirement.key.as_str(), requirement.text()))
+            .collect();
+        texts.sort();
+        let texts: Vec<String> = texts.into_iter().map(|(_, text)| text).collect();
+        f.write_str(&texts.join(","))
+    }
+}
+
+impl Requirement {
+    fn text(&self) -> String {
+        let key = &self.key;
+        let mut values: Vec<&str> = self.values.iter().map(String::as_str).collect();
+        values.sort_unstable();
+        match (self.operator, values.as_slice()) {
+            (Operator::Exists, _) => key.clone(),
+            (Operator::DoesNotExist, _) => format!("!{key}"),
+            (Operator::In, [only]) => format!("{key}={only}"),
+            (Operator::In, _) => format!("{key} in ({})", values.join(",")),
+            (Operator::NotIn, _) => format!("{key} notin ({})", values.join(",")),
+            (Operator::GreaterThan, _) => format!("{key}>{}", values.join(",")),
+            (Operator::LessThan, _) => format!("{key}<{}", values.join(",")),
+        }
+    }
+}
+
 impl LabelSelector {
     /// Parses `a=b,c!=d,e in (f,g),h notin (i),j,!k,l>1`.
     ///

@@ -5,9 +5,9 @@ use serde_json::{Map, Value};
 
 use crate::{kinds::ResourceKind, meta};
 
-use super::{Column, age, age::since, or, pod, text};
+use super::{Column, age, age::since, or, pod, text, workloads};
 
-const fn column(
+pub(super) const fn column(
     name: &'static str,
     kind: &'static str,
     priority: u8,
@@ -22,22 +22,22 @@ const fn column(
     }
 }
 
-const fn string(name: &'static str, cell: fn(&Value, Timestamp) -> Value) -> Column {
+pub(super) const fn string(name: &'static str, cell: fn(&Value, Timestamp) -> Value) -> Column {
     column(name, "string", 0, cell)
 }
 
-const fn wide(name: &'static str, cell: fn(&Value, Timestamp) -> Value) -> Column {
+pub(super) const fn wide(name: &'static str, cell: fn(&Value, Timestamp) -> Value) -> Column {
     column(name, "string", 1, cell)
 }
 
-const NAME: Column = Column {
+pub(super) const NAME: Column = Column {
     name: "Name",
     kind: "string",
     format: "name",
     priority: 0,
     cell: |object, _| meta::name(object).unwrap_or_default().into(),
 };
-const AGE: Column = string("Age", |object, now| age(object, now).into());
+pub(super) const AGE: Column = string("Age", |object, now| age(object, now).into());
 
 /// The columns of a kind.
 pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
@@ -55,7 +55,7 @@ pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => BINDINGS,
         ("hypernetes.io", "Tenant") => TENANTS,
         ("hypernetes.io", "Network") => NETWORKS,
-        _ => OTHERS,
+        _ => workloads::of(kind).unwrap_or(OTHERS),
     }
 }
 

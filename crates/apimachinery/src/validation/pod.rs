@@ -9,14 +9,17 @@ use crate::meta::rules;
 use super::{ErrorKind, Found, Path, container, items, meta, text, volume};
 
 pub(super) fn validate(pod: &Value, found: &mut Found) {
-    let spec = &pod["spec"];
-    let path = Path::root("spec");
+    validate_spec(&pod["spec"], &Path::root("spec"), found);
+}
+
+/// The spec of a pod, or of a template for pods.
+pub(super) fn validate_spec(spec: &Value, path: &Path, found: &mut Found) {
     if !spec.is_object() {
         found.required(&path.field("containers"), "");
         return;
     }
     let volumes = volume::validate(&spec["volumes"], &path.field("volumes"), found);
-    containers(spec, &path, &volumes, found);
+    containers(spec, path, &volumes, found);
 
     found.one_of(
         &path.field("restartPolicy"),
@@ -25,7 +28,7 @@ pub(super) fn validate(pod: &Value, found: &mut Found) {
     );
     let policies = ["ClusterFirstWithHostNet", "ClusterFirst", "Default", "None"];
     found.one_of(&path.field("dnsPolicy"), &spec["dnsPolicy"], &policies);
-    dns_config(spec, &path, found);
+    dns_config(spec, path, found);
     found.not_negative(
         &path.field("terminationGracePeriodSeconds"),
         &spec["terminationGracePeriodSeconds"],

@@ -205,6 +205,7 @@ impl Engine {
         if let Some(changed) = outcome.object {
             *object = changed;
         }
+        self.bound_create(call, object)?;
         if call.kind.kind == "Pod" {
             check_supported(object)?;
         }
@@ -227,6 +228,7 @@ impl Engine {
         if let Some(changed) = outcome.object {
             *object = changed;
         }
+        self.bound_update(call, object, old)?;
         Ok(outcome.warnings)
     }
 

@@ -128,6 +128,7 @@ impl Engine {
                 ));
             }
             self.check_escalation(call, &object, None)?;
+            let charge = self.charge(call, &object, None)?;
             let key = keys::object(kind, namespace, &name);
             if dry_run {
                 if self.store.get(&key).is_some() {
@@ -149,7 +150,9 @@ impl Engine {
                 // The namespace has not begun to end meanwhile: nothing is left behind in it.
                 compares.push(Compare::ModRevision(home.key, home.mod_revision));
             }
-            let ops = vec![Op::Put(key.clone(), encoded.to_store_value())];
+            let mut ops = vec![Op::Put(key.clone(), encoded.to_store_value())];
+            compares.extend(charge.compares);
+            ops.extend(charge.ops);
             match self.store.txn(compares, ops, Self::durability(kind)).await {
                 Ok(revision) => {
                     let object = codec::decode(&encoded.with_revision(revision));

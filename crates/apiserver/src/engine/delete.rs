@@ -25,6 +25,9 @@ use crate::{
 };
 
 const ATTEMPTS: usize = 100;
+/// Finalizers that the garbage collector takes off when it has done what they stand for.
+const FOREGROUND: &str = "foregroundDeletion";
+const ORPHAN: &str = "orphan";
 /// A pod's grace period if its spec does not say.
 const POD_GRACE: i64 = 30;
 
@@ -35,6 +38,19 @@ pub(crate) struct DeleteOptions {
     pub(crate) uid: Option<String>,
     pub(crate) revision: Option<String>,
     pub(crate) dry_run: bool,
+    /// What is to become of dependents; `None`: what the finalizers and the kind say.
+    pub(crate) propagation: Option<Propagation>,
+}
+
+/// What is to become of an object's dependents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Propagation {
+    /// The garbage collector deletes them afterwards.
+    Background,
+    /// They are deleted first.
+    Foreground,
+    /// They lose their owner and stay.
+    Orphan,
 }
 
 /// What became of an object.
@@ -84,8 +100,10 @@ impl DeleteOptions {
             uid: text(&value["preconditions"]["uid"]),
             revision: text(&value["preconditions"]["resourceVersion"]),
             dry_run: dry_run(dry)?,
+            propagation: None,
         };
-        options.checked(value["propagationPolicy"].as_str())
+        let orphan = value["orphanDependents"].as_bool();
+        options.checked(value["propagationPolicy"].as_str(), orphan)
     }
 
     fn of_query(query: &Query) -> Result<Self> {
@@ -96,21 +114,38 @@ impl DeleteOptions {
             dry_run: dry_run(query.all("dryRun"))?,
             ..Self::default()
         };
-        options.checked(query.text("propagationPolicy"))
+        let orphan = query
+            .text("orphanDependents")
+            .map(|_| query.flag("orphanDependents"));
+        options.checked(query.text("propagationPolicy"), orphan)
     }
 
-    fn checked(self, policy: Option<&str>) -> Result<Self> {
+    fn checked(mut self, policy: Option<&str>, orphan: Option<bool>) -> Result<Self> {
         if self.grace_seconds.is_some_and(|grace| grace < 0) {
             return Err(Status::bad_request(
                 "gracePeriodSeconds must not be negative",
             ));
         }
-        match policy {
-            None | Some("" | "Background" | "Foreground" | "Orphan") => Ok(self),
-            Some(other) => Err(Status::bad_request(format!(
-                "invalid propagationPolicy {other:?}"
-            ))),
-        }
+        self.propagation = match (policy, orphan) {
+            (None | Some(""), None) => None,
+            (None | Some(""), Some(true)) => Some(Propagation::Orphan),
+            (None | Some(""), Some(false)) | (Some("Background"), None) => {
+                Some(Propagation::Background)
+            }
+            (Some("Foreground"), None) => Some(Propagation::Foreground),
+            (Some("Orphan"), None) => Some(Propagation::Orphan),
+            (Some(_), Some(_)) => {
+                return Err(Status::bad_request(
+                    "orphanDependents and deletionPropagation cannot be both set",
+                ));
+            }
+            (Some(other), None) => {
+                return Err(Status::bad_request(format!(
+                    "invalid propagationPolicy {other:?}"
+                )));
+            }
+        };
+        Ok(self)
     }
 }
 
@@ -234,14 +269,29 @@ impl Engine {
             0
         };
         let mut next = object.clone();
+        match options.propagation {
+            None => {}
+            Some(policy) => {
+                for (finalizer, own) in [
+                    (FOREGROUND, Propagation::Foreground),
+                    (ORPHAN, Propagation::Orphan),
+                ] {
+                    if policy == own {
+                        meta::add_finalizer(&mut next, finalizer);
+                    } else {
+                        meta::remove_finalizer(&mut next, finalizer);
+                    }
+                }
+            }
+        }
         if let Some(since) = meta::deletion_timestamp(object) {
             let current = meta::deletion_grace_seconds(object).unwrap_or(0);
-            if strategy::is_finished(kind, object) {
+            if strategy::is_finished(kind, &next) {
                 return Some(next);
             }
             // A period can only be shortened, and only if the caller asks for it.
             if options.grace_seconds.is_none() || grace >= current {
-                return None;
+                return (next != *object).then_some(next);
             }
             let end = since - SignedDuration::from_secs(current - grace);
             meta::set(&mut next, "deletionTimestamp", meta::format_time(end));

@@ -6,15 +6,18 @@
 
 mod admission;
 mod apply;
+mod bounds;
 mod create;
 mod decode;
 mod delete;
+mod eviction;
 mod managers;
 mod options;
 mod read;
 mod strategy;
 mod update;
 mod watch;
+mod workloads;
 
 use std::{sync::Arc, time::Duration};
 

@@ -5,6 +5,7 @@ use hypernetes_apimachinery::{ResourceKind, kinds, meta};
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
+use super::workloads;
 use crate::events;
 
 /// Fields of metadata that only the server sets.
@@ -42,7 +43,12 @@ pub(crate) fn has_status(kind: &ResourceKind) -> bool {
 }
 
 fn has_generation(kind: &ResourceKind) -> bool {
-    kinds::is_custom(kind) || has_status(kind) && !matches!(kind.kind, "Namespace" | "Node")
+    kinds::is_custom(kind)
+        || has_status(kind)
+            && !matches!(
+                kind.kind,
+                "Namespace" | "Node" | "ResourceQuota" | "HorizontalPodAutoscaler"
+            )
 }
 
 /// Whether `PUT` makes an object that is not there.
@@ -90,6 +96,7 @@ pub(crate) fn prepare_create(kind: &ResourceKind, object: &mut Value, now: Times
 
 /// What follows from an object's defaulted fields.
 pub(crate) fn finish_create(kind: &ResourceKind, object: &mut Value) {
+    workloads::finish_create(kind, object);
     if kind.kind == "Pod" {
         object["status"]["qosClass"] = quality_of_service(&object["spec"]).into();
     }

@@ -16,7 +16,9 @@ use hypernetes_store::{Compare, Entry, Op};
 use serde_json::Value;
 
 use super::{
-    Call, Engine, Written, conflict_of, decode, managers, modified, revision_of,
+    Call, Engine, Written,
+    bounds::Charge,
+    conflict_of, decode, managers, modified, revision_of,
     strategy::{self, Part},
 };
 use crate::{
@@ -261,6 +263,10 @@ impl Engine {
             ));
         }
         self.check_escalation(call, &new, Some(&old))?;
+        let charge = match part {
+            Part::Status | Part::Finalize => Charge::default(),
+            _ => self.charge(call, &new, Some(&old))?,
+        };
         if dry_run {
             return Ok(Some(Written {
                 code: 200,
@@ -275,12 +281,11 @@ impl Engine {
         } else {
             Op::Put(key.clone(), encoded.to_store_value())
         };
-        let compares = vec![Compare::ModRevision(key, entry.mod_revision)];
-        match self
-            .store
-            .txn(compares, vec![op], Self::durability(kind))
-            .await
-        {
+        let mut compares = vec![Compare::ModRevision(key, entry.mod_revision)];
+        let mut ops = vec![op];
+        compares.extend(charge.compares);
+        ops.extend(charge.ops);
+        match self.store.txn(compares, ops, Self::durability(kind)).await {
             Ok(revision) => {
                 let object = codec::decode(&encoded.with_revision(revision));
                 Ok(Some(Written {

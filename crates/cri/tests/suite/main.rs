@@ -15,3 +15,4 @@ mod crashes;
 mod cycles;
 mod guests;
 mod huge_pages;
+mod shipping;

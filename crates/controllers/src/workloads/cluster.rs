@@ -1,0 +1,365 @@
+//! The API as the workload controllers use it: objects as JSON, read afresh at every step.
+//!
+//! A list from the API server is of one moment and newer than every write that it has
+//! acknowledged: nothing need be expected that was written before, and a restart loses nothing.
+
+use hypernetes_apimachinery::meta;
+use jiff::Timestamp;
+use kube::Client;
+use serde_json::{Value, json};
+
+use crate::error::{ReconcileError, code};
+
+/// A kind, as paths name it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Kind {
+    pub(crate) group: String,
+    pub(crate) version: String,
+    pub(crate) kind: String,
+    pub(crate) plural: String,
+    pub(crate) namespaced: bool,
+}
+
+impl Kind {
+    pub(crate) fn new(group: &str, version: &str, kind: &str, plural: &str) -> Self {
+        Self {
+            group: group.into(),
+            version: version.into(),
+            kind: kind.into(),
+            plural: plural.into(),
+            namespaced: true,
+        }
+    }
+
+    pub(crate) fn api_version(&self) -> String {
+        if self.group.is_empty() {
+            self.version.clone()
+        } else {
+            format!("{}/{}", self.group, self.version)
+        }
+    }
+
+    pub(crate) fn resource(&self) -> kube::api::ApiResource {
+        kube::api::ApiResource {
+            group: self.group.clone(),
+            version: self.version.clone(),
+            api_version: self.api_version(),
+            kind: self.kind.clone(),
+            plural: self.plural.clone(),
+        }
+    }
+
+    fn path(&self, namespace: &str, name: &str) -> String {
+        let mut path = if self.group.is_empty() {
+            format!("/api/{}", self.version)
+        } else {
+            format!("/apis/{}/{}", self.group, self.version)
+        };
+        if self.namespaced && !namespace.is_empty() {
+            path.push_str(&format!("/namespaces/{namespace}"));
+        }
+        path.push('/');
+        path.push_str(&self.plural);
+        if !name.is_empty() {
+            path.push('/');
+            path.push_str(name);
+        }
+        path
+    }
+}
+
+pub(crate) fn pods() -> Kind {
+    Kind::new("", "v1", "Pod", "pods")
+}
+pub(crate) fn replica_sets() -> Kind {
+    Kind::new("apps", "v1", "ReplicaSet", "replicasets")
+}
+pub(crate) fn deployments() -> Kind {
+    Kind::new("apps", "v1", "Deployment", "deployments")
+}
+pub(crate) fn stateful_sets() -> Kind {
+    Kind::new("apps", "v1", "StatefulSet", "statefulsets")
+}
+pub(crate) fn daemon_sets() -> Kind {
+    Kind::new("apps", "v1", "DaemonSet", "daemonsets")
+}
+pub(crate) fn revisions() -> Kind {
+    Kind::new("apps", "v1", "ControllerRevision", "controllerrevisions")
+}
+pub(crate) fn jobs() -> Kind {
+    Kind::new("batch", "v1", "Job", "jobs")
+}
+pub(crate) fn cron_jobs() -> Kind {
+    Kind::new("batch", "v1", "CronJob", "cronjobs")
+}
+pub(crate) fn budgets() -> Kind {
+    Kind::new(
+        "policy",
+        "v1",
+        "PodDisruptionBudget",
+        "poddisruptionbudgets",
+    )
+}
+pub(crate) fn quotas() -> Kind {
+    Kind::new("", "v1", "ResourceQuota", "resourcequotas")
+}
+pub(crate) fn nodes() -> Kind {
+    Kind {
+        namespaced: false,
+        ..Kind::new("", "v1", "Node", "nodes")
+    }
+}
+fn events() -> Kind {
+    Kind::new("", "v1", "Event", "events")
+}
+
+type Done<T> = Result<T, ReconcileError>;
+
+/// How dependents are deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Propagation {
+    Background,
+    Foreground,
+}
+
+/// The API server.
+#[derive(Clone)]
+pub(crate) struct Cluster {
+    client: Client,
+}
+
+impl Cluster {
+    pub(crate) fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    async fn send(
+        &self,
+        method: &str,
+        path: &str,
+        media_type: &str,
+        body: Option<&Value>,
+        action: &str,
+    ) -> Done<Value> {
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let request = http::Request::builder()
+            .method(method)
+            .uri(path)
+            .header("content-type", media_type)
+            .body(body.into_bytes())
+            .map_err(|error| ReconcileError::Invalid {
+                field: "path",
+                rule: error.to_string(),
+            })?;
+        self.client
+            .request::<Value>(request)
+            .await
+            .map_err(ReconcileError::api(format!("{action} {path}")))
+    }
+
+    /// What a path answers.
+    pub(crate) async fn read(&self, path: &str) -> Done<Value> {
+        self.send("GET", path, "application/json", None, "read")
+            .await
+    }
+
+    pub(crate) async fn get(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        name: &str,
+    ) -> Done<Option<Value>> {
+        match self.read(&kind.path(namespace, name)).await {
+            Ok(object) => Ok(Some(object)),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All objects of a kind, in a namespace or (empty) in all.
+    pub(crate) async fn list(&self, kind: &Kind, namespace: &str) -> Done<Vec<Value>> {
+        let mut list = self.read(&kind.path(namespace, "")).await?;
+        let Value::Array(mut items) = list["items"].take() else {
+            return Ok(Vec::new());
+        };
+        // Lists leave out what is the same of all.
+        for item in &mut items {
+            item["apiVersion"] = kind.api_version().into();
+            item["kind"] = kind.kind.as_str().into();
+        }
+        Ok(items)
+    }
+
+    pub(crate) async fn create(&self, kind: &Kind, namespace: &str, object: &Value) -> Done<Value> {
+        let path = kind.path(namespace, "");
+        self.send("POST", &path, "application/json", Some(object), "create in")
+            .await
+    }
+
+    /// Replaces an object as it was read: a conflict if it has changed since.
+    pub(crate) async fn update(&self, kind: &Kind, object: &Value) -> Done<Value> {
+        let path = kind.path(namespace(object), name(object));
+        self.send("PUT", &path, "application/json", Some(object), "update")
+            .await
+    }
+
+    /// Replaces an object's status, if it is another one than before. A conflict if the object has
+    /// changed since it was read.
+    pub(crate) async fn update_status(
+        &self,
+        kind: &Kind,
+        object: &Value,
+        status: Value,
+    ) -> Done<()> {
+        if object["status"] == status {
+            return Ok(());
+        }
+        let mut object = object.clone();
+        object["status"] = status;
+        let path = format!("{}/status", kind.path(namespace(&object), name(&object)));
+        self.send("PUT", &path, "application/json", Some(&object), "update")
+            .await
+            .map(|_| ())
+    }
+
+    /// A merge patch; `None` if the object is not there.
+    pub(crate) async fn patch(
+        &self,
+        kind: &Kind,
+        object: (&str, &str),
+        subresource: &str,
+        patch: &Value,
+    ) -> Done<Option<Value>> {
+        let mut path = kind.path(object.0, object.1);
+        if !subresource.is_empty() {
+            path.push('/');
+            path.push_str(subresource);
+        }
+        let media_type = "application/merge-patch+json";
+        match self
+            .send("PATCH", &path, media_type, Some(patch), "patch")
+            .await
+        {
+            Ok(object) => Ok(Some(object)),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes this object and no later one of its name.
+    pub(crate) async fn delete(
+        &self,
+        kind: &Kind,
+        object: &Value,
+        propagation: Option<Propagation>,
+    ) -> Done<()> {
+        let mut options = json!({"kind": "DeleteOptions", "apiVersion": "v1",
+            "preconditions": {"uid": meta::uid(object)}});
+        if let Some(propagation) = propagation {
+            options["propagationPolicy"] = format!("{propagation:?}").into();
+        }
+        let path = kind.path(namespace(object), name(object));
+        match self
+            .send(
+                "DELETE",
+                &path,
+                "application/json",
+                Some(&options),
+                "delete",
+            )
+            .await
+        {
+            Ok(_) => Ok(()),
+            // Gone, or another one by now.
+            Err(error) if error.is_not_found() || error.is_conflict() => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes this object without waiting for anybody.
+    pub(crate) async fn delete_now(&self, kind: &Kind, object: &Value) -> Done<()> {
+        let options = json!({"kind": "DeleteOptions", "apiVersion": "v1",
+            "gracePeriodSeconds": 0, "preconditions": {"uid": meta::uid(object)}});
+        let path = kind.path(namespace(object), name(object));
+        match self
+            .send(
+                "DELETE",
+                &path,
+                "application/json",
+                Some(&options),
+                "delete",
+            )
+            .await
+        {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_not_found() || error.is_conflict() => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Tells users what happened to an object. That it cannot be told stops nothing.
+    pub(crate) async fn event(&self, object: &Value, kind: &str, reason: &str, message: &str) {
+        let namespace = match namespace(object) {
+            "" => "default",
+            namespace => namespace,
+        };
+        let now = meta::format_time(Timestamp::now());
+        let event = json!({
+            "apiVersion": "v1", "kind": "Event",
+            "metadata": {"generateName": format!("{}.", name(object)), "namespace": namespace},
+            "involvedObject": {
+                "apiVersion": object["apiVersion"], "kind": object["kind"],
+                "namespace": object["metadata"]["namespace"], "name": object["metadata"]["name"],
+                "uid": object["metadata"]["uid"],
+                "resourceVersion": object["metadata"]["resourceVersion"],
+            },
+            "type": kind, "reason": reason, "message": message, "count": 1,
+            "firstTimestamp": now, "lastTimestamp": now,
+            "source": {"component": "hypernetes-controllers"},
+            "reportingComponent": "hypernetes-controllers", "reportingInstance": "",
+        });
+        if let Err(error) = self.create(&events(), namespace, &event).await {
+            tracing::debug!(error = %hypernetes_telemetry::chain(&error), "an event is lost");
+        }
+    }
+}
+
+pub(crate) fn name(object: &Value) -> &str {
+    meta::name(object).unwrap_or_default()
+}
+
+pub(crate) fn namespace(object: &Value) -> &str {
+    meta::namespace(object).unwrap_or_default()
+}
+
+pub(crate) fn uid(object: &Value) -> &str {
+    meta::uid(object).unwrap_or_default()
+}
+
+impl ReconcileError {
+    /// There is no such object.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Api { source, .. } if code(source) == Some(404))
+    }
+
+    /// There is one of that name.
+    pub(crate) fn is_already_exists(&self) -> bool {
+        matches!(self, Self::Api { source, .. }
+            if matches!(source.as_ref(), kube::Error::Api(status) if status.reason == "AlreadyExists"))
+    }
+
+    /// What the API server said, or what went wrong before it could.
+    pub(crate) fn said(&self) -> String {
+        match self {
+            Self::Api { source, .. } => match source.as_ref() {
+                kube::Error::Api(status) => status.message.clone(),
+                other => other.to_string(),
+            },
+            other => other.to_string(),
+        }
+    }
+}
