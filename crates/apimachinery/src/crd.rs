@@ -12,12 +12,15 @@ mod compiled;
 mod complete;
 mod intern;
 pub mod names;
+mod own;
 mod publish;
 mod structural;
 mod validate;
 
 pub use check::{prepare, validate_definition, validate_definition_update};
 pub use compiled::{CustomKind, ScalePaths};
+pub(crate) use own::own_kind;
+pub use own::{own_definitions, own_kinds};
 pub use publish::{PublishedKind, document};
 
 #[cfg(test)]

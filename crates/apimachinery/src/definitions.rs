@@ -1,4 +1,4 @@
-//! Kubernetes' OpenAPI definitions, embedded, and those of this project's kinds.
+//! Kubernetes' OpenAPI definitions, embedded.
 //!
 //! Parsed once, at first use, into a compact form without descriptions; the OpenAPI documents take
 //! the descriptions from the embedded text when they are made.
@@ -12,7 +12,6 @@ use crate::kinds::{ResourceKind, split_api_version};
 
 static KUBERNETES: &[u8] = include_bytes!("../data/definitions.json.gz");
 static EXTENSIONS: &[u8] = include_bytes!("../data/extensions.json.gz");
-static HYPERNETES: &str = include_str!("../data/hypernetes.json");
 
 /// What a value may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,9 +231,6 @@ pub(crate) fn raw() -> Map<String, Value> {
             serde_json::from_str(&text).expect("the embedded definitions are JSON, a test checks");
         all.extend(some);
     }
-    let ours: Map<String, Value> =
-        serde_json::from_str(HYPERNETES).expect("the embedded definitions are JSON, a test checks");
-    all.extend(ours);
     all
 }
 

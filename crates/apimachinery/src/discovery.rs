@@ -227,7 +227,8 @@ mod tests {
 
     #[test]
     fn groups_name_their_preferred_version() {
-        let group = api_group("hypernetes.io", &[]).unwrap();
+        let own: Vec<_> = crate::crd::own_kinds().iter().map(|k| k.kind).collect();
+        let group = api_group("hypernetes.io", &own).unwrap();
         assert_eq!(
             group["preferredVersion"]["groupVersion"],
             "hypernetes.io/v1alpha1"

@@ -172,7 +172,6 @@ const fn review(
 const RBAC: &str = "rbac.authorization.k8s.io";
 const AUTHZ: &str = "authorization.k8s.io";
 const AUTHN: &str = "authentication.k8s.io";
-const OURS: &str = hypernetes_types::kinds::GROUP;
 
 static KINDS: &[ResourceKind] = &[
     ResourceKind {
@@ -332,20 +331,6 @@ static KINDS: &[ResourceKind] = &[
         ..kind(RBAC, "v1", "Role", "roles", "role")
     },
     workloads::PRIORITY_CLASSES,
-    ResourceKind {
-        short_names: &["hnet"],
-        categories: &["hypernetes"],
-        subresources: &[sub("status", "Network", STATUS)],
-        ..kind(OURS, "v1alpha1", "Network", "networks", "network")
-    },
-    ResourceKind {
-        short_names: &["tn"],
-        categories: &["hypernetes"],
-        namespaced: false,
-        subresources: &[sub("status", "Tenant", STATUS)],
-        name_rule: NameRule::Label,
-        ..kind(OURS, "v1alpha1", "Tenant", "tenants", "tenant")
-    },
 ];
 
 /// All served kinds, sorted by group and resource within the order of groups.
@@ -365,11 +350,12 @@ pub fn is_custom(kind: &ResourceKind) -> bool {
     !KINDS.iter().any(|known| std::ptr::eq(known, kind))
 }
 
-/// The kind of an object.
+/// The kind of an object: of the table, or of this project's own definitions.
 pub fn by_kind(group: &str, version: &str, kind: &str) -> Option<&'static ResourceKind> {
     KINDS
         .iter()
         .find(|k| k.group == group && k.version == version && k.kind == kind)
+        .or_else(|| crate::crd::own_kind(group, version, kind))
 }
 
 /// The kind of an object by its `apiVersion` and `kind`.

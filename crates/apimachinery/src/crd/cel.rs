@@ -7,8 +7,8 @@
 use std::fmt;
 
 use kube_cel::{
-    CompiledSchema, RootContext, ScopeContext, Validator, WarningKind, cel::common::ast::Expr,
-    check_rule_scope, compile_schema, estimate_rule_cost,
+    CompiledSchema, RootContext, Validator, WarningKind, cel::common::ast::Expr, compile_schema,
+    estimate_rule_cost,
 };
 use serde_json::Value;
 
@@ -21,6 +21,8 @@ use crate::validation::{ErrorKind, FieldError};
 const KEY: &str = "x-kubernetes-validations";
 /// Longest rule.
 const MAX_LENGTH: usize = 8192;
+/// Longest message of the parser that is passed on.
+const MAX_MESSAGE: usize = 300;
 /// Deepest expression: evaluation goes down with it.
 const MAX_DEPTH: usize = 64;
 /// Most map literals, whose depth is not looked at.
@@ -158,6 +160,82 @@ fn size_of(expr: &Expr) -> Size {
     out
 }
 
+/// Names that stand for something in every rule: variables, types, and what functions belong to.
+const KNOWN: [&str; 33] = [
+    "self",
+    "oldSelf",
+    "apiVersion",
+    "apiGroup",
+    "kind",
+    "bool",
+    "bytes",
+    "double",
+    "duration",
+    "dyn",
+    "int",
+    "list",
+    "map",
+    "null_type",
+    "string",
+    "timestamp",
+    "type",
+    "uint",
+    "base64",
+    "cidr",
+    "format",
+    "ip",
+    "jsonpatch",
+    "kubernetes",
+    "lists",
+    "math",
+    "net",
+    "optional",
+    "quantity",
+    "semver",
+    "sets",
+    "strings",
+    "url",
+];
+
+/// A name in an expression that stands for nothing.
+fn unknown_name<'a>(expr: &'a Expr, bound: &mut Vec<&'a str>) -> Option<&'a str> {
+    match expr {
+        Expr::Ident(name) => {
+            let name = name.as_str();
+            let known = KNOWN.contains(&name) || bound.contains(&name) || name.starts_with('@');
+            (!known).then_some(name)
+        }
+        Expr::Call(call) => {
+            let target = call.target.iter().map(|target| &target.expr);
+            let parts = target.chain(call.args.iter().map(|arg| &arg.expr));
+            parts.into_iter().find_map(|part| unknown_name(part, bound))
+        }
+        Expr::Select(select) => unknown_name(&select.operand.expr, bound),
+        Expr::List(list) => list
+            .elements
+            .iter()
+            .find_map(|element| unknown_name(&element.expr, bound)),
+        Expr::Comprehension(loops) => {
+            let outside = [&loops.iter_range.expr, &loops.accu_init.expr];
+            if let Some(name) = outside.into_iter().find_map(|e| unknown_name(e, bound)) {
+                return Some(name);
+            }
+            let length = bound.len();
+            bound.extend([loops.iter_var.as_str(), loops.accu_var.as_str()]);
+            bound.extend(loops.iter_var2.as_deref());
+            let inside = [
+                &loops.loop_cond.expr,
+                &loops.loop_step.expr,
+                &loops.result.expr,
+            ];
+            let found = inside.into_iter().find_map(|e| unknown_name(e, bound));
+            bound.truncate(length);
+            found
+        }
+        _ => None,
+    }
+}
+
 /// Judges the rules of a node. `path` is that of the node in the definition.
 pub(super) fn check(source: &Value, path: &str, correlated: bool, found: &mut Vec<FieldError>) {
     let Some(rules) = source[KEY].as_array() else {
@@ -246,20 +324,21 @@ fn judge(text: &str, schema: &Value) -> Result<(), Fault> {
     with_room(|| {
         let program = match kube_cel::cel::Program::compile(text) {
             Ok(program) => program,
-            Err(error) => return Err(Fault::Invalid(format!("compilation failed: {error}"))),
+            Err(error) => {
+                let error = error.to_string();
+                let line = error.lines().next().unwrap_or_default();
+                let line: String = line.chars().take(MAX_MESSAGE).collect();
+                return Err(Fault::Invalid(format!("compilation failed: {line}")));
+            }
         };
         if size_of(&program.expression().expr).depth > MAX_DEPTH {
             return Err(Fault::Costly(format!(
                 "the expression nests deeper than {MAX_DEPTH}"
             )));
         }
-        if let Some(warning) = check_rule_scope(text, ScopeContext::CrdValidation)
-            .into_iter()
-            .find(|warning| warning.kind == WarningKind::WrongScope)
-        {
+        if let Some(name) = unknown_name(&program.expression().expr, &mut Vec::new()) {
             return Err(Fault::Invalid(format!(
-                "compilation failed: {}",
-                warning.message
+                "compilation failed: undeclared reference to '{name}' (in container '')"
             )));
         }
         let schema = compile_schema(schema);

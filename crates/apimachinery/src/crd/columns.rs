@@ -204,7 +204,7 @@ impl PrinterColumn {
                         .iter()
                         .map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned))
                         .collect::<Vec<_>>()
-                        .join(","),
+                        .join(" "),
                 ),
             },
             "integer" => value.as_i64().map_or(Value::Null, Value::from),

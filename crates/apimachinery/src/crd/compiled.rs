@@ -16,7 +16,7 @@ use super::{
 use crate::{
     Schema,
     definitions::compile_schema,
-    kinds::ResourceKind,
+    kinds::{NameRule, ResourceKind},
     strict::{self, DecodeError, FieldValidation, Parsed},
     table::IncludeObject,
     validation::{ErrorKind, FieldError},
@@ -112,6 +112,11 @@ impl CustomKind {
                 plural
             } else {
                 &storage
+            },
+            name_rule: match (group, plural) {
+                // Their name is that of a namespace too.
+                (hypernetes_types::kinds::GROUP, "tenants") => NameRule::Label,
+                _ => NameRule::Subdomain,
             },
         });
         let versions = spec["versions"].as_array()?;

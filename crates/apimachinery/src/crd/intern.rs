@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use crate::kinds::{ResourceKind, Subresource};
+use crate::kinds::{NameRule, ResourceKind, Subresource};
 
 /// A text for good.
 fn text(text: &str) -> &'static str {
@@ -43,6 +43,7 @@ pub(super) struct Parts<'a> {
     pub(super) status: bool,
     pub(super) scale: bool,
     pub(super) storage: &'a str,
+    pub(super) name_rule: NameRule,
 }
 
 type Key = (&'static str, &'static str, &'static str);
@@ -60,6 +61,7 @@ pub(super) fn kind(parts: Parts<'_>) -> &'static ResourceKind {
             && kind.categories.iter().eq(parts.categories.iter())
             && kind.namespaced == parts.namespaced
             && kind.storage == parts.storage
+            && kind.name_rule == parts.name_rule
             && kind.subresource("status").is_some() == parts.status
             && kind.subresource("scale").is_some() == parts.scale
     };
@@ -87,6 +89,7 @@ pub(super) fn kind(parts: Parts<'_>) -> &'static ResourceKind {
         namespaced: parts.namespaced,
         subresources: Box::leak(subresources.into()),
         storage: text(parts.storage),
+        name_rule: parts.name_rule,
         ..crate::kinds::kind(key.0, key.1, text(parts.kind), key.2, text(parts.singular))
     }));
     known.push(kind);

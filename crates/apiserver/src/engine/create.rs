@@ -116,9 +116,7 @@ impl Engine {
             warnings.extend(self.admit_create(call, &mut object, home.as_ref())?);
             self.bind_to_node(kind, &mut object);
             let mut errors = validation::validate_create(kind, &object);
-            if let Some(custom) = &call.custom {
-                errors.extend(custom.validate(&object, None));
-            }
+            self.validate_custom(call, &object, None, &mut errors);
             if !errors.is_empty() {
                 return Err(Status::invalid(
                     call.kind.group,

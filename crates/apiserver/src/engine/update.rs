@@ -251,9 +251,7 @@ impl Engine {
             Part::Main => validation::validate_update(kind, &new, &old),
             Part::Status | Part::Finalize => validation::validate_status_update(kind, &new, &old),
         };
-        if let Some(custom) = &call.custom {
-            errors.extend(custom.validate(&new, Some(&old)));
-        }
+        self.validate_custom(call, &new, Some(&old), &mut errors);
         if !errors.is_empty() {
             return Err(Status::invalid(
                 call.kind.group,
@@ -305,6 +303,22 @@ impl Engine {
         if let Some(custom) = &call.custom {
             custom.complete(object);
             object["apiVersion"] = custom.stored_as.as_str().into();
+        }
+    }
+
+    /// Checks a custom resource against its definition.
+    pub(super) fn validate_custom(
+        &self,
+        call: &Call,
+        new: &Value,
+        old: Option<&Value>,
+        errors: &mut Vec<FieldError>,
+    ) {
+        let Some(custom) = &call.custom else { return };
+        // Our own kinds are checked beside: what is found there need not be said twice.
+        let ours = call.kind.group == hypernetes_types::kinds::GROUP;
+        if !ours || errors.is_empty() {
+            errors.extend(custom.validate(new, old));
         }
     }
 
