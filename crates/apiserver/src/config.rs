@@ -7,6 +7,8 @@ use hypernetes_store::Store;
 use hypernetes_streaming::PodStreams;
 use jiff::Timestamp;
 
+use crate::audit::AuditOptions;
+
 /// Tells the time.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
@@ -27,6 +29,8 @@ pub struct ApiServerConfig {
     pub server_address: String,
     /// What `/version` says.
     pub version: VersionInfo,
+    /// Where requests are logged; without it they are not.
+    pub audit: Option<AuditOptions>,
     /// Bounds.
     pub limits: Limits,
     /// Tells the time.
@@ -45,6 +49,7 @@ impl ApiServerConfig {
             node_name: None,
             server_address: "127.0.0.1:6443".into(),
             version: VersionInfo::default(),
+            audit: None,
             limits: Limits::default(),
             clock: Arc::new(Timestamp::now),
         }

@@ -19,6 +19,7 @@
     reason = "a Status is made once, on the way out of a request that fails"
 )]
 
+mod audit;
 mod authentication;
 mod authorizer;
 mod body;
@@ -47,6 +48,7 @@ mod service;
 mod service_accounts;
 mod status;
 
+pub use audit::AuditOptions;
 pub use authentication::InProcessUser;
 pub use body::{ApiBody, BoxError};
 pub use config::{ApiServerConfig, Clock, Limits, VersionInfo};

@@ -95,9 +95,9 @@ impl ApiServer {
                 place = Arc::clone(&places).acquire_owned() => place.map_err(io::Error::other)?,
                 () = shutdown.cancelled() => break,
             };
-            let stream = tokio::select! {
+            let (stream, address) = tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, _peer)) => stream,
+                    Ok((stream, peer)) => (stream, peer),
                     Err(error) => {
                         // Out of descriptors, or a client that is gone already.
                         failures += 1;
@@ -114,6 +114,7 @@ impl ApiServer {
             failures = 0;
             let connection = Connection {
                 service: self.service(),
+                address: PeerAddress(address),
                 handshake: limits.handshake_timeout,
                 drain: limits.drain,
                 shutdown: shutdown.clone(),
@@ -137,8 +138,13 @@ impl ApiServer {
     }
 }
 
+/// Where a request's connection comes from, put into the request's extensions.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PeerAddress(pub(crate) SocketAddr);
+
 struct Connection {
     service: ApiService,
+    address: PeerAddress,
     handshake: Duration,
     drain: Duration,
     shutdown: CancellationToken,
@@ -163,9 +169,11 @@ impl Connection {
             .peer_certificates()
             .and_then(|chain| chain.first())
             .map(|certificate| PeerCertificate(Arc::from(certificate.as_ref())));
+        let address = self.address;
         let service = self
             .service
             .map_request(move |mut request: http::Request<_>| {
+                request.extensions_mut().insert(address);
                 if let Some(peer) = &peer {
                     request.extensions_mut().insert(peer.clone());
                 }

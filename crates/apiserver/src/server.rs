@@ -7,6 +7,7 @@ use hypernetes_streaming::PodStreams;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    audit::AuditLog,
     authorizer::Authorizer,
     bootstrap,
     config::{ApiServerConfig, VersionInfo},
@@ -24,6 +25,9 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
+    /// The audit log could not be opened.
+    #[error("cannot open the audit log")]
+    Audit(#[source] std::io::Error),
     /// The objects that every cluster has could not be made.
     #[error("cannot make {object}: {message}")]
     Bootstrap {
@@ -47,6 +51,7 @@ pub(crate) struct Inner {
     pub(crate) streams: Option<Arc<dyn PodStreams>>,
     pub(crate) flow: Flow,
     pub(crate) metrics: Metrics,
+    pub(crate) audit: Option<AuditLog>,
     pub(crate) version: VersionInfo,
     pub(crate) server_address: String,
 }
@@ -71,6 +76,11 @@ impl ApiServer {
     /// [`StartError::Bootstrap`] if these cannot be made.
     pub async fn new(config: ApiServerConfig) -> Result<Self, StartError> {
         let shutdown = CancellationToken::new();
+        let audit = config
+            .audit
+            .map(|options| AuditLog::open(options, config.clock.clone()))
+            .transpose()
+            .map_err(StartError::Audit)?;
         let engine = Engine {
             authorizer: Authorizer::new(config.store.clone()),
             customs: Customs::new(config.store.clone()),
@@ -107,6 +117,7 @@ impl ApiServer {
             streams: config.streams,
             flow: Flow::default(),
             metrics: Metrics::new(),
+            audit,
             version: config.version,
             server_address: config.server_address,
         };

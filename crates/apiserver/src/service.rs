@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout};
 use tower::Service;
 
 use crate::{
+    audit::Record,
     authentication::{self, InProcessUser},
     body::{self, ApiBody, BoxError},
     customs::Customs,
@@ -139,13 +140,16 @@ impl Inner {
         let arrived = Arrived::new(&request, &self.engine.customs);
         let long_running = arrived.is_long_running();
         let (verb, label) = (arrived.info.verb, arrived.label());
-        let handled = AssertUnwindSafe(self.handle(request, arrived)).catch_unwind();
+        let record = self.audit.as_ref().map(|audit| audit.record(&request));
+        let info = record.as_ref().map(|_| arrived.info.clone());
+        let handled = self.handle(request, arrived, record.as_ref());
+        let handled = AssertUnwindSafe(handled).catch_unwind();
         let result = if long_running {
             Ok(handled.await)
         } else {
             timeout(self.engine.limits.request_timeout, handled).await
         };
-        let response = match result {
+        let mut response = match result {
             Ok(Ok(Ok(response))) => response,
             Ok(Ok(Err(status))) => body::status(&status),
             Ok(Err(_panic)) => {
@@ -158,6 +162,9 @@ impl Inner {
                 "request did not complete within the allotted timeout",
             )),
         };
+        if let (Some(audit), Some(record), Some(info)) = (&self.audit, record, &info) {
+            audit.answered(record, info, long_running, &mut response).await;
+        }
         let took = started.elapsed();
         let code = response.status().as_u16();
         self.metrics
@@ -177,6 +184,7 @@ impl Inner {
         &self,
         request: Request<ApiBody>,
         arrived: Arrived,
+        record: Option<&Record>,
     ) -> Result<Response<ApiBody>> {
         let long_running = arrived.is_long_running();
         let Arrived {
@@ -187,8 +195,14 @@ impl Inner {
         } = arrived;
         let (parts, body) = request.into_parts();
         let caller = authentication::authenticate(&self.authenticators, &parts).await?;
+        if let Some(record) = record {
+            record.called_by(&caller);
+        }
         let authorizer = &self.engine.authorizer;
         let user = authentication::impersonate(authorizer, caller, &parts.headers)?;
+        if let Some(record) = record {
+            record.acts_as(&user);
+        }
         let slot = Slot {
             _place: self.flow.enter(&user, long_running, &self.engine.limits)?,
             _stream: long_running.then(|| self.metrics.stream()),
