@@ -20,8 +20,8 @@ kernel: deps ## Build HyperKernel (cached by content) and print where it is
 	kernel/build
 
 .PHONY: build
-build: deps ## Build the daemon, the guest's program and the kernel
-	cargo build --locked --release -p hypernetes
+build: deps ## Build the daemon, hyper, the guest's program and the kernel
+	cargo build --locked --release -p hypernetes -p hypernetes-hyper
 	crates/hyperstart/build-guest $(TARGET)/release
 	kernel/build > $(TARGET)/release/kernel-path
 

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 /// Floor of each room; 1 is the top. A room may use rooms of a higher number only.
 const FLOORS: &[(u8, &[&str])] = &[
-    (1, &["hypernetes", "hyperstart"]),
+    (1, &["hypernetes", "hyper", "hyperstart"]),
     (2, &["apiserver", "controllers", "nodelet", "cri"]),
     (
         3,

@@ -323,7 +323,7 @@ fn a_tenant_cannot_leave_its_vm_or_its_role() {
         ("nodeName", pod(&format!("{{nodeName: node, {container}}}]}}"))),
         ("privileged", pod(&format!("{{{container}, securityContext: {{privileged: true}}}}]}}"))),
         ("runtimeClassName", pod(&format!("{{runtimeClassName: runc, {container}}}]}}"))),
-        ("livenessProbe", pod(&format!("{{{container}, livenessProbe: {{exec: {{command: [a]}}}}}}]}}"))),
+        ("livenessProbe", pod(&format!("{{{container}, livenessProbe: {{tcpSocket: {{port: 1, host: 127.0.0.1}}}}}}]}}"))),
         ("roleRef", "{apiVersion: rbac.authorization.k8s.io/v1, kind: RoleBinding, metadata: {name: r}, roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}, subjects: [{kind: User, name: me, apiGroup: rbac.authorization.k8s.io}]}".to_owned()),
     ];
     for (field, manifest) in refused {

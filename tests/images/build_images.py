@@ -215,6 +215,28 @@ def site_layer(name):
     return layer.bytes()
 
 
+def perl_layer(have):
+    """Debian's perl-base and a program of a few network chores; `have`: libraries that are there."""
+    binary = program("perl")
+    modules = next(path for path in subprocess.run([binary, "-e", 'print join "\\n", @INC'], capture_output=True,
+                                                   text=True, check=True).stdout.split() if path.endswith("perl-base"))
+    layer = Layer()
+    layer.copy(binary)
+    objects = []
+    for directory, _, names in sorted(os.walk(modules)):
+        for name in sorted(names):
+            path = os.path.join(directory, name)
+            layer.copy(path, 0o644)
+            if name.endswith(".so"):
+                objects.append(path)
+    for library in shared_libraries(binary, *objects):
+        if library not in have:
+            layer.copy(library)
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "netprobe.pl"), "rb") as source:
+        layer.file("usr/bin/netprobe", source.read(), 0o755)
+    return layer.bytes()
+
+
 class Image:
     def __init__(self, names, layers, config, types=OCI, pack="gzip"):
         self.names, self.types = names, types
@@ -274,6 +296,7 @@ def all_images():
         Image(["web:1", "web:latest"], web_layers("web:1"),
               dict(web, Labels={"org.opencontainers.image.title": "web"})),
         Image(["web:2"], web_layers("web:2"), web),
+        Image(["net:1"], [base, box, perl_layer(have)], shell),
     ]
 
 

@@ -38,8 +38,10 @@ const ROOTS: &[(&str, &[&str])] = &[
             "ResourceQuotaList",
             "Secret",
             "SecretList",
+            "Service",
             "ServiceAccount",
             "ServiceAccountList",
+            "ServiceList",
         ],
     ),
     (
@@ -56,6 +58,10 @@ const ROOTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("io.k8s.api.coordination.v1", &["Lease", "LeaseList"]),
+    (
+        "io.k8s.api.discovery.v1",
+        &["EndpointSlice", "EndpointSliceList"],
+    ),
     ("io.k8s.api.events.v1", &["Event", "EventList"]),
     ("io.k8s.api.node.v1", &["RuntimeClass", "RuntimeClassList"]),
     (

@@ -1,6 +1,7 @@
 //! What Kubernetes fills in when an object leaves it out.
 
 mod pod;
+mod service;
 mod workloads;
 
 use serde_json::{Map, Value, json};
@@ -18,6 +19,8 @@ pub fn apply(kind: &ResourceKind, object: &mut Value) {
             }
         }
         ("", "Secret") => secret(object),
+        ("", "Service") => service::service(object),
+        ("discovery.k8s.io", "EndpointSlice") => service::endpoint_slice(object),
         ("", "Namespace") => namespace(object),
         ("apiextensions.k8s.io", "CustomResourceDefinition") => crate::crd::prepare(object),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),

@@ -54,6 +54,8 @@ pub enum NameRule {
     Subdomain,
     /// RFC 1123 label, at most 63 characters.
     Label,
+    /// RFC 1035 label, which begins with a letter.
+    Label1035,
     /// Anything that is one path segment (RBAC).
     PathSegment,
 }
@@ -116,6 +118,7 @@ const CREATE: &[&str] = &["create"];
 const GET: &[&str] = &["get"];
 const CONNECT: &[&str] = &["create", "get"];
 pub(crate) const STATUS: &[&str] = &["get", "patch", "update"];
+const READ_ONLY: &[&str] = &["get", "list"];
 const UPDATE: &[&str] = &["update"];
 
 pub(crate) const fn sub(
@@ -206,6 +209,7 @@ static KINDS: &[ResourceKind] = &[
         subresources: &[
             sub("attach", "PodAttachOptions", CONNECT),
             sub("binding", "Binding", CREATE),
+            sub("ephemeralcontainers", "Pod", STATUS),
             Subresource {
                 group: Some("policy"),
                 version: Some("v1"),
@@ -214,6 +218,7 @@ static KINDS: &[ResourceKind] = &[
             sub("exec", "PodExecOptions", CONNECT),
             sub("log", "Pod", GET),
             sub("portforward", "PodPortForwardOptions", CONNECT),
+            sub("resize", "Pod", STATUS),
             sub("status", "Pod", STATUS),
         ],
         ..kind("", "v1", "Pod", "pods", "pod")
@@ -240,6 +245,13 @@ static KINDS: &[ResourceKind] = &[
     workloads::DEPLOYMENTS,
     workloads::REPLICA_SETS,
     workloads::STATEFUL_SETS,
+    ResourceKind {
+        short_names: &["svc"],
+        categories: &["all"],
+        subresources: &[sub("status", "Service", STATUS)],
+        name_rule: NameRule::Label1035,
+        ..kind("", "v1", "Service", "services", "service")
+    },
     review(
         AUTHN,
         "SelfSubjectReview",
@@ -291,9 +303,27 @@ static KINDS: &[ResourceKind] = &[
     workloads::CRON_JOBS,
     workloads::JOBS,
     kind("coordination.k8s.io", "v1", "Lease", "leases", "lease"),
+    kind(
+        "discovery.k8s.io",
+        "v1",
+        "EndpointSlice",
+        "endpointslices",
+        "endpointslice",
+    ),
     ResourceKind {
         short_names: &["ev"],
         ..kind("events.k8s.io", "v1", "Event", "events", "event")
+    },
+    ResourceKind {
+        namespaced: false,
+        verbs: READ_ONLY,
+        storage: "",
+        ..kind(crate::usage::GROUP, "v1beta1", "NodeMetrics", "nodes", "")
+    },
+    ResourceKind {
+        verbs: READ_ONLY,
+        storage: "",
+        ..kind(crate::usage::GROUP, "v1beta1", "PodMetrics", "pods", "")
     },
     ResourceKind {
         namespaced: false,

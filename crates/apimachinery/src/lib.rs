@@ -30,6 +30,7 @@ pub mod selector;
 pub mod status;
 pub mod strict;
 pub mod table;
+pub mod usage;
 pub mod validation;
 
 pub use definitions::{Definitions, Schema, definitions};

@@ -256,6 +256,9 @@ pub mod rules {
     const LABEL: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric \
         characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  \
         or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
+    const LABEL_1035: &str = "a DNS-1035 label must consist of lower case alphanumeric characters \
+        or '-', start with an alphabetic character, and end with an alphanumeric character (e.g. \
+        'my-name',  or 'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
     const SUBDOMAIN: &str = "a lowercase RFC 1123 subdomain must consist of lower case \
         alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character \
         (e.g. 'example.com', regex used for validation is \
@@ -309,6 +312,18 @@ pub mod rules {
         }
         if !is_label_text(text) {
             found.push(LABEL.to_owned());
+        }
+        found
+    }
+
+    /// RFC 1035 label, at most 63 characters.
+    pub fn label_1035(text: &str) -> Vec<String> {
+        let mut found = Vec::new();
+        if text.len() > 63 {
+            found.push(too_long(63));
+        }
+        if !is_label_text(text) || !text.starts_with(|c: char| c.is_ascii_lowercase()) {
+            found.push(LABEL_1035.to_owned());
         }
         found
     }
@@ -451,6 +466,7 @@ pub fn check_name(rule: NameRule, name: &str) -> Vec<String> {
     match rule {
         NameRule::Subdomain => rules::subdomain(name),
         NameRule::Label => rules::label(name),
+        NameRule::Label1035 => rules::label_1035(name),
         NameRule::PathSegment => rules::path_segment(name),
     }
 }

@@ -3,6 +3,7 @@
 mod age;
 mod columns;
 mod pod;
+mod service;
 mod workloads;
 
 use jiff::Timestamp;

@@ -5,9 +5,11 @@ mod container;
 mod error;
 mod meta;
 mod ours;
+mod parts;
 mod path;
 mod pod;
 mod policies;
+mod service;
 mod volume;
 mod workloads;
 
@@ -16,6 +18,7 @@ use serde_json::Value;
 use crate::kinds::ResourceKind;
 
 pub use error::{ErrorKind, FieldError};
+pub use parts::quality_of_service;
 pub use path::Path;
 pub use policies::SYSTEM_PRIORITIES;
 pub use workloads::validate_scale;
@@ -56,10 +59,32 @@ pub fn validate_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<Fie
         | ("", "LimitRange" | "ResourceQuota") => {
             policies::validate_update(kind, new, old, &mut found);
         }
+        ("", "Service") => service::service_update(new, old, &mut found),
+        ("discovery.k8s.io", "EndpointSlice") => {
+            service::endpoint_slice_update(new, old, &mut found);
+        }
         ("hypernetes.io", "Network") => ours::network_update(new, old, &mut found),
         ("hypernetes.io", "Tenant") => ours::tenant_update(new, old, &mut found),
         _ => {}
     }
+    found.errors
+}
+
+/// Everything wrong with new ephemeral containers of a pod.
+pub fn validate_ephemeral_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<FieldError> {
+    let mut found = Found::default();
+    meta::validate_update(new, old, &mut found);
+    specific(kind, new, &mut found);
+    parts::ephemeral_update(new, old, &mut found);
+    found.errors
+}
+
+/// Everything wrong with new resources of a pod's containers.
+pub fn validate_resize(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<FieldError> {
+    let mut found = Found::default();
+    meta::validate_update(new, old, &mut found);
+    specific(kind, new, &mut found);
+    parts::resize_update(new, old, &mut found);
     found.errors
 }
 
@@ -79,6 +104,8 @@ fn specific(kind: &ResourceKind, object: &Value, found: &mut Found) {
         ("", "Pod") => pod::validate(object, found),
         ("", "ConfigMap") => cluster::config_map(object, found),
         ("", "Secret") => cluster::secret(object, found),
+        ("", "Service") => service::service(object, found),
+        ("discovery.k8s.io", "EndpointSlice") => service::endpoint_slice(object, found),
         ("coordination.k8s.io", "Lease") => cluster::lease(object, found),
         ("node.k8s.io", "RuntimeClass") => cluster::runtime_class(object, found),
         ("rbac.authorization.k8s.io", "Role") => cluster::role(object, true, found),

@@ -11,10 +11,11 @@ use hypernetes_identity::{
 use serde_json::{Value, json};
 
 use crate::{
-    engine::{Call, Engine, Part},
+    engine::{Call, DeleteOptions, Engine, Part},
     query::Query,
     request_info::RequestInfo,
     server::StartError,
+    services,
 };
 
 const RBAC: &str = "rbac.authorization.k8s.io";
@@ -72,7 +73,22 @@ pub(crate) async fn ensure(engine: &Engine) -> Result<(), StartError> {
         });
         ensure_one(engine, RBAC, "clusterrolebindings", binding, false).await?;
     }
-    Ok(())
+    ensure_one(engine, "", "services", api_service(engine), false).await
+}
+
+/// The service by which pods reach this server.
+fn api_service(engine: &Engine) -> Value {
+    json!({
+        "metadata": {
+            "name": "kubernetes",
+            "namespace": "default",
+            "labels": {"component": "apiserver", "provider": "kubernetes"},
+        },
+        "spec": {
+            "clusterIP": services::api_address(engine.service_range).to_string(),
+            "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": 6443}],
+        },
+    })
 }
 
 fn metadata(name: &str) -> Value {
@@ -229,6 +245,8 @@ fn tenant_rules(role: TenantRole) -> Value {
                 "configmaps",
                 "serviceaccounts",
                 "events",
+                "services",
+                "services/status",
             ],
             &READ,
         ),
@@ -242,6 +260,8 @@ fn tenant_rules(role: TenantRole) -> Value {
         rule("batch", &BATCH, &READ),
         rule("autoscaling", &AUTOSCALERS, &READ),
         rule("policy", &BUDGETS, &READ),
+        rule("discovery.k8s.io", &["endpointslices"], &READ),
+        rule("metrics.k8s.io", &["pods"], &["get", "list"]),
         rule("events.k8s.io", &["events"], &READ),
         rule("coordination.k8s.io", &["leases"], &READ),
         rule("hypernetes.io", &["networks", "networks/status"], &READ),
@@ -250,7 +270,13 @@ fn tenant_rules(role: TenantRole) -> Value {
         rules.extend([
             rule(
                 "",
-                &["pods", "configmaps", "secrets", "serviceaccounts"],
+                &[
+                    "pods",
+                    "configmaps",
+                    "secrets",
+                    "serviceaccounts",
+                    "services",
+                ],
                 &WRITE,
             ),
             rule(
@@ -259,6 +285,11 @@ fn tenant_rules(role: TenantRole) -> Value {
                 &["create", "get"],
             ),
             rule("", &["pods/eviction", "serviceaccounts/token"], &["create"]),
+            rule(
+                "",
+                &["pods/ephemeralcontainers", "pods/resize"],
+                &["get", "patch", "update"],
+            ),
             // The status is the controllers' to write.
             rule("apps", &only_objects(&WORKLOADS), &WRITE),
             rule("batch", &only_objects(&BATCH), &WRITE),
@@ -295,6 +326,7 @@ async fn ensure_one(
             message: "the kind is not served".into(),
         })?;
     let name = meta::name(&object).unwrap_or_default().to_owned();
+    let namespace = meta::namespace(&object).unwrap_or_default().to_owned();
     let failed = |message: String| StartError::Bootstrap {
         object: format!("{plural} {name}"),
         message,
@@ -312,13 +344,29 @@ async fn ensure_one(
             version: version.into(),
             resource: plural.into(),
             name: name.clone(),
+            namespace: namespace.clone(),
             ..RequestInfo::default()
         },
         query: Query::default(),
         headers: HeaderMap::new(),
         user: User::system("system:apiserver"),
     };
-    match engine.find(kind, "", &name) {
+    // The range of services may be another than at the last start.
+    if services::is_service(kind)
+        && let Ok((_entry, stored)) = engine.find(kind, &namespace, &name)
+        && stored["spec"]["clusterIP"] != object["spec"]["clusterIP"]
+    {
+        let deleted = engine
+            .delete_object(
+                &call("delete"),
+                &namespace,
+                &name,
+                &DeleteOptions::default(),
+            )
+            .await;
+        deleted.map_err(|status| failed(status.message))?;
+    }
+    match engine.find(kind, &namespace, &name) {
         Err(_absent) => {
             let created = engine.create_object(&call("create"), object).await;
             created.map(|_| ()).map_err(|status| failed(status.message))

@@ -1,10 +1,12 @@
 //! What a server is made from.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, net::Ipv4Addr, sync::Arc, time::Duration};
 
+use hypernetes_apimachinery::usage::UsageBoard;
 use hypernetes_identity::{Authenticator, CertificateAuthenticator, SigningKey};
 use hypernetes_store::Store;
 use hypernetes_streaming::PodStreams;
+use ipnet::Ipv4Net;
 use jiff::Timestamp;
 
 use crate::audit::AuditOptions;
@@ -25,6 +27,11 @@ pub struct ApiServerConfig {
     pub streams: Option<Arc<dyn PodStreams>>,
     /// The node that new pods are bound to; without it they wait for a binding.
     pub node_name: Option<String>,
+    /// What nodes and pods use, for `metrics.k8s.io`.
+    pub usage: UsageBoard,
+    /// Give new pods the token of their service account, which must exist. Has no effect where
+    /// tokens are not served.
+    pub mount_tokens: bool,
     /// Address of the server as discovery shows it, `host:port`.
     pub server_address: String,
     /// What `/version` says.
@@ -33,6 +40,8 @@ pub struct ApiServerConfig {
     pub audit: Option<AuditOptions>,
     /// Bounds.
     pub limits: Limits,
+    /// Addresses of services, the same in every network.
+    pub service_cidr: Ipv4Net,
     /// Tells the time.
     pub clock: Clock,
 }
@@ -47,10 +56,13 @@ impl ApiServerConfig {
             service_account_key: SigningKey::ephemeral().ok(),
             streams: None,
             node_name: None,
+            usage: UsageBoard::default(),
+            mount_tokens: false,
             server_address: "127.0.0.1:6443".into(),
             version: VersionInfo::default(),
             audit: None,
             limits: Limits::default(),
+            service_cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16),
             clock: Arc::new(Timestamp::now),
         }
     }

@@ -46,7 +46,9 @@ mod scale;
 mod server;
 mod service;
 mod service_accounts;
+mod services;
 mod status;
+mod usage;
 
 pub use audit::AuditOptions;
 pub use authentication::InProcessUser;

@@ -1,7 +1,8 @@
 //! The TLS listener: HTTP/1.1 and HTTP/2, client certificates optional but verified.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
+use futures::{Stream, StreamExt as _};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -95,9 +96,9 @@ impl ApiServer {
                 place = Arc::clone(&places).acquire_owned() => place.map_err(io::Error::other)?,
                 () = shutdown.cancelled() => break,
             };
-            let (stream, address) = tokio::select! {
+            let stream = tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, peer)) => (stream, peer),
+                    Ok((stream, _peer)) => stream,
                     Err(error) => {
                         // Out of descriptors, or a client that is gone already.
                         failures += 1;
@@ -114,7 +115,6 @@ impl ApiServer {
             failures = 0;
             let connection = Connection {
                 service: self.service(),
-                address: PeerAddress(address),
                 handshake: limits.handshake_timeout,
                 drain: limits.drain,
                 shutdown: shutdown.clone(),
@@ -142,9 +142,51 @@ impl ApiServer {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PeerAddress(pub(crate) SocketAddr);
 
+impl ApiServer {
+    /// Serves connections that somebody else has accepted, until `shutdown` or their end. What
+    /// comes with a connection is dropped when it ends.
+    pub async fn serve_streams<G: Send + 'static>(
+        &self,
+        streams: impl Stream<Item = (TcpStream, G)>,
+        tls: Arc<ServerConfig>,
+        shutdown: CancellationToken,
+    ) {
+        let limits = &self.inner.engine.limits;
+        let acceptor = TlsAcceptor::from(tls);
+        let connections = TaskTracker::new();
+        let mut streams = pin!(streams);
+        loop {
+            let (stream, guard) = tokio::select! {
+                next = streams.next() => match next {
+                    Some(next) => next,
+                    None => break,
+                },
+                () = shutdown.cancelled() => break,
+            };
+            let connection = Connection {
+                service: self.service(),
+                handshake: limits.handshake_timeout,
+                drain: limits.drain,
+                shutdown: shutdown.clone(),
+            };
+            let acceptor = acceptor.clone();
+            connections.spawn(async move {
+                let _guard = guard;
+                connection.run(stream, acceptor).await;
+            });
+        }
+        connections.close();
+        if timeout(limits.drain + Duration::from_secs(1), connections.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!("pods' connections were still open at shutdown");
+        }
+    }
+}
+
 struct Connection {
     service: ApiService,
-    address: PeerAddress,
     handshake: Duration,
     drain: Duration,
     shutdown: CancellationToken,
@@ -152,6 +194,7 @@ struct Connection {
 
 impl Connection {
     async fn run(self, stream: TcpStream, acceptor: TlsAcceptor) {
+        let address = stream.peer_addr().ok();
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
@@ -169,11 +212,12 @@ impl Connection {
             .peer_certificates()
             .and_then(|chain| chain.first())
             .map(|certificate| PeerCertificate(Arc::from(certificate.as_ref())));
-        let address = self.address;
         let service = self
             .service
             .map_request(move |mut request: http::Request<_>| {
-                request.extensions_mut().insert(address);
+                if let Some(address) = address {
+                    request.extensions_mut().insert(PeerAddress(address));
+                }
                 if let Some(peer) = &peer {
                     request.extensions_mut().insert(peer.clone());
                 }

@@ -10,7 +10,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::upgrade::OnUpgrade;
 use hypernetes_apimachinery::{Status, kinds, meta};
 use hypernetes_streaming::{
-    LogRequest, PodStreams, ProcessRequest, Target, Wire, negotiate_port_forward,
+    LogRequest, LogSource, PodStreams, ProcessRequest, Target, Wire, negotiate_port_forward,
     negotiate_process, port_forward, remote_command,
 };
 use jiff::Timestamp;
@@ -393,7 +393,21 @@ fn log_request(query: &Query, pod: &str) -> Result<LogRequest> {
             i64::try_from(time.as_nanosecond()).ok()
         }
     };
+    let source = match query.text("stream") {
+        None | Some("" | "All") => None,
+        Some("Stdout") => Some(LogSource::Stdout),
+        Some("Stderr") => Some(LogSource::Stderr),
+        Some(other) => {
+            let mut status = Status::invalid("", "PodLogOptions", pod, &[]);
+            status.message = format!(
+                "PodLogOptions {pod:?} is invalid: stream: Unsupported value: {other:?}: supported \
+                 values: \"All\", \"Stderr\", \"Stdout\""
+            );
+            return Err(status);
+        }
+    };
     let request = LogRequest {
+        source,
         follow: query.flag("follow"),
         previous: query.flag("previous"),
         timestamps: query.flag("timestamps"),
@@ -407,6 +421,14 @@ fn log_request(query: &Query, pod: &str) -> Result<LogRequest> {
         status.message = format!(
             "PodLogOptions {pod:?} is invalid: sinceSeconds: Forbidden: at most one of sinceTime or \
              sinceSeconds may be specified"
+        );
+        return Err(status);
+    }
+    if request.source.is_some() && request.tail_lines.is_some() {
+        let mut status = Status::invalid("", "PodLogOptions", pod, &[]);
+        status.message = format!(
+            "PodLogOptions {pod:?} is invalid: tailLines: Forbidden: `tailLines` and specific \
+             `stream` are mutually exclusive for now"
         );
         return Err(status);
     }
@@ -462,6 +484,8 @@ mod tests {
             "sinceSeconds=0",
             "sinceTime=x",
             "sinceSeconds=1&sinceTime=1970-01-01T00:00:01Z",
+            "stream=stdout",
+            "stream=Stdout&tailLines=1",
         ] {
             assert_eq!(ask(bad).unwrap_err().code, 422, "{bad}");
         }

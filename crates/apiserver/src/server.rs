@@ -88,7 +88,10 @@ impl ApiServer {
             store: config.store,
             clock: config.clock,
             node_name: config.node_name,
+            usage: config.usage,
+            mount_tokens: config.mount_tokens,
             limits: config.limits,
+            service_range: config.service_cidr,
             shutdown: shutdown.clone(),
             tasks: TaskTracker::new(),
         };

@@ -36,6 +36,7 @@ use crate::{
     reviews, scale,
     server::Inner,
     status::Result,
+    usage,
 };
 
 /// The server as a tower service. Clones share the server.
@@ -163,7 +164,9 @@ impl Inner {
             )),
         };
         if let (Some(audit), Some(record), Some(info)) = (&self.audit, record, &info) {
-            audit.answered(record, info, long_running, &mut response).await;
+            audit
+                .answered(record, info, long_running, &mut response)
+                .await;
         }
         let took = started.elapsed();
         let code = response.status().as_u16();
@@ -271,6 +274,9 @@ impl Inner {
             return Err(Status::method_not_allowed());
         }
         let engine = &self.engine;
+        if usage::is_usage(kind) {
+            return usage::serve(engine, call);
+        }
         match info.verb {
             "get" => engine.get(call).await,
             "list" => engine.list(call).await,
@@ -318,6 +324,8 @@ impl Inner {
         let part = match subresource.name {
             "status" => Some(Part::Status),
             "finalize" => Some(Part::Finalize),
+            "ephemeralcontainers" => Some(Part::Ephemeral),
+            "resize" => Some(Part::Resize),
             _ => None,
         };
         if let Some(part) = part {

@@ -11,10 +11,13 @@
 //!   StatefulSets, DaemonSets, Jobs, CronJobs, disruption budgets, quotas, and the garbage collector.
 //! - **Namespace**: gets the service account `default` and the authority's certificate; a deleted one is
 //!   emptied, pods first and networks last, before it goes.
+//! - **Service** → its EndpointSlices, from its pods.
 #![forbid(unsafe_code)]
 
 mod conditions;
+mod endpoints;
 mod error;
+mod mirror;
 mod namespace;
 mod network;
 mod objects;
@@ -78,6 +81,7 @@ pub async fn run(config: ControllersConfig, stop: CancellationToken) {
         tenants(context.clone(), &stop),
         networks(context.clone(), &stop),
         namespaces(context.clone(), &stop),
+        endpoints::run(context.client.clone(), &stop),
     );
 }
 

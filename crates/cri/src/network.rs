@@ -2,11 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use hypernetes_network::{NetworkDriver, NetworkError, NetworkSpec};
+use hypernetes_network::{HostPort, NetworkDriver, NetworkError, NetworkSpec};
 use hypernetes_telemetry::chain;
 use hypernetes_types::NetworkId;
 use serde_json::{Value, json};
 use tokio::sync::{OwnedRwLockReadGuard, RwLock};
+
+use crate::status::CriError;
 
 /// What sandboxes of a namespace join.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +39,8 @@ pub struct TenantNetwork {
     pub namespaces: Vec<String>,
     /// The network.
     pub spec: NetworkSpec,
+    /// Its sandboxes may have ports of the node.
+    pub host_ports: bool,
 }
 
 impl PodNetwork {
@@ -72,6 +76,27 @@ impl NodeNetwork {
         match self.tenants.iter().find(is_named) {
             Some(tenant) => PodNetwork::Own(tenant.spec.clone()),
             None => self.usual.clone(),
+        }
+    }
+
+    /// Refuses a sandbox of a tenant that wants ports of the node and may have none.
+    pub(crate) fn check_host_ports(
+        &self,
+        namespace: &str,
+        ports: &[HostPort],
+    ) -> Result<(), CriError> {
+        let is_named =
+            |tenant: &&TenantNetwork| tenant.namespaces.iter().any(|name| name == namespace);
+        match (self.tenants.iter().find(is_named), ports.first()) {
+            (Some(tenant), Some(port)) if !tenant.host_ports => Err(CriError::invalid(
+                "config.port_mappings",
+                format!(
+                    "host port {} cannot be had: network {} of namespace {namespace} has none; \
+                     hostPorts of the node's configuration allows them",
+                    port.host_port, tenant.spec.id
+                ),
+            )),
+            _ => Ok(()),
         }
     }
 

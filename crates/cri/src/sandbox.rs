@@ -61,15 +61,6 @@ pub(crate) fn plan(
         return Err(CriError::invalid("config.windows", "this node runs Linux"));
     }
     let host_ports = host_ports(&config.port_mappings)?;
-    if let (Some(port), PodNetwork::Own(spec)) = (host_ports.first(), network) {
-        return Err(CriError::invalid(
-            "config.port_mappings",
-            format!(
-                "host port {} cannot be had: network {} has none; CNI plugins have",
-                port.host_port, spec.id
-            ),
-        ));
-    }
     let linux = config.linux.clone().unwrap_or_default();
     let context = linux.security_context.clone().unwrap_or_default();
     security::check_sandbox("config.linux.security_context", &context)?;

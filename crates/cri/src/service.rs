@@ -92,11 +92,14 @@ impl Service {
         &self,
         request: v1::RunPodSandboxRequest,
     ) -> Result<SandboxId, CriError> {
-        let pod_network = self.network.of(sandbox::namespace(&request));
+        let namespace = sandbox::namespace(&request);
+        let pod_network = self.network.of(namespace);
         let config = match host::is_asked(&request, &self.config)? {
             true => host::plan_sandbox(&request, &self.config, &pod_network)?,
             false => sandbox::plan(&request, &self.config, &pod_network)?,
         };
+        self.network
+            .check_host_ports(namespace, &config.host_ports)?;
         let wanted = config.memo.clone();
         let (network, runtime) = (Arc::clone(&self.network), Arc::clone(&self.runtime));
         // To its end, even if the caller goes: the network must not be taken away under it.

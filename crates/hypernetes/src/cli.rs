@@ -141,6 +141,11 @@ pub(crate) struct Up {
     #[arg(long, default_value = "10.42.0.0/16")]
     pub(crate) pod_cidr: ipnet::Ipv4Net,
 
+    /// Addresses of services; every tenant's network has the whole range for itself. No network of
+    /// pods may overlap it
+    #[arg(long, default_value = "10.96.0.0/16", value_parser = service_cidr)]
+    pub(crate) service_cidr: ipnet::Ipv4Net,
+
     /// DNS server that pods' queries are forwarded to; by default those of /etc/resolv.conf
     #[arg(long = "upstream-dns", value_name = "ADDRESS:PORT")]
     pub(crate) upstream_dns: Vec<SocketAddr>,
@@ -181,6 +186,18 @@ pub(crate) struct Up {
     /// their kernel. 0 boots every pod
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
     pub(crate) templates: usize,
+}
+
+/// A range with room for the API server's address and others.
+fn service_cidr(text: &str) -> Result<ipnet::Ipv4Net, String> {
+    let range: ipnet::Ipv4Net = text.parse().map_err(|error| format!("{error}"))?;
+    if range.trunc() != range || !(12..=28).contains(&range.prefix_len()) {
+        return Err(format!(
+            "must be a network of prefix length 12 to 28, such as {}",
+            ipnet::Ipv4Net::new_assert(range.addr(), range.prefix_len().clamp(12, 28)).trunc()
+        ));
+    }
+    Ok(range)
 }
 
 #[derive(Debug, Args)]

@@ -169,6 +169,8 @@ struct Tenant {
     cidr: Ipv4Net,
     #[serde(default = "yes")]
     egress: bool,
+    #[serde(default)]
+    host_ports: bool,
 }
 
 fn yes() -> bool {
@@ -430,6 +432,7 @@ impl NodeConfig {
             Ok(TenantNetwork {
                 namespaces: tenant.namespaces.clone(),
                 spec: self.network(&tenant.name, tenant.cidr, tenant.egress)?,
+                host_ports: tenant.host_ports,
             })
         });
         Ok((usual, tenants.collect::<Result<_>>()?))
@@ -519,7 +522,7 @@ mod tests {
         let (usual, tenants) = config.networks().unwrap();
         assert_eq!(usual, PodNetwork::Cni("cni".parse().unwrap()));
         assert_eq!(tenants[0].spec.gateway.to_string(), "10.9.0.1");
-        assert!(tenants[0].spec.egress);
+        assert!(tenants[0].spec.egress && !tenants[0].host_ports);
         for bad in [
             "{name: cni, namespaces: [a], cidr: 10.9.0.0/16}",
             "{name: default, namespaces: [a], cidr: 10.9.0.0/16}",

@@ -17,7 +17,7 @@ use hypernetes_hostpods::{
 use hypernetes_image::{ImageStore, RegistryConfig, StoreConfig as ImageStoreConfig};
 use hypernetes_kernel::KernelCatalog;
 use hypernetes_network::{
-    BuiltinConfig, BuiltinDriver, NetworkDriver, RoutedDriver,
+    ApiConnection, BuiltinConfig, BuiltinDriver, NetworkDriver, RoutedDriver,
     cni::{CniConfig, CniDriver},
 };
 use hypernetes_runtime::{
@@ -29,6 +29,7 @@ use hypernetes_vmm::{
     qemu::{QemuConfig, QemuDriver},
 };
 use serde::Deserialize;
+use tokio::sync::mpsc;
 use tracing::info;
 
 use crate::{kernel, paths, paths::Paths};
@@ -113,6 +114,8 @@ const HOST_PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Parts {
     pub(crate) store: Store,
     pub(crate) networks: Arc<dyn NetworkDriver>,
+    /// Connections of pods to the API server.
+    pub(crate) api_connections: mpsc::Receiver<ApiConnection>,
     pub(crate) runtime: Arc<dyn PodRuntime>,
     /// Prefix of what this daemon makes on the host.
     pub(crate) instance: String,
@@ -151,7 +154,9 @@ impl Parts {
         }
         let instance = network.instance.clone();
         fs::write(paths.instance(), &instance).context("cannot write the instance name")?;
-        let own: Arc<dyn NetworkDriver> = Arc::new(BuiltinDriver::open(network)?);
+        let own = BuiltinDriver::open(network)?;
+        let api_connections = own.api_connections();
+        let own: Arc<dyn NetworkDriver> = Arc::new(own);
         // A node that no longer uses CNI still has its pods of before to look after.
         let networks = match &options.cni {
             None if !paths.cni().exists() => own,
@@ -223,6 +228,7 @@ impl Parts {
         Ok(Self {
             store,
             networks,
+            api_connections,
             runtime,
             instance,
         })

@@ -12,7 +12,8 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow};
-use hypernetes_apiserver::{ApiServer, AuditOptions, ApiServerConfig, tls_config};
+use futures::stream;
+use hypernetes_apiserver::{ApiServer, ApiServerConfig, AuditOptions, tls_config};
 use hypernetes_controllers::ControllersConfig;
 use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User, WORKLOAD_CONTROLLERS};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
@@ -97,7 +98,8 @@ impl Node {
         };
         let mut config = ApiServerConfig::new(self.parts.store.clone());
         config.streams = Some(Nodelet::streams_of(self.parts.runtime.clone()));
-        config.node_name = Some(node_name.clone());
+        let usage = config.usage.clone();
+        config.mount_tokens = true;
         config.server_address = address.to_string();
         config.service_account_key = Some(
             self.authority
@@ -110,12 +112,17 @@ impl Node {
             max_backups: options.audit_log_maxbackup,
             max_age: options.audit_log_maxage,
         });
+        config.service_cidr = options.service_cidr;
         let server = ApiServer::new(config)
             .await
             .context("cannot start the API server")?;
         let mut sans = options.tls_sans.clone();
         sans.push(address.ip().to_string());
-        let tls = tls_config(&self.authority, &self.authority.serving(&sans)?)?;
+        sans.extend(names_in_networks(options.service_cidr));
+        let tls = Arc::new(tls_config(
+            &self.authority,
+            &self.authority.serving(&sans)?,
+        )?);
         let client = |user: &str| {
             let user = User::authenticated(user, [MASTERS.to_owned()]);
             kube::Client::new(server.service_as(user), "default")
@@ -124,10 +131,21 @@ impl Node {
         let stop = CancellationToken::new();
         let mut parts: JoinSet<Result<&'static str>> = JoinSet::new();
         {
-            let (server, stop) = (server.clone(), stop.clone());
+            let (server, tls, stop) = (server.clone(), tls.clone(), stop.clone());
             parts.spawn(async move {
-                server.serve_tls(listener, Arc::new(tls), stop).await?;
+                server.serve_tls(listener, tls, stop).await?;
                 Ok("API server")
+            });
+        }
+        {
+            let (server, stop) = (server.clone(), stop.clone());
+            let connections = stream::unfold(self.parts.api_connections, |mut next| async {
+                let connection = next.recv().await?;
+                Some(((connection.stream, connection.place), next))
+            });
+            parts.spawn(async move {
+                server.serve_streams(connections, tls, stop).await;
+                Ok("API server in networks")
             });
         }
         let controllers = ControllersConfig {
@@ -153,6 +171,7 @@ impl Node {
             paths.state().to_owned(),
             ipnet::IpNet::V4(options.pod_cidr),
         );
+        config.service_cidr = options.service_cidr;
         // Named like everything else that this daemon makes on the host.
         config.cgroup_root = format!("hypernetes-{}", self.parts.instance);
         let nodelet = Nodelet::new(
@@ -160,7 +179,8 @@ impl Node {
             client(&format!("system:node:{node_name}")),
             self.parts.runtime.clone(),
             self.parts.networks.clone(),
-        );
+        )
+        .with_usage(usage);
         let token = stop.clone();
         parts.spawn(async move {
             nodelet.run(token).await?;
@@ -189,7 +209,7 @@ impl Node {
             });
         }
 
-        self.write_admin_kubeconfig(&paths.admin_kubeconfig(), address)?;
+        write_admin_kubeconfig(&self.authority, &paths.admin_kubeconfig(), address)?;
         info!(%address, node = node_name, "the API server listens");
         terminal::line(&format!(
             "hypernetes is up: https://{address}, kubeconfig {}",
@@ -221,27 +241,39 @@ impl Node {
         }
         outcome
     }
+}
 
-    fn write_admin_kubeconfig(&self, path: &Path, address: SocketAddr) -> Result<()> {
-        let credentials =
-            self.authority
-                .client("hypernetes-admin", &[MASTERS.to_owned()], ADMIN_LIFE)?;
-        // Bound to all addresses: this machine reaches it by loopback.
-        let host = if address.ip().is_unspecified() {
-            SocketAddr::from(([127, 0, 0, 1], address.port()))
-        } else {
-            address
-        };
-        let kubeconfig = Kubeconfig {
-            server: &format!("https://{host}"),
-            context: "hypernetes",
-            user: "hypernetes-admin",
-            namespace: "default",
-            authority: &self.authority,
-            credentials: &credentials,
-        };
-        Ok(kubeconfig.write(path)?)
-    }
+fn write_admin_kubeconfig(authority: &Authority, path: &Path, address: SocketAddr) -> Result<()> {
+    let credentials = authority.client("hypernetes-admin", &[MASTERS.to_owned()], ADMIN_LIFE)?;
+    // Bound to all addresses: this machine reaches it by loopback.
+    let host = if address.ip().is_unspecified() {
+        SocketAddr::from(([127, 0, 0, 1], address.port()))
+    } else {
+        address
+    };
+    let kubeconfig = Kubeconfig {
+        server: &format!("https://{host}"),
+        context: "hypernetes",
+        user: "hypernetes-admin",
+        namespace: "default",
+        authority,
+        credentials: &credentials,
+    };
+    Ok(kubeconfig.write(path)?)
+}
+
+/// How pods call the API server.
+fn names_in_networks(services: ipnet::Ipv4Net) -> Vec<String> {
+    let mut names: Vec<String> = [
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+    ]
+    .map(str::to_owned)
+    .into();
+    names.extend(services.hosts().next().map(|address| address.to_string()));
+    names
 }
 
 /// The node's address for pods' `hostIP`.

@@ -8,8 +8,12 @@
 //! Calls run on blocking threads and are not interrupted when the caller goes away. Lock order:
 //! a network's gate, the host's gate, tables.
 
+mod api;
+mod dial;
 mod host;
 mod network;
+mod ports;
+mod services;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -24,14 +28,17 @@ use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
 use ipnet::Ipv4Net;
 use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
 
 use crate::{
-    Attachment, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec, PodNetworkRequest,
+    Attachment, HeldPort, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
+    NetworkSpec, PodNetworkRequest,
     netns::{self, Namespace},
     plan::{Names, NetworkPlan, PodPlan, hex, namespace_prefix},
     record::{NetworkRecord, Records},
     tap,
 };
+pub use api::{ApiConnection, ApiPlace};
 use network::Live;
 
 /// Settings of [`BuiltinDriver`].
@@ -88,6 +95,8 @@ struct Inner {
     host: Namespace,
     host_gate: Mutex<host::HostState>,
     tables: Mutex<Tables>,
+    /// Who serves pods' connections to the API server.
+    api: Mutex<Option<Arc<mpsc::Sender<ApiConnection>>>>,
 }
 
 #[derive(Debug, Default)]
@@ -167,8 +176,15 @@ impl BuiltinDriver {
                 host,
                 host_gate: Mutex::default(),
                 tables: Mutex::new(tables),
+                api: Mutex::default(),
             }),
         })
+    }
+
+    /// Connections that pods make to the API server: to service ports with
+    /// [`crate::Backends::Api`]. Whoever asked last gets them. Without it they are refused.
+    pub fn api_connections(&self) -> mpsc::Receiver<ApiConnection> {
+        self.inner.api_connections()
     }
 
     async fn run<T: Send + 'static>(
@@ -210,11 +226,8 @@ impl NetworkDriver for BuiltinDriver {
         request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
         let (sandbox, network) = (sandbox.clone(), network.clone());
-        if !request.host_ports.is_empty() {
-            return Err(NetworkError::NoHostPorts(network));
-        }
-        let requested = request.address;
-        self.run(move |inner| inner.attach(&sandbox, &network, requested))
+        let request = request.clone();
+        self.run(move |inner| inner.attach(&sandbox, &network, &request))
             .await
     }
 
@@ -239,6 +252,31 @@ impl NetworkDriver for BuiltinDriver {
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {
         let id = id.clone();
         self.run(move |inner| inner.set_names(&id, names)).await
+    }
+
+    async fn set_services(
+        &self,
+        id: &NetworkId,
+        services: NetworkServices,
+    ) -> Result<(), NetworkError> {
+        let id = id.clone();
+        self.run(move |inner| inner.set_services(&id, services))
+            .await
+    }
+
+    async fn dial(
+        &self,
+        network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        let id = network.clone();
+        let socket = self
+            .run(move |inner| inner.gateway_socket(&id, address.ip()))
+            .await?;
+        socket
+            .connect(address)
+            .await
+            .map_err(system(format!("connect to {address}")))
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {
@@ -266,6 +304,22 @@ impl Tables {
 
     fn pods(&self, network: &NetworkId) -> Vec<PodPlan> {
         self.of(network).filter_map(PodPlan::new).collect()
+    }
+
+    /// Ports of the node that lead to pods of the network, with the pods' addresses.
+    fn held(&self, network: &NetworkId) -> Vec<(Ipv4Addr, HeldPort)> {
+        self.of(network)
+            .filter_map(|lease| match lease.address {
+                IpAddr::V4(address) => Some((address, lease)),
+                IpAddr::V6(_) => None,
+            })
+            .flat_map(|(address, lease)| {
+                lease
+                    .host_ports
+                    .iter()
+                    .map(move |held| (address, held.clone()))
+            })
+            .collect()
     }
 }
 
@@ -354,6 +408,7 @@ impl Inner {
             transit,
             deleting: false,
             names: Vec::new(),
+            services: NetworkServices::default(),
         };
         let network = Arc::new(Network::new(&self.config.instance, Live::new(record)));
         tables

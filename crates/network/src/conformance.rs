@@ -9,7 +9,10 @@ use std::net::IpAddr;
 
 use hypernetes_types::{NetworkId, SandboxId};
 
-use crate::{NameRecord, NetworkDriver, NetworkError, NetworkSpec, PodNetworkRequest};
+use crate::{
+    Backends, NameRecord, NetworkDriver, NetworkError, NetworkServices, NetworkSpec,
+    PodNetworkRequest, Protocol, ServicePort,
+};
 
 /// A small network of that name; all have the same addresses.
 pub fn spec(id: &str) -> NetworkSpec {
@@ -57,6 +60,20 @@ pub async fn check(driver: &dyn NetworkDriver) {
     for _again in 0..2 {
         driver.set_names(&red.id, names.clone()).await.unwrap();
     }
+    let services = NetworkServices {
+        range: Some("10.96.0.0/16".parse().unwrap()),
+        ports: vec![ServicePort {
+            address: "10.96.0.9".parse().unwrap(),
+            protocol: Protocol::Tcp,
+            port: 80,
+            affinity: Some(60),
+            backends: Backends::Endpoints(vec!["10.77.0.3:8080".parse().unwrap()]),
+        }],
+        names: Vec::new(),
+    };
+    for services in [services.clone(), services, NetworkServices::default()] {
+        driver.set_services(&red.id, services).await.unwrap();
+    }
 
     let (kept, dead) = (SandboxId::random(), SandboxId::random());
     let lease = driver.attach(&kept, &red.id, &any()).await.unwrap().lease;
@@ -86,6 +103,10 @@ async fn unknown_things(driver: &dyn NetworkDriver) {
     let refused = driver.attach(&nobody, &nowhere, &any()).await;
     assert!(matches!(refused, Err(NetworkError::NoNetwork(id)) if id == nowhere));
     let refused = driver.set_names(&nowhere, Vec::new()).await;
+    assert!(matches!(refused, Err(NetworkError::NoNetwork(_))));
+    let refused = driver
+        .set_services(&nowhere, NetworkServices::default())
+        .await;
     assert!(matches!(refused, Err(NetworkError::NoNetwork(_))));
     let mut impossible = spec("impossible");
     impossible.gateway = "10.78.0.1".parse().unwrap();

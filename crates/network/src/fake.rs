@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::OpenOptions,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::OwnedFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -13,8 +13,8 @@ use hypernetes_types::{NetworkId, SandboxId};
 use ipnet::Ipv4Net;
 
 use crate::{
-    Attachment, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec, PodNetworkRequest,
-    ipam,
+    Attachment, HeldPort, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
+    NetworkSpec, PodNetworkRequest, ipam,
     plan::{NetworkPlan, mac, tap_name},
 };
 
@@ -27,7 +27,9 @@ pub struct FakeDriver {
 #[derive(Debug, Default)]
 struct State {
     networks: BTreeMap<NetworkId, (NetworkSpec, Vec<NameRecord>, Option<Ipv4Addr>)>,
+    services: BTreeMap<NetworkId, NetworkServices>,
     leases: BTreeMap<SandboxId, Lease>,
+    pods_listen_at: Option<SocketAddr>,
 }
 
 impl FakeDriver {
@@ -43,6 +45,16 @@ impl FakeDriver {
             .get(id)
             .map(|network| network.1.clone())
             .unwrap_or_default()
+    }
+
+    /// The services that were set for a network.
+    pub fn services(&self, id: &NetworkId) -> NetworkServices {
+        self.lock().services.get(id).cloned().unwrap_or_default()
+    }
+
+    /// Where connections to pods go instead; without it they are refused.
+    pub fn set_pods_listen_at(&self, address: Option<SocketAddr>) {
+        self.lock().pods_listen_at = address;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -108,6 +120,7 @@ impl NetworkDriver for FakeDriver {
             });
         }
         state.networks.remove(id);
+        state.services.remove(id);
         Ok(())
     }
 
@@ -127,9 +140,6 @@ impl NetworkDriver for FakeDriver {
         request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
         let requested = request.address;
-        if !request.host_ports.is_empty() {
-            return Err(NetworkError::NoHostPorts(network.clone()));
-        }
         let mut state = self.lock();
         let refuse = |address, reason| NetworkError::Address {
             address,
@@ -185,6 +195,14 @@ impl NetworkDriver for FakeDriver {
                 search: vec![format!("svc.{}", spec.domain), spec.domain.clone()],
                 prefixes: Vec::new(),
                 routes: Vec::new(),
+                host_ports: request
+                    .host_ports
+                    .iter()
+                    .map(|port| HeldPort {
+                        port: port.clone(),
+                        relay: port.host_port,
+                    })
+                    .collect(),
             }
         };
         let tap = null()?;
@@ -222,6 +240,33 @@ impl NetworkDriver for FakeDriver {
             .ok_or_else(|| NetworkError::NoNetwork(id.clone()))?;
         network.1 = names;
         Ok(())
+    }
+
+    async fn set_services(
+        &self,
+        id: &NetworkId,
+        services: NetworkServices,
+    ) -> Result<(), NetworkError> {
+        let mut state = self.lock();
+        if !state.networks.contains_key(id) {
+            return Err(NetworkError::NoNetwork(id.clone()));
+        }
+        state.services.insert(id.clone(), services);
+        Ok(())
+    }
+
+    async fn dial(
+        &self,
+        _network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        let refused = |source: std::io::Error| NetworkError::System {
+            action: format!("connect to {address}"),
+            source: Box::new(source),
+        };
+        let at = self.lock().pods_listen_at;
+        let at = at.ok_or_else(|| refused(std::io::ErrorKind::ConnectionRefused.into()))?;
+        tokio::net::TcpStream::connect(at).await.map_err(refused)
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

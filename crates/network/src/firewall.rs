@@ -5,6 +5,8 @@ use std::{
     process::{Command, Stdio},
 };
 
+use serde_json::Value;
+
 use crate::netns::Namespace;
 
 /// Applies `script` in `namespace`, all of it or nothing.
@@ -18,6 +20,27 @@ pub(crate) fn has_table(namespace: &Namespace, family: &str, table: &str) -> io:
     Ok(nft(namespace, &["list", "tables"], "")?
         .lines()
         .any(|line| line == want))
+}
+
+/// Names of the table's chains and sets; none if there is no such table.
+pub(crate) fn names(
+    namespace: &Namespace,
+    family: &str,
+    table: &str,
+) -> io::Result<(Vec<String>, Vec<String>)> {
+    let list = |kind: &str, what: &str| {
+        let text = nft(namespace, &["-t", "-j", "list", what, family], "")?;
+        let listed: Value = serde_json::from_str(&text)?;
+        let names = listed["nftables"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|entry| &entry[kind])
+            .filter(|entry| entry["table"] == table)
+            .filter_map(|entry| entry["name"].as_str().map(str::to_owned));
+        io::Result::Ok(names.collect())
+    };
+    Ok((list("chain", "chains")?, list("set", "sets")?))
 }
 
 fn nft(namespace: &Namespace, arguments: &[&str], input: &str) -> io::Result<String> {

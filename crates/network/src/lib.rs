@@ -11,6 +11,7 @@ pub mod plan;
 mod builtin;
 #[cfg(feature = "fake")]
 pub mod conformance;
+mod conntrack;
 mod dns;
 #[cfg(feature = "fake")]
 mod fake;
@@ -20,20 +21,26 @@ mod links;
 mod netns;
 mod record;
 mod routed;
+mod service;
 mod sysctl;
 mod tap;
 
-use std::{net::IpAddr, os::fd::OwnedFd, path::PathBuf};
+use std::{
+    net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
+    path::PathBuf,
+};
 
 use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-pub use builtin::{BuiltinConfig, BuiltinDriver};
+pub use builtin::{ApiConnection, ApiPlace, BuiltinConfig, BuiltinDriver};
 #[cfg(feature = "fake")]
 pub use fake::FakeDriver;
 pub use routed::RoutedDriver;
+pub use service::{Backends, NameData, NetworkServices, ServiceName, ServicePort};
 
 /// A tenant network as asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +99,9 @@ pub struct Lease {
     /// Routes besides those of `prefixes`. Empty like `prefixes`: the default route, by `gateway`.
     #[serde(default)]
     pub routes: Vec<Route>,
+    /// Ports of the node that lead to the pod by the driver's own doing.
+    #[serde(default)]
+    pub host_ports: Vec<HeldPort>,
 }
 
 impl Lease {
@@ -144,6 +154,16 @@ pub struct HostPort {
     pub container_port: u16,
     /// The one address of the node that it is on; `None` = all.
     pub host_ip: Option<IpAddr>,
+}
+
+/// A port of the node that a pod holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldPort {
+    /// As asked for.
+    #[serde(flatten)]
+    pub port: HostPort,
+    /// Port of the network's own address on its link to the node, which lies on the way.
+    pub relay: u16,
 }
 
 /// Transport of a port.
@@ -228,6 +248,22 @@ pub trait NetworkDriver: Send + Sync + std::fmt::Debug {
     /// Replaces the names that pods of the network can resolve. Networks that are not this node's
     /// own refuse it.
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError>;
+    /// Replaces the services that pods of the network reach, and their names. Connections that are
+    /// open go on. Networks that are not this node's own refuse it.
+    async fn set_services(
+        &self,
+        id: &NetworkId,
+        services: NetworkServices,
+    ) -> Result<(), NetworkError>;
+    /// Opens a connection to a pod from the gateway of its network, inside the network's own place:
+    /// what listens on the node cannot be reached. Networks that are not this node's own refuse it.
+    async fn dial(
+        &self,
+        network: &NetworkId,
+        _address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        Err(NetworkError::NoGateway(network.clone()))
+    }
     /// After a restart: repairs namespaces, rules and DNS of known networks, removes leases of
     /// sandboxes that are not in `alive`, and everything on the host that carries this driver's
     /// names but belongs to no known network.
@@ -259,12 +295,22 @@ pub enum NetworkError {
         /// Why.
         reason: &'static str,
     },
-    /// Ports of the node are not to be had on this network.
-    #[error("network {0} has no host ports")]
-    NoHostPorts(NetworkId),
+    /// A port of the node cannot be had.
+    #[error("host port {port}/{protocol} cannot be had: {reason}")]
+    HostPort {
+        /// Port of the node.
+        port: u16,
+        /// Transport.
+        protocol: Protocol,
+        /// Why.
+        reason: String,
+    },
     /// The network has places for VMs only.
     #[error("pods of the host handler cannot join network {0}: it has places for VMs only")]
     OnlyVms(NetworkId),
+    /// Nothing of the node's is on the network.
+    #[error("network {0} has no gateway on this node to connect from")]
+    NoGateway(NetworkId),
     /// The plugins' configuration does not allow a pod.
     #[error("CNI: {0}")]
     NotReady(String),

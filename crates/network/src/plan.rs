@@ -12,6 +12,7 @@
 //! ```
 
 mod ruleset;
+mod services;
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -20,7 +21,13 @@ use ipnet::{IpNet, Ipv4Net};
 use sha2::{Digest, Sha256};
 
 pub use ruleset::{
-    HOST_LINK_PREFIX, host_ruleset, host_table, network_ruleset, pod_removal_rules, pod_rules,
+    Forward, HOST_LINK_PREFIX, forward_removal_rules, forward_rules, host_ruleset, host_table,
+    network_ruleset, pod_removal_rules, pod_rules,
+};
+pub use services::{
+    API_PORT, HOST_PORT_MARK, SERVICES_TABLE, ServiceKey, ServiceRoute, ServiceTable,
+    ServicesChange, hairpin_element, host_port_removal_rules, host_port_rules, service_table,
+    services_base, services_change, services_takeover,
 };
 
 use crate::{Lease, NetworkError, NetworkSpec};

@@ -13,7 +13,7 @@ use std::{
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{Lease, NameRecord, NetworkSpec, netns::DirBefore};
+use crate::{Lease, NameRecord, NetworkServices, NetworkSpec, netns::DirBefore};
 
 /// A network that exists or is being made or removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,9 @@ pub(crate) struct NetworkRecord {
     pub(crate) deleting: bool,
     /// What its pods can resolve.
     pub(crate) names: Vec<NameRecord>,
+    /// What its pods reach by services.
+    #[serde(default)]
+    pub(crate) services: NetworkServices,
 }
 
 /// What the host was like before the first network.

@@ -1,13 +1,13 @@
 //! One network by CNI plugins, all others by another driver.
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
 use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
 
 use crate::{
-    Attachment, Lease, NameRecord, NamespacePlace, NetworkDriver, NetworkError, NetworkSpec,
-    PodNetworkRequest, cni::CniDriver,
+    Attachment, Lease, NameRecord, NamespacePlace, NetworkDriver, NetworkError, NetworkServices,
+    NetworkSpec, PodNetworkRequest, cni::CniDriver,
 };
 
 /// Joins a [`CniDriver`] with the driver of this node's own networks.
@@ -101,6 +101,25 @@ impl NetworkDriver for RoutedDriver {
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {
         self.own.set_names(id, names).await
+    }
+
+    async fn set_services(
+        &self,
+        id: &NetworkId,
+        services: NetworkServices,
+    ) -> Result<(), NetworkError> {
+        self.own.set_services(id, services).await
+    }
+
+    async fn dial(
+        &self,
+        network: &NetworkId,
+        address: SocketAddr,
+    ) -> Result<tokio::net::TcpStream, NetworkError> {
+        if self.is_cni(network) {
+            return Err(NetworkError::NoGateway(network.clone()));
+        }
+        self.own.dial(network, address).await
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

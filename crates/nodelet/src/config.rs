@@ -1,8 +1,11 @@
 //! What a node is told when it is made.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 /// Memory that the guest itself takes.
 const OVERHEAD_MIB: u32 = 64;
@@ -30,6 +33,8 @@ pub struct NodeletConfig {
     pub mtu: u32,
     /// Domain of the cluster's names.
     pub cluster_domain: String,
+    /// Addresses of services, the same in every network.
+    pub service_cidr: Ipv4Net,
     /// Size of a pod's scratch disk where no limit says otherwise.
     pub scratch_mib: u64,
     /// Memory that the guest itself takes, added to the sum of the containers'.
@@ -57,6 +62,7 @@ impl NodeletConfig {
             default_egress: true,
             mtu: 1500,
             cluster_domain: "cluster.local".to_owned(),
+            service_cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16),
             scratch_mib: 10 * 1024,
             overhead_mib: OVERHEAD_MIB,
             default_memory_mib: DEFAULT_MEMORY_MIB,

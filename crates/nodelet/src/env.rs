@@ -1,6 +1,6 @@
 //! Environment, command and arguments of a container, with `$(VAR)` expanded as Kubernetes does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Container, EnvVar};
 
@@ -69,17 +69,22 @@ fn is_env_name(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(|b| (0x20..0x7f).contains(&b) && b != b'=')
 }
 
-/// The container's variables, in order, each name once.
+/// The container's variables, in order, each name once. Its own values can refer to those of
+/// `services`, and replace them.
 pub(crate) async fn build(
     sources: &Sources,
     facts: &PodFacts<'_>,
     container: &Container,
+    services: Vec<(String, String)>,
 ) -> Result<Vec<(String, String)>, EnvError> {
     let namespace = facts.pod.metadata.namespace.as_deref().unwrap_or_default();
-    let mut known = BTreeMap::new();
+    let theirs: Vec<String> = services.iter().map(|(name, _value)| name.clone()).collect();
+    let mut known: BTreeMap<String, String> = services.into_iter().collect();
+    let mut own = BTreeSet::new();
     let mut order: Vec<String> = Vec::new();
     let mut set = |known: &mut BTreeMap<String, String>, name: String, value: String| {
-        if known.insert(name.clone(), value).is_none() {
+        known.insert(name.clone(), value);
+        if own.insert(name.clone()) {
             order.push(name);
         }
     };
@@ -111,6 +116,7 @@ pub(crate) async fn build(
             set(&mut known, variable.name.clone(), value);
         }
     }
+    order.extend(theirs.into_iter().filter(|name| !own.contains(name)));
     Ok(order
         .into_iter()
         .filter_map(|name| known.get(&name).cloned().map(|value| (name, value)))

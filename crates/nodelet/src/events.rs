@@ -36,6 +36,7 @@ struct Note {
     reason: &'static str,
     message: String,
     at: Timestamp,
+    component: &'static str,
 }
 
 /// Takes events and writes them in the background.
@@ -69,12 +70,36 @@ impl Recorder {
                 .spec
                 .iter()
                 .flat_map(|spec| spec.init_containers.iter().flatten());
+            let ephemeral = pod
+                .spec
+                .iter()
+                .flat_map(|spec| spec.ephemeral_containers.iter().flatten());
             if init.into_iter().any(|c| c.name == name) {
                 "initContainers"
+            } else if ephemeral.into_iter().any(|c| c.name == name) {
+                "ephemeralContainers"
             } else {
                 "containers"
             }
         };
+        let field_path = container.map(|name| format!("spec.{}{{{name}}}", list(name)));
+        self.note(pod, field_path, level, reason, message, "kubelet");
+    }
+
+    /// Says something about where a pod goes.
+    pub(crate) fn scheduler(&self, pod: &Pod, level: Level, reason: &'static str, message: String) {
+        self.note(pod, None, level, reason, message, "default-scheduler");
+    }
+
+    fn note(
+        &self,
+        pod: &Pod,
+        field_path: Option<String>,
+        level: Level,
+        reason: &'static str,
+        message: String,
+        component: &'static str,
+    ) {
         let object = ObjectReference {
             api_version: Some("v1".to_owned()),
             kind: Some("Pod".to_owned()),
@@ -82,7 +107,7 @@ impl Recorder {
             namespace: pod.metadata.namespace.clone(),
             uid: pod.metadata.uid.clone(),
             resource_version: pod.metadata.resource_version.clone(),
-            field_path: container.map(|name| format!("spec.{}{{{name}}}", list(name))),
+            field_path,
         };
         let mut message = message;
         if message.len() > MESSAGE_LIMIT {
@@ -97,6 +122,7 @@ impl Recorder {
             reason,
             message,
             at: Timestamp::now(),
+            component,
         };
         if self.queue.try_send(note).is_err() {
             tracing::debug!(reason, "an event was dropped: too many wait to be written");
@@ -183,10 +209,10 @@ async fn write(
         first_timestamp: Some(seconds(note.at)),
         last_timestamp: Some(seconds(note.at)),
         source: Some(EventSource {
-            component: Some("kubelet".to_owned()),
+            component: Some(note.component.to_owned()),
             host: Some(host.to_owned()),
         }),
-        reporting_component: Some("kubelet".to_owned()),
+        reporting_component: Some(note.component.to_owned()),
         reporting_instance: Some(host.to_owned()),
         ..Event::default()
     };

@@ -5,7 +5,8 @@
 //! (`worker`), which asks a pure planner (`plan`) what to do next. Nothing is kept here that
 //! cannot be found again in the API and in the runtime: after a restart pods go on as they are.
 //!
-//! It does not talk to registries, VMs or the kernel itself, and it does not schedule.
+//! It does not talk to registries, VMs or the kernel itself. As the cluster has one node, it also decides which
+//! pods fit it (`scheduler`).
 #![forbid(unsafe_code)]
 
 mod access;
@@ -15,19 +16,29 @@ mod container;
 mod env;
 mod events;
 mod fields;
+mod handler;
 mod logs;
 mod network;
 mod node;
 mod plan;
 mod pods;
+mod prober;
 mod pull;
+mod resize;
 mod resources;
+mod roles;
 mod sandbox;
+mod scheduler;
+mod services;
 mod sources;
 mod status;
 mod steps;
+mod stop;
 mod streams;
+mod tokens;
+mod usage;
 mod volumes;
+mod wishes;
 mod worker;
 
 use std::{
@@ -37,6 +48,7 @@ use std::{
     time::Duration,
 };
 
+use hypernetes_apimachinery::usage::UsageBoard;
 use hypernetes_network::NetworkDriver;
 use hypernetes_runtime::PodRuntime;
 use hypernetes_streaming::PodStreams;
@@ -94,6 +106,7 @@ pub struct Nodelet {
     runtime: Arc<dyn PodRuntime>,
     networks: Arc<dyn NetworkDriver>,
     board: worker::Board,
+    usage: UsageBoard,
 }
 
 impl fmt::Debug for Nodelet {
@@ -118,7 +131,15 @@ impl Nodelet {
             runtime,
             networks,
             board: Arc::new(Mutex::new(HashMap::new())),
+            usage: UsageBoard::default(),
         }
+    }
+
+    /// Notes what the node and its pods use on this board.
+    #[must_use]
+    pub fn with_usage(mut self, board: UsageBoard) -> Self {
+        self.usage = board;
+        self
     }
 
     /// Exec, attach, port-forward and logs of this node's pods. Works as long as the runtime does.
@@ -161,6 +182,24 @@ impl Nodelet {
         let host = self.config.node_name.clone();
         let (events, write_events) = events::Recorder::new(self.client.clone(), host, stop.clone());
         let (names, publish_names) = network::Names::new(self.networks.clone(), stop.clone());
+        let settings = services::Settings {
+            range: self.config.service_cidr,
+            domain: self.config.cluster_domain.clone(),
+        };
+        let (services, tell_services) =
+            services::Services::new(settings, &self.client, self.networks.clone(), stop.clone());
+        let scheduler = scheduler::run(
+            self.client.clone(),
+            self.config.node_name.clone(),
+            events.clone(),
+            stop.clone(),
+        );
+        let usage = usage::run(
+            self.runtime.clone(),
+            self.config.node_name.clone(),
+            self.usage,
+            stop.clone(),
+        );
         let node = Arc::new(steps::Node {
             host_ip: self.config.address.to_string(),
             capacity,
@@ -168,9 +207,11 @@ impl Nodelet {
             runtime: self.runtime,
             networks: self.networks,
             sources: sources::Sources::new(self.client.clone()),
+            tokens: tokens::Tokens::new(self.client.clone()),
             access,
             events,
             names,
+            services,
             gates: network::Gates::default(),
             config: self.config.clone(),
         });
@@ -180,7 +221,10 @@ impl Nodelet {
             name
         };
         parts.spawn(named("event writer", Box::pin(write_events)));
+        parts.spawn(named("scheduler", Box::pin(scheduler)));
+        parts.spawn(named("usage meter", Box::pin(usage)));
         parts.spawn(named("name publisher", Box::pin(publish_names)));
+        parts.spawn(named("services", Box::pin(tell_services)));
         let keep_alive = node::keep_alive(self.client, self.config, capacity, since, stop.clone());
         parts.spawn(named("heartbeat", Box::pin(keep_alive)));
         parts.spawn(named(

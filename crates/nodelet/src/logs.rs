@@ -8,7 +8,7 @@ use std::{io::SeekFrom, path::Path, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, stream};
-use hypernetes_streaming::{LogRequest, LogStream};
+use hypernetes_streaming::{LogRequest, LogSource, LogStream};
 use jiff::Timestamp;
 use tokio::{
     fs::File,
@@ -26,6 +26,7 @@ const LONGEST_WAIT: Duration = Duration::from_millis(250);
 #[derive(Debug, PartialEq, Eq)]
 struct Line<'a> {
     time: &'a str,
+    source: LogSource,
     partial: bool,
     content: &'a [u8],
 }
@@ -33,7 +34,11 @@ struct Line<'a> {
 fn parse(line: &[u8]) -> Option<Line<'_>> {
     let mut parts = line.splitn(4, |byte| *byte == b' ');
     let time = std::str::from_utf8(parts.next()?).ok()?;
-    let stream = parts.next()?;
+    let source = match parts.next()? {
+        b"stdout" => LogSource::Stdout,
+        b"stderr" => LogSource::Stderr,
+        _ => return None,
+    };
     let tags = parts.next()?;
     let content = parts.next().unwrap_or_default();
     // Tags may grow with `:`; the first says whether the line goes on.
@@ -42,8 +47,9 @@ fn parse(line: &[u8]) -> Option<Line<'_>> {
         b"F" => false,
         _ => return None,
     };
-    (matches!(stream, b"stdout" | b"stderr") && !time.is_empty()).then_some(Line {
+    (!time.is_empty()).then_some(Line {
         time,
+        source,
         partial,
         content,
     })
@@ -55,6 +61,7 @@ struct Filter {
     since: Option<Timestamp>,
     timestamps: bool,
     left: Option<u64>,
+    source: Option<LogSource>,
     /// The line before was partial: this one continues it.
     inside: bool,
 }
@@ -73,6 +80,7 @@ impl Filter {
             since: exact.or(ago),
             timestamps: request.timestamps,
             left: request.limit_bytes,
+            source: request.source,
             inside: false,
         }
     }
@@ -83,6 +91,9 @@ impl Filter {
 
     fn push(&mut self, line: &[u8], out: &mut BytesMut) {
         let Some(line) = parse(line) else { return };
+        if self.source.is_some_and(|source| source != line.source) {
+            return;
+        }
         let skipped = self.since.is_some_and(|since| {
             line.time
                 .parse::<Timestamp>()

@@ -20,7 +20,13 @@ use hypernetes_types::{ContainerId, SandboxId};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
-use crate::backoff::Backoff;
+use crate::{
+    backoff::Backoff,
+    prober::{self, Health, ProbeKind},
+    resize::ResizeState,
+    roles::{self, Role},
+    wishes,
+};
 
 /// How long `ErrImagePull` stands before it reads `ImagePullBackOff`.
 const FRESH_ERROR: SignedDuration = SignedDuration::from_secs(2);
@@ -32,6 +38,7 @@ const FORCED_GRACE: i64 = 2;
 pub(crate) enum Slot {
     Sandbox,
     Container(String),
+    Resize,
     Teardown,
 }
 
@@ -50,8 +57,17 @@ pub(crate) enum Action {
         sandbox: SandboxId,
         attempt: u32,
     },
-    /// Stop a container whose definition changed.
-    Kill { container: String, id: ContainerId },
+    /// End a container, because of what `message` says; one that `restarts` runs again whatever its
+    /// exit code is.
+    Kill {
+        container: String,
+        id: ContainerId,
+        message: String,
+        grace: i64,
+        restarts: bool,
+    },
+    /// Give the containers the resources that the pod asks for now.
+    Resize { sandbox: SandboxId },
     /// Forget an old container.
     RemoveContainer(ContainerId),
     /// Forget an old sandbox.
@@ -107,6 +123,12 @@ pub(crate) struct Memory {
     pub(crate) stopped: bool,
     /// Ends of logs that stand for a termination message.
     pub(crate) log_tails: BTreeMap<ContainerId, String>,
+    /// What probes have found of the containers that run.
+    pub(crate) health: BTreeMap<ContainerId, Health>,
+    /// Containers that were ended so that they run again.
+    pub(crate) killed: BTreeSet<ContainerId>,
+    /// What came of the last resize.
+    pub(crate) resize: Option<ResizeState>,
 }
 
 impl Memory {
@@ -213,13 +235,14 @@ impl View<'_> {
             .unwrap_or("Always")
     }
 
-    fn grace_seconds(&self) -> i64 {
+    pub(crate) fn grace_seconds(&self) -> i64 {
         if self.gone {
             return FORCED_GRACE;
         }
         self.pod
             .metadata
             .deletion_grace_period_seconds
+            .or_else(|| wishes::stop_grace(self.pod))
             .or_else(|| {
                 self.spec()
                     .and_then(|spec| spec.termination_grace_period_seconds)
@@ -237,16 +260,83 @@ impl View<'_> {
         self.memory.failed.is_some() || matches!(phase, Some("Succeeded" | "Failed"))
     }
 
-    /// Whether an ended container of the pod runs again.
-    pub(crate) fn restarts(&self, exit_code: i32, init: bool) -> bool {
-        match self.restart_policy() {
+    /// Whether an ended container of the pod runs again: by its own rules and policy before the pod's.
+    pub(crate) fn restarts(
+        &self,
+        container: &Container,
+        role: Role,
+        attempt: u32,
+        exit_code: i32,
+    ) -> bool {
+        if wishes::max_restarts(self.pod).is_some_and(|most| attempt >= most) {
+            return false;
+        }
+        match role {
+            Role::Sidecar => return true,
+            Role::Ephemeral => return false,
+            Role::Init | Role::Main => {}
+        }
+        for rule in container.restart_policy_rules.iter().flatten() {
+            let Some(codes) = &rule.exit_codes else {
+                continue;
+            };
+            let listed = codes.values.iter().flatten().any(|code| *code == exit_code);
+            if listed == (codes.operator == "In") && rule.action == "Restart" {
+                return true;
+            }
+        }
+        let own = container.restart_policy.as_deref();
+        match own.unwrap_or_else(|| self.restart_policy()) {
             "Never" => false,
-            "Always" if !init => true,
+            "Always" if role == Role::Main => true,
             _ => exit_code != 0,
         }
     }
 
-    /// All init containers have succeeded in the running VM, or containers exist in it already.
+    /// What is known of a running container.
+    pub(crate) fn health(&self, container: &Container, record: &ContainerStatus) -> Health {
+        let known = self.memory.health.get(&record.id).copied();
+        known.unwrap_or_else(|| prober::at_first(container))
+    }
+
+    /// An init container that is behind the pod's start: it has succeeded, or it runs and has started.
+    pub(crate) fn has_passed(&self, container: &Container) -> bool {
+        let records = self.records(&container.name);
+        records.first().is_some_and(|record| {
+            self.is_current(record)
+                && match roles::of_init(container) {
+                    Role::Sidecar => {
+                        record.state == ContainerState::Running
+                            && self.health(container, record).started
+                            && !self.is_busy(&Slot::Container(container.name.clone()))
+                    }
+                    _ => succeeded(record),
+                }
+        })
+    }
+
+    /// An init container has failed for good.
+    pub(crate) fn has_init_failed(&self) -> bool {
+        self.init_containers().iter().any(|container| {
+            let role = roles::of_init(container);
+            role == Role::Init
+                && self.records(&container.name).first().is_some_and(|record| {
+                    record.state == ContainerState::Exited
+                        && record.exit_code != 0
+                        && !self.restarts(container, role, record.config.attempt, record.exit_code)
+                })
+        })
+    }
+
+    /// Grace of a container that is ended because of a probe.
+    fn probe_grace(&self, container: &Container, kind: ProbeKind) -> i64 {
+        let own = kind
+            .of(container)
+            .and_then(|probe| probe.termination_grace_period_seconds);
+        own.unwrap_or_else(|| self.grace_seconds())
+    }
+
+    /// All init containers have passed in the running VM, or the others exist in it already.
     pub(crate) fn is_initialized(&self) -> bool {
         let started = self.containers().iter().any(|container| {
             self.records(&container.name)
@@ -254,32 +344,27 @@ impl View<'_> {
                 .is_some_and(|record| self.is_current(record) || self.ready().is_none())
         });
         started
-            || self.init_containers().iter().all(|container| {
-                self.records(&container.name)
-                    .first()
-                    .is_some_and(|record| self.is_current(record) && succeeded(record))
-            })
+            || self
+                .init_containers()
+                .iter()
+                .all(|container| self.has_passed(container))
     }
 
-    /// Every container has ended and none runs again.
+    /// Every container has ended and none runs again. Sidecars do not keep a pod going.
     pub(crate) fn is_finished(&self) -> bool {
-        let ended = |name: &str, init: bool| {
-            self.records(name).first().is_some_and(|record| {
-                record.state == ContainerState::Exited && !self.restarts(record.exit_code, init)
+        let ended = |container: &Container| {
+            self.records(&container.name).first().is_some_and(|record| {
+                record.state == ContainerState::Exited
+                    && !self.memory.killed.contains(&record.id)
+                    && !self.restarts(
+                        container,
+                        Role::Main,
+                        record.config.attempt,
+                        record.exit_code,
+                    )
             })
         };
-        let init_failed = self.init_containers().iter().any(|container| {
-            ended(&container.name, true)
-                && self
-                    .records(&container.name)
-                    .first()
-                    .is_some_and(|r| r.exit_code != 0)
-        });
-        init_failed
-            || self
-                .containers()
-                .iter()
-                .all(|container| ended(&container.name, false))
+        self.has_init_failed() || self.containers().iter().all(ended)
     }
 }
 
@@ -400,28 +485,45 @@ fn plan_garbage(view: &View<'_>, plan: &mut Plan) {
 /// Containers that shall start now, with their attempts; fills in why others wait.
 fn wanted(view: &View<'_>, plan: &mut Plan) -> Vec<(String, u32)> {
     let mut wanted = Vec::new();
-    if !view.is_initialized() {
-        for container in view.init_containers() {
-            match need(view, container, true, plan) {
-                Need::Done { ok: true } => {}
-                Need::Start { attempt } => {
-                    wanted.push((container.name.clone(), attempt));
+    let initialized = view.is_initialized();
+    for container in view.init_containers() {
+        let role = roles::of_init(container);
+        if initialized && role == Role::Init {
+            continue;
+        }
+        match need(view, container, role, plan) {
+            Need::Start { attempt } => {
+                wanted.push((container.name.clone(), attempt));
+                if !initialized {
                     return wanted;
                 }
-                Need::Running | Need::Later | Need::Done { ok: false } => return wanted,
             }
+            Need::Done { ok: true } => {}
+            Need::Running if role == Role::Sidecar && view.has_passed(container) => {}
+            _ if initialized => {}
+            Need::Running | Need::Later | Need::Done { ok: false } => return wanted,
         }
     }
     for container in view.containers() {
-        match need(view, container, false, plan) {
-            Need::Start { attempt } => wanted.push((container.name.clone(), attempt)),
-            Need::Running | Need::Later | Need::Done { .. } => {}
+        if let Need::Start { attempt } = need(view, container, Role::Main, plan) {
+            wanted.push((container.name.clone(), attempt));
+        }
+    }
+    let ephemeral = view
+        .spec()
+        .and_then(|spec| spec.ephemeral_containers.as_deref())
+        .unwrap_or_default();
+    // They come to a VM that runs; none is booted for them.
+    for container in ephemeral.iter().filter(|_| view.ready().is_some()) {
+        let container = roles::of_ephemeral(container);
+        if let Need::Start { attempt } = need(view, &container, Role::Ephemeral, plan) {
+            wanted.push((container.name.clone(), attempt));
         }
     }
     wanted
 }
 
-fn need(view: &View<'_>, container: &Container, init: bool, plan: &mut Plan) -> Need {
+fn need(view: &View<'_>, container: &Container, role: Role, plan: &mut Plan) -> Need {
     let name = &container.name;
     let memory = view
         .memory
@@ -432,6 +534,9 @@ fn need(view: &View<'_>, container: &Container, init: bool, plan: &mut Plan) -> 
     let records = view.records(name);
     let record = records.first().copied();
     let attempt = match record {
+        None if role == Role::Ephemeral && memory.first_attempt > 0 => {
+            return Need::Done { ok: true };
+        }
         None => memory.first_attempt,
         Some(record) => {
             let current = view.is_current(record);
@@ -440,14 +545,23 @@ fn need(view: &View<'_>, container: &Container, init: bool, plan: &mut Plan) -> 
                     return Need::Running;
                 }
                 ContainerState::Created => record.config.attempt,
-                ContainerState::Exited if current && init && record.exit_code == 0 => {
+                _ if role == Role::Ephemeral => return Need::Done { ok: true },
+                ContainerState::Exited if current && role == Role::Init && succeeded(record) => {
                     return Need::Done { ok: true };
                 }
                 // After a new boot the init containers run again, whatever they did before.
-                ContainerState::Exited if init && record.exit_code == 0 => {
+                ContainerState::Exited if role == Role::Init && succeeded(record) => {
                     record.config.attempt + 1
                 }
-                ContainerState::Exited if !view.restarts(record.exit_code, init) => {
+                ContainerState::Exited
+                    if !view.memory.killed.contains(&record.id)
+                        && !view.restarts(
+                            container,
+                            role,
+                            record.config.attempt,
+                            record.exit_code,
+                        ) =>
+                {
                     return Need::Done {
                         ok: record.exit_code == 0,
                     };
@@ -581,23 +695,11 @@ fn plan_containers(
         }
         return;
     }
-    for container in view.containers() {
-        if let Some(record) = view.records(&container.name).first()
-            && record.state == ContainerState::Running
-            && view.is_current(record)
-            && view.restart_policy() != "Never"
-            && record
-                .config
-                .annotations
-                .get(crate::container::IMAGE_ANNOTATION)
-                != container.image.as_ref()
-            && !view.is_busy(&Slot::Container(container.name.clone()))
-        {
-            plan.actions.push(Action::Kill {
-                container: container.name.clone(),
-                id: record.id.clone(),
-            });
-        }
+    plan_kills(view, plan);
+    if crate::resize::is_wanted(view) {
+        plan.actions.push(Action::Resize {
+            sandbox: sandbox.id.clone(),
+        });
     }
     for (container, attempt) in wanted {
         if !view.is_busy(&Slot::Container(container.clone())) {
@@ -607,6 +709,52 @@ fn plan_containers(
                 attempt,
             });
         }
+    }
+}
+
+/// Ends containers whose probe failed or whose definition changed.
+fn plan_kills(view: &View<'_>, plan: &mut Plan) {
+    let init = view.init_containers().iter();
+    let init = init.map(|container| (container, roles::of_init(container)));
+    let main = view.containers().iter().map(|c| (c, Role::Main));
+    for (container, role) in init.chain(main) {
+        let records = view.records(&container.name);
+        let Some(record) = records.first() else {
+            continue;
+        };
+        if record.state != ContainerState::Running
+            || !view.is_current(record)
+            || role == Role::Init
+            || view.is_busy(&Slot::Container(container.name.clone()))
+        {
+            continue;
+        }
+        let name = &container.name;
+        // What it exits with does not matter: it is ended from outside.
+        let restarts = view.restarts(container, role, record.config.attempt, -1);
+        let image = record
+            .config
+            .annotations
+            .get(crate::container::IMAGE_ANNOTATION);
+        let (message, grace) = if let Some(kind) = view.health(container, record).failed {
+            let message = format!("Container {name} failed {} probe", kind.name());
+            (message, view.probe_grace(container, kind))
+        } else if restarts && image != container.image.as_ref() {
+            let message = format!("Container {name} definition changed");
+            (message, view.grace_seconds())
+        } else {
+            continue;
+        };
+        plan.actions.push(Action::Kill {
+            container: name.clone(),
+            id: record.id.clone(),
+            message: match restarts {
+                true => format!("{message}, will be restarted"),
+                false => message,
+            },
+            grace,
+            restarts,
+        });
     }
 }
 

@@ -9,7 +9,10 @@ use k8s_openapi::{
     apimachinery::pkg::api::resource::Quantity as ApiQuantity,
 };
 
-use crate::config::NodeletConfig;
+use crate::{
+    config::NodeletConfig,
+    roles::{self, Role},
+};
 
 const MIB: i64 = 1 << 20;
 
@@ -68,9 +71,9 @@ pub(crate) fn container_resources(container: &Container) -> ResourceConfig {
     }
 }
 
-/// The VM that holds all containers at once, or the largest init container before them. A
-/// container without a cpu limit may use all of one vCPU.
-pub(crate) fn vm_size(spec: &PodSpec, config: &NodeletConfig, capacity: Capacity) -> VmSize {
+/// The VM that holds all containers at once, or the largest init container before them with the
+/// sidecars that run beside it. A container without a cpu limit may use all of one vCPU.
+pub(crate) fn vm_needs(spec: &PodSpec, config: &NodeletConfig) -> VmSize {
     let default = i64::from(config.default_memory_mib) * MIB;
     let memory = |container: &Container| {
         limit(container, "memory")
@@ -79,23 +82,38 @@ pub(crate) fn vm_size(spec: &PodSpec, config: &NodeletConfig, capacity: Capacity
             .max(0)
     };
     let cpu = |container: &Container| limit(container, "cpu").map_or(0, Quantity::milli_value);
-    let init = spec.init_containers.as_deref().unwrap_or_default();
     let sum = |of: &dyn Fn(&Container) -> i64| {
-        let all = spec
-            .containers
-            .iter()
-            .map(of)
-            .fold(0i64, i64::saturating_add);
-        all.max(init.iter().map(of).max().unwrap_or(0))
+        let (mut sidecars, mut most) = (0i64, 0i64);
+        for container in spec.init_containers.iter().flatten() {
+            let own = of(container);
+            match roles::of_init(container) {
+                Role::Sidecar => {
+                    sidecars = sidecars.saturating_add(own);
+                    most = most.max(sidecars);
+                }
+                _ => most = most.max(sidecars.saturating_add(own)),
+            }
+        }
+        let main = spec.containers.iter().map(of);
+        main.fold(sidecars, i64::saturating_add).max(most)
     };
     let vcpus = u32::try_from(sum(&cpu).saturating_add(999) / 1000).unwrap_or(u32::MAX);
     let memory_mib = u32::try_from(sum(&memory).saturating_add(MIB - 1) / MIB).unwrap_or(u32::MAX);
+    VmSize {
+        vcpus: vcpus.max(1),
+        memory_mib: memory_mib.saturating_add(config.overhead_mib),
+    }
+}
+
+/// [`vm_needs`], as far as the node has it.
+pub(crate) fn vm_size(spec: &PodSpec, config: &NodeletConfig, capacity: Capacity) -> VmSize {
     let most = u32::try_from(capacity.memory_bytes / MIB)
         .unwrap_or(u32::MAX)
         .max(1);
+    let needs = vm_needs(spec, config);
     VmSize {
-        vcpus: vcpus.clamp(1, capacity.cpus.max(1)),
-        memory_mib: memory_mib.saturating_add(config.overhead_mib).min(most),
+        vcpus: needs.vcpus.min(capacity.cpus.max(1)),
+        memory_mib: needs.memory_mib.min(most),
     }
 }
 
@@ -180,6 +198,21 @@ mod tests {
                 json!([]),
                 4,
                 128 + 64,
+            ),
+            (
+                json!([mem("64Mi")]),
+                json!([
+                    {"name": "s", "restartPolicy": "Always", "resources": {"limits": {"memory": "100Mi"}}},
+                    mem("200Mi")
+                ]),
+                1,
+                300 + 64,
+            ),
+            (
+                json!([mem("300Mi")]),
+                json!([{"name": "s", "restartPolicy": "Always", "resources": {"limits": {"memory": "100Mi"}}}]),
+                1,
+                400 + 64,
             ),
             (json!([mem("900Gi")]), json!([]), 1, 8192),
             (json!([mem("-1")]), json!([]), 1, 64),

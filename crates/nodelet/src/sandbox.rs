@@ -1,15 +1,31 @@
 //! A pod as the runtime takes it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
-use hypernetes_network::NetworkSpec;
-use hypernetes_runtime::{DnsConfig, HostAlias, SandboxConfig, SandboxMetadata};
+use hypernetes_network::{HostPort, NetworkSpec, Protocol};
+use hypernetes_runtime::{
+    DnsConfig, HostAlias, IdMapping, SandboxConfig, SandboxMetadata, UserNamespace,
+};
 use hypernetes_types::{IdError, KernelName, kinds::KERNEL_ANNOTATION};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
 
 use crate::{
     config::NodeletConfig,
+    resize,
     resources::{self, Capacity},
+};
+
+/// Users and groups of a pod with a user namespace. They are the guest's: which ones they are matters
+/// to nobody outside of the VM.
+const USERS: UserNamespace = {
+    let ids = IdMapping {
+        first: 65_536,
+        count: 65_536,
+    };
+    UserNamespace {
+        uids: ids,
+        gids: ids,
+    }
 };
 
 /// A pod that cannot become a sandbox.
@@ -21,6 +37,12 @@ pub(crate) enum SandboxError {
     Kernel(#[source] IdError),
     #[error("spec.hostAliases: {0:?} is not an address")]
     HostAlias(String),
+    #[error("hostPort {port} of container {container}: hostIP {address:?} is not an address")]
+    HostIp {
+        container: String,
+        port: i32,
+        address: String,
+    },
 }
 
 /// What the runtime shall boot.
@@ -63,17 +85,17 @@ pub(crate) fn config(
         hostname: hostname(pod),
         network: Some(network.id.clone()),
         requested_address: None,
-        host_ports: Vec::new(),
+        host_ports: host_ports(spec)?,
         kernel,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
-        extras: Default::default(),
+        extras: resize::room(spec, size, capacity),
         scratch_mib: node.scratch_mib,
         dns: dns(pod, network, &node.cluster_domain),
         hosts,
         sysctls,
         share_process_namespace: spec.share_process_namespace.unwrap_or(false),
-        user_namespace: None,
+        user_namespace: (spec.host_users == Some(false)).then_some(USERS),
         log_directory: node.log_directory(&namespace, &name, &uid),
         cgroup_parent: Some(format!("{}/pod{uid}", node.cgroup_root)),
         labels: BTreeMap::new(),
@@ -87,6 +109,48 @@ pub(crate) fn config(
             attempt,
         },
     })
+}
+
+/// Ports of the node that the pod's containers ask for.
+fn host_ports(spec: &PodSpec) -> Result<Vec<HostPort>, SandboxError> {
+    let mut ports = Vec::new();
+    for container in spec
+        .init_containers
+        .iter()
+        .flatten()
+        .chain(&spec.containers)
+    {
+        for port in container.ports.iter().flatten() {
+            let number = |value: i32| u16::try_from(value).ok().filter(|port| *port > 0);
+            let (Some(host_port), Some(container_port)) =
+                (port.host_port.and_then(number), number(port.container_port))
+            else {
+                continue;
+            };
+            let host_ip = match port.host_ip.as_deref() {
+                None | Some("") => None,
+                Some(text) => {
+                    let address: IpAddr = text.parse().map_err(|_bad| SandboxError::HostIp {
+                        container: container.name.clone(),
+                        port: port.container_port,
+                        address: text.chars().take(64).collect(),
+                    })?;
+                    Some(address).filter(|address| !address.is_unspecified())
+                }
+            };
+            ports.push(HostPort {
+                protocol: match port.protocol.as_deref() {
+                    Some("UDP") => Protocol::Udp,
+                    Some("SCTP") => Protocol::Sctp,
+                    _ => Protocol::Tcp,
+                },
+                host_port,
+                container_port,
+                host_ip,
+            });
+        }
+    }
+    Ok(ports)
 }
 
 /// `spec.hostname`, or the pod's name, shortened to what the kernel takes.
@@ -179,6 +243,32 @@ mod tests {
         let mut spec = spec;
         spec["containers"] = json!([{"name": "c"}]);
         json!({"metadata": {"name": "web", "namespace": "acme", "uid": "u1"}, "spec": spec})
+    }
+
+    #[test]
+    fn ports_of_the_node_are_asked_for() {
+        let config = build(json!({
+            "metadata": {"name": "p", "namespace": "default", "uid": "u"},
+            "spec": {"containers": [{"name": "c", "ports": [
+                {"containerPort": 80},
+                {"containerPort": 53, "hostPort": 5353, "protocol": "UDP", "hostIP": "127.0.0.1"},
+                {"containerPort": 81, "hostPort": 81, "hostIP": "0.0.0.0"},
+            ]}]},
+        }))
+        .unwrap();
+        let port = |protocol, host_port, container_port, host_ip: Option<&str>| HostPort {
+            protocol,
+            host_port,
+            container_port,
+            host_ip: host_ip.map(|text| text.parse().unwrap()),
+        };
+        assert_eq!(
+            config.host_ports,
+            [
+                port(Protocol::Udp, 5353, 53, Some("127.0.0.1")),
+                port(Protocol::Tcp, 81, 81, None),
+            ]
+        );
     }
 
     #[test]

@@ -134,15 +134,20 @@ pub(crate) fn referenced(pod: &Pod) -> Vec<SourceName> {
         {
             names.push(SourceName::Secret(name));
         }
+        let projected = volume.projected.iter();
+        for part in projected.flat_map(|projected| projected.sources.iter().flatten()) {
+            if let Some(map) = &part.config_map {
+                names.push(SourceName::ConfigMap(map.name.clone()));
+            }
+            if let Some(secret) = &part.secret {
+                names.push(SourceName::Secret(secret.name.clone()));
+            }
+        }
     }
     for secret in spec.image_pull_secrets.iter().flatten() {
         names.push(SourceName::Secret(secret.name.clone()));
     }
-    for container in spec
-        .containers
-        .iter()
-        .chain(spec.init_containers.iter().flatten())
-    {
+    for (container, _) in crate::roles::all(spec) {
         for from in container.env_from.iter().flatten() {
             if let Some(reference) = &from.config_map_ref {
                 names.push(SourceName::ConfigMap(reference.name.clone()));

@@ -7,15 +7,17 @@ use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
         Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
-        ContainerStateWaiting, ContainerStatus, HostIP, PodCondition, PodIP, PodStatus,
+        ContainerStateWaiting, ContainerStatus, ContainerUser, HostIP, LinuxContainerUser,
+        PodCondition, PodIP, PodStatus, VolumeMountStatus,
     },
     apimachinery::pkg::apis::meta::v1::Time,
 };
 
 use crate::{
     container::IMAGE_ANNOTATION,
-    plan::{Plan, View, instant},
-    resources,
+    plan::{Plan, Slot, View, instant},
+    resize, resources,
+    roles::{self, Role},
 };
 
 /// Scheme of container ids in statuses.
@@ -58,25 +60,34 @@ pub(crate) fn build(view: &View<'_>, plan: &Plan, host: IpAddr) -> PodStatus {
         return status;
     }
     let initialized = view.is_initialized();
-    let statuses = |containers: &[Container], init: bool, old: Option<&Vec<ContainerStatus>>| {
+    let statuses = |containers: Vec<(Container, Role)>, old: Option<&Vec<ContainerStatus>>| {
         let list: Vec<_> = containers
             .iter()
-            .map(|container| {
+            .map(|(container, role)| {
                 let before = old
                     .into_iter()
                     .flatten()
                     .find(|old| old.name == container.name);
-                container_status(view, plan, container, init, initialized, before)
+                container_status(view, plan, container, *role, initialized, before)
             })
             .collect();
         (!list.is_empty()).then_some(list)
     };
+    let of = |wanted: &[Role]| {
+        let all = view.spec().map(roles::all).unwrap_or_default();
+        all.into_iter()
+            .filter(|(_, role)| wanted.contains(role))
+            .collect()
+    };
     status.init_container_statuses = statuses(
-        view.init_containers(),
-        true,
+        of(&[Role::Init, Role::Sidecar]),
         old.init_container_statuses.as_ref(),
     );
-    status.container_statuses = statuses(view.containers(), false, old.container_statuses.as_ref());
+    status.container_statuses = statuses(of(&[Role::Main]), old.container_statuses.as_ref());
+    status.ephemeral_container_statuses = statuses(
+        of(&[Role::Ephemeral]),
+        old.ephemeral_container_statuses.as_ref(),
+    );
     let phase = phase(view, &status, old.phase.as_deref());
     status.conditions = Some(conditions(view, &status, &old, phase));
     status.phase = Some(phase.to_owned());
@@ -87,7 +98,7 @@ fn container_status(
     view: &View<'_>,
     plan: &Plan,
     container: &Container,
-    init: bool,
+    role: Role,
     initialized: bool,
     before: Option<&ContainerStatus>,
 ) -> ContainerStatus {
@@ -95,7 +106,7 @@ fn container_status(
     let mut status = ContainerStatus {
         name: container.name.clone(),
         image: container.image.clone().unwrap_or_default(),
-        started: Some(false),
+        started: (role != Role::Ephemeral).then_some(false),
         ..ContainerStatus::default()
     };
     let waiting = || {
@@ -104,7 +115,9 @@ fn container_status(
             .get(&container.name)
             .cloned()
             .unwrap_or_else(|| {
-                let reason = if initialized || (init && is_next_init(view, &container.name)) {
+                let init = matches!(role, Role::Init | Role::Sidecar);
+                let next = init && is_next_init(view, &container.name);
+                let reason = if initialized || next || role == Role::Ephemeral {
                     "ContainerCreating"
                 } else {
                     "PodInitializing"
@@ -137,6 +150,7 @@ fn container_status(
     }
     status.image_id = record.image_ref.clone();
     status.container_id = Some(id.clone());
+    details(&mut status, container, record);
     status.last_state = match (records.get(1), before) {
         (Some(previous), _) if previous.state == State::Exited => Some(terminated(view, previous)),
         (_, Some(before)) if before.container_id.as_ref() != Some(&id) => {
@@ -147,8 +161,12 @@ fn container_status(
     };
     match record.state {
         State::Running | State::Unknown => {
-            status.ready = !init;
-            status.started = Some(true);
+            let health = view.health(container, record);
+            status.ready = match role {
+                Role::Main | Role::Sidecar => health.ready,
+                Role::Init | Role::Ephemeral => false,
+            };
+            status.started = (role != Role::Ephemeral).then_some(health.started);
             status.state = Some(ContainerState {
                 running: Some(ContainerStateRunning {
                     started_at: Some(seconds(instant(record.started_unix_nanos))),
@@ -159,11 +177,14 @@ fn container_status(
         State::Created => status.state = Some(waiting()),
         State::Exited => {
             let end = terminated(view, record);
+            if role == Role::Ephemeral {
+                status.started = None;
+            }
             if plan.waiting.contains_key(&container.name) {
                 status.state = Some(waiting());
                 status.last_state = Some(end);
             } else {
-                status.ready = init && record.exit_code == 0;
+                status.ready = role == Role::Init && record.exit_code == 0;
                 status.state = Some(end);
             }
         }
@@ -171,15 +192,44 @@ fn container_status(
     status
 }
 
-/// The first init container that has not succeeded.
+/// What a running container has been given.
+fn details(status: &mut ContainerStatus, container: &Container, record: &Record) {
+    if matches!(record.state, State::Running | State::Unknown) {
+        let given = resize::allocated(record);
+        status.allocated_resources = given.as_ref().and_then(|given| given.requests.clone());
+        status.resources = given;
+    }
+    status.user = record.user.as_ref().map(|user| ContainerUser {
+        linux: Some(LinuxContainerUser {
+            uid: i64::from(user.uid),
+            gid: i64::from(user.gid),
+            supplemental_groups: Some(user.groups.iter().map(|id| i64::from(*id)).collect()),
+        }),
+    });
+    let mounts: Vec<_> = container
+        .volume_mounts
+        .iter()
+        .flatten()
+        .map(|mount| VolumeMountStatus {
+            name: mount.name.clone(),
+            mount_path: mount.mount_path.clone(),
+            read_only: mount.read_only,
+            // Nothing is mounted below a volume of a guest, so all that is asked for holds.
+            recursive_read_only: mount.recursive_read_only.clone().map(|asked| match asked {
+                asked if asked == "IfPossible" => "Enabled".to_owned(),
+                asked => asked,
+            }),
+            ..VolumeMountStatus::default()
+        })
+        .collect();
+    status.volume_mounts = (!mounts.is_empty()).then_some(mounts);
+}
+
+/// The first init container that has not passed.
 fn is_next_init(view: &View<'_>, name: &str) -> bool {
     view.init_containers()
         .iter()
-        .find(|container| {
-            view.records(&container.name)
-                .first()
-                .is_none_or(|record| record.state != State::Exited || record.exit_code != 0)
-        })
+        .find(|container| !view.has_passed(container))
         .is_some_and(|container| container.name == name)
 }
 
@@ -225,19 +275,18 @@ fn phase(view: &View<'_>, status: &PodStatus, old: Option<&str>) -> &'static str
         _ => {}
     }
     let state = |status: &ContainerStatus| status.state.clone().unwrap_or_default();
-    let never = view.restart_policy() == "Never";
-    if !view.is_initialized() {
-        let failed = status
-            .init_container_statuses
-            .iter()
-            .flatten()
-            .any(|status| {
-                state(status)
-                    .terminated
-                    .is_some_and(|end| end.exit_code != 0)
-            });
-        return if failed && never { "Failed" } else { "Pending" };
+    if view.has_init_failed() {
+        return "Failed";
     }
+    if !view.is_initialized() {
+        return "Pending";
+    }
+    let restarts = |status: &ContainerStatus, code: i32| {
+        let found = view.containers().iter().find(|c| c.name == status.name);
+        let attempt = u32::try_from(status.restart_count).unwrap_or(0);
+        found.is_some_and(|container| view.restarts(container, Role::Main, attempt, code))
+    };
+    let (mut again, mut failed) = (false, false);
     let (mut running, mut waiting, mut stopped, mut succeeded) = (0, 0, 0, 0);
     for status in status.container_statuses.iter().flatten() {
         let state = state(status);
@@ -246,6 +295,8 @@ fn phase(view: &View<'_>, status: &PodStatus, old: Option<&str>) -> &'static str
         } else if let Some(end) = state.terminated {
             stopped += 1;
             succeeded += i32::from(end.exit_code == 0);
+            again |= restarts(status, end.exit_code);
+            failed |= end.exit_code != 0;
         } else if status
             .last_state
             .as_ref()
@@ -261,14 +312,12 @@ fn phase(view: &View<'_>, status: &PodStatus, old: Option<&str>) -> &'static str
         (waiting, _, _) if waiting > 0 => "Pending",
         (_, running, _) if running > 0 => "Running",
         (_, _, stopped) if stopped > 0 => {
-            if deleted || view.restart_policy() != "Always" {
-                if stopped == succeeded {
-                    "Succeeded"
-                } else if never || deleted {
-                    "Failed"
-                } else {
-                    "Running"
-                }
+            if !deleted && again {
+                "Running"
+            } else if stopped == succeeded {
+                "Succeeded"
+            } else if failed {
+                "Failed"
             } else {
                 "Running"
             }
@@ -295,11 +344,24 @@ fn conditions(
     let completed = phase == "Succeeded";
     let initialized = view.is_initialized() || completed;
     let not_initialized = unready(&status.init_container_statuses);
-    let not_ready = unready(&status.container_statuses);
+    let mut not_ready = Vec::new();
+    for (list, init) in [
+        (&status.init_container_statuses, true),
+        (&status.container_statuses, false),
+    ] {
+        for container in list.iter().flatten().filter(|status| !status.ready) {
+            let sidecar = roles::find(view.pod, &container.name)
+                .is_some_and(|(_, role)| role == Role::Sidecar);
+            if !init || sidecar {
+                not_ready.push(container.name.as_str());
+            }
+        }
+    }
+    let not_ready = not_ready.join(" ");
     let networked = view
         .ready()
         .is_some_and(|sandbox| sandbox.address.is_some() || sandbox.config.network.is_none());
-    let readiness = if completed {
+    let containers_ready = if completed {
         (false, "PodCompleted", String::new())
     } else if phase == "Failed" {
         (false, "PodFailed", String::new())
@@ -311,6 +373,12 @@ fn conditions(
             "ContainersNotReady",
             format!("containers with unready status: [{not_ready}]"),
         )
+    };
+    let gates = closed_gates(view, old);
+    let readiness = if containers_ready.0 && !gates.is_empty() {
+        (false, "ReadinessGatesNotReady", gates)
+    } else {
+        containers_ready.clone()
     };
     let initialized = match (initialized, completed) {
         (true, true) => (true, "PodCompleted", String::new()),
@@ -324,14 +392,16 @@ fn conditions(
     let own = [
         ("PodReadyToStartContainers", (networked, "", String::new())),
         ("Initialized", initialized),
-        ("Ready", readiness.clone()),
-        ("ContainersReady", readiness),
+        ("Ready", readiness),
+        ("ContainersReady", containers_ready),
         ("PodScheduled", (true, "", String::new())),
     ];
+    let own: Vec<_> = own.into_iter().chain(resizing(view)).collect();
     let before = old.conditions.as_deref().unwrap_or_default();
     let mut conditions: Vec<_> = before
         .iter()
         .filter(|condition| own.iter().all(|(name, _)| *name != condition.type_))
+        .filter(|condition| !RESIZE_CONDITIONS.contains(&condition.type_.as_str()))
         .cloned()
         .collect();
     for (name, (is_true, reason, message)) in own {
@@ -352,6 +422,76 @@ fn conditions(
         });
     }
     conditions
+}
+
+/// Conditions that this node writes; all others are somebody else's.
+const OWN_CONDITIONS: [&str; 7] = [
+    "PodReadyToStartContainers",
+    "Initialized",
+    "Ready",
+    "ContainersReady",
+    "PodScheduled",
+    "PodResizePending",
+    "PodResizeInProgress",
+];
+
+/// Takes over what others have written into a pod's status: conditions of their own.
+pub(crate) fn take_foreign(status: &mut PodStatus, theirs: &PodStatus) {
+    let is_own = |condition: &PodCondition| OWN_CONDITIONS.contains(&condition.type_.as_str());
+    let foreign = theirs.conditions.iter().flatten();
+    let foreign: Vec<_> = foreign.filter(|c| !is_own(c)).cloned().collect();
+    let own = status.conditions.take().unwrap_or_default();
+    let all: Vec<_> = foreign
+        .into_iter()
+        .chain(own.into_iter().filter(is_own))
+        .collect();
+    status.conditions = (!all.is_empty()).then_some(all);
+}
+
+/// Conditions that are there only while a resize is.
+const RESIZE_CONDITIONS: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
+
+fn resizing(view: &View<'_>) -> Option<(&'static str, (bool, &'static str, String))> {
+    let state = view.memory.resize.as_ref();
+    let state = state.filter(|state| state.generation == view.pod.metadata.generation);
+    match state {
+        Some(state) if state.reason == "Infeasible" => Some((
+            "PodResizePending",
+            (true, state.reason, state.message.clone()),
+        )),
+        Some(state) => Some((
+            "PodResizeInProgress",
+            (true, state.reason, state.message.clone()),
+        )),
+        None if view.busy.contains(&Slot::Resize) || resize::is_wanted(view) => {
+            Some(("PodResizeInProgress", (true, "", String::new())))
+        }
+        None => None,
+    }
+}
+
+/// Why the pod's readiness gates keep it from being ready; empty if they do not.
+fn closed_gates(view: &View<'_>, status: &PodStatus) -> String {
+    let gates = view
+        .spec()
+        .into_iter()
+        .flat_map(|spec| spec.readiness_gates.iter().flatten());
+    let mut closed = Vec::new();
+    for gate in gates {
+        let name = &gate.condition_type;
+        let conditions = status.conditions.as_deref().unwrap_or_default();
+        match conditions.iter().find(|condition| condition.type_ == *name) {
+            None => closed.push(format!(
+                "corresponding condition of pod readiness gate \"{name}\" does not exist."
+            )),
+            Some(condition) if condition.status != "True" => closed.push(format!(
+                "the status of pod readiness gate \"{name}\" is not \"True\", but {}",
+                condition.status
+            )),
+            Some(_) => {}
+        }
+    }
+    closed.join(", ")
 }
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! The long steps of a pod: each does one planned action to its end and says what came of it.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 use hypernetes_network::{NetworkDriver, NetworkError};
 use hypernetes_runtime::{ContainerState, PodRuntime, SandboxState, VolumeConfig, VolumeKind};
 use hypernetes_telemetry::chain;
-use hypernetes_types::{ContainerId, SandboxId};
-use k8s_openapi::api::core::v1::{Container, Pod};
+use hypernetes_types::{ContainerId, NetworkId, SandboxId};
+use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use kube::{
     Api, Client,
     api::{DeleteParams, Preconditions},
@@ -18,13 +18,21 @@ use crate::{
     container, env,
     events::{Level, Recorder},
     fields::PodFacts,
+    handler::Subject,
     network::{self, Names},
     pull,
+    resize::ResizeState,
     resources::Capacity,
-    sandbox,
+    roles, sandbox,
+    services::Services,
     sources::Sources,
-    volumes,
+    stop::Ending,
+    tokens::Tokens,
+    volumes::{self, Built},
 };
+
+/// A hook that does not end is broken off after a day, or with its pod.
+const HOOK_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// What every pod's task works with.
 pub(crate) struct Node {
@@ -35,9 +43,11 @@ pub(crate) struct Node {
     pub(crate) runtime: Arc<dyn PodRuntime>,
     pub(crate) networks: Arc<dyn NetworkDriver>,
     pub(crate) sources: Sources,
+    pub(crate) tokens: Tokens,
     pub(crate) access: ImageAccess,
     pub(crate) events: Recorder,
     pub(crate) names: Names,
+    pub(crate) services: Services,
     pub(crate) gates: network::Gates,
 }
 
@@ -47,14 +57,13 @@ pub(crate) enum Outcome {
     /// Nothing to remember.
     Done,
     /// The sandbox runs and its volumes are written.
-    SandboxUp {
-        sandbox: SandboxId,
-        volumes: Vec<VolumeConfig>,
-    },
+    SandboxUp { sandbox: SandboxId, volumes: Built },
     /// There is no sandbox; try again later.
     SandboxFailed,
     /// The file volumes are up to date.
-    Refreshed(Vec<VolumeConfig>),
+    Refreshed(Built),
+    /// The containers have what they ask for; these run again for it.
+    Resized(Result<Vec<(String, ContainerId)>, ResizeState>),
     /// The container runs.
     Started(String),
     /// The container does not run; why.
@@ -78,6 +87,19 @@ impl Node {
         }
     }
 
+    async fn build_volumes(
+        &self,
+        pod: &Pod,
+        spec: &k8s_openapi::api::core::v1::PodSpec,
+    ) -> Result<Built, volumes::VolumeError> {
+        let builder = volumes::Builder {
+            sources: &self.sources,
+            tokens: &self.tokens,
+            facts: self.facts(pod, ""),
+        };
+        builder.build(spec).await
+    }
+
     /// Boots the pod's VM on its network and writes the volumes.
     pub(crate) async fn run_sandbox(
         &self,
@@ -99,7 +121,7 @@ impl Node {
         let Some(spec) = &pod.spec else {
             return failed("the pod has no spec".to_owned());
         };
-        let content = match volumes::build(&self.sources, &self.facts(pod, ""), spec).await {
+        let content = match self.build_volumes(pod, spec).await {
             Ok(content) => content,
             Err(error) => return warn("FailedMount", error.to_string()),
         };
@@ -111,6 +133,9 @@ impl Node {
         let _stays = gate.read().await;
         if let Err(error) = self.networks.ensure_network(&network).await {
             return failed(chain(&error).to_string());
+        }
+        if let Err(message) = self.services.tell(&network.id).await {
+            return failed(message);
         }
         let config = match sandbox::config(pod, attempt, &network, &self.config, self.capacity) {
             Ok(config) => config,
@@ -126,7 +151,7 @@ impl Node {
             }
         }
         match self.runtime.run_sandbox(config).await {
-            Ok(sandbox) => match self.write_volumes(&sandbox, &content).await {
+            Ok(sandbox) => match self.write_volumes(&sandbox, &content.volumes).await {
                 Ok(()) => Outcome::SandboxUp {
                     sandbox,
                     volumes: content,
@@ -142,9 +167,9 @@ impl Node {
         let Some(spec) = &pod.spec else {
             return Outcome::SandboxFailed;
         };
-        let filled = match volumes::build(&self.sources, &self.facts(pod, ""), spec).await {
+        let filled = match self.build_volumes(pod, spec).await {
             Ok(content) => self
-                .write_volumes(&sandbox, &content)
+                .write_volumes(&sandbox, &content.volumes)
                 .await
                 .map(|()| content),
             Err(error) => Err(error.to_string()),
@@ -189,7 +214,7 @@ impl Node {
         let Some(spec) = &pod.spec else {
             return Outcome::Done;
         };
-        let content = match volumes::build(&self.sources, &self.facts(pod, ""), spec).await {
+        let content = match self.build_volumes(pod, spec).await {
             Ok(content) => content,
             // The pod keeps what it has, as with a kubelet.
             Err(error) => {
@@ -199,6 +224,7 @@ impl Node {
             }
         };
         let changed: Vec<_> = content
+            .volumes
             .iter()
             .filter(|volume| matches!(volume.kind, VolumeKind::Files { .. }))
             .filter(|volume| !written.contains(volume))
@@ -214,13 +240,20 @@ impl Node {
         }
     }
 
-    /// Has the image, creates the container, starts it.
+    /// Network and address of a sandbox.
+    pub(crate) async fn place_of(&self, sandbox: &SandboxId) -> Option<(NetworkId, IpAddr)> {
+        let status = self.runtime.sandbox(sandbox).await?;
+        Some((status.config.network?, status.address?))
+    }
+
+    /// Has the image, creates the container, starts it, runs its postStart hook.
     pub(crate) async fn run_container(
         &self,
         pod: &Pod,
         container: &Container,
         sandbox: SandboxId,
         attempt: u32,
+        allocated: Option<ResourceRequirements>,
     ) -> Outcome {
         let name = Some(container.name.as_str());
         let trouble = |reason, message: String| {
@@ -247,79 +280,151 @@ impl Node {
                 };
             }
         };
-        let pod_ip = self
-            .runtime
-            .sandbox(&sandbox)
-            .await
-            .and_then(|status| status.address)
-            .map(|address| address.to_string())
+        let place = self.place_of(&sandbox).await;
+        let pod_ip = place
+            .as_ref()
+            .map(|(_, address)| address.to_string())
             .unwrap_or_default();
         let facts = self.facts(pod, &pod_ip);
-        let environment = match env::build(&self.sources, &facts, container).await {
+        let links = pod
+            .spec
+            .as_ref()
+            .is_none_or(|spec| spec.enable_service_links != Some(false));
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+        let services = self.services.environment(namespace, links);
+        let built = env::build(&self.sources, &facts, container, services).await;
+        let environment = match built {
             Ok(environment) => environment,
             Err(error) => return trouble("CreateContainerConfigError", chain(&error).to_string()),
         };
-        let config =
-            match container::config(pod, container, attempt, image.id.to_string(), environment) {
-                Ok(config) => config,
-                Err(error) => {
-                    return trouble("CreateContainerConfigError", chain(&error).to_string());
+        let mut wanted = container.clone();
+        if let Some(resources) = allocated {
+            wanted.resources = Some(resources);
+        } else if let Err(message) = self.make_room(pod, &sandbox).await {
+            return trouble("CreateContainerError", message);
+        }
+        let parts = container::Parts {
+            attempt,
+            image_id: image.id.to_string(),
+            environment,
+            images: match self.image_volumes(pod, container).await {
+                Ok(images) => images,
+                Err(none) => {
+                    return Outcome::Trouble {
+                        container: container.name.clone(),
+                        reason: none.reason,
+                        message: none.message,
+                    };
                 }
-            };
+            },
+            target: match self.target_of(pod, &container.name, &sandbox).await {
+                Ok(target) => target,
+                Err(message) => return trouble("CreateContainerError", message),
+            },
+        };
+        if let Err(message) = container::check_non_root(pod, container, &image.config.user) {
+            return trouble("CreateContainerConfigError", message);
+        }
+        let config = match container::config(pod, &wanted, parts) {
+            Ok(config) => config,
+            Err(error) => {
+                return trouble("CreateContainerConfigError", chain(&error).to_string());
+            }
+        };
         let id = match self.runtime.create_container(&sandbox, config).await {
             Ok(id) => id,
             Err(error) => return trouble("CreateContainerError", chain(&error).to_string()),
         };
         let said = format!("Created container: {}", container.name);
         self.events.pod(pod, name, Level::Normal, "Created", said);
-        match self.runtime.start_container(&id).await {
-            Ok(()) => {
-                let said = format!("Started container {}", container.name);
-                self.events.pod(pod, name, Level::Normal, "Started", said);
-                Outcome::Started(container.name.clone())
-            }
-            Err(error) => trouble("RunContainerError", chain(&error).to_string()),
+        if let Err(error) = self.runtime.start_container(&id).await {
+            return trouble("RunContainerError", chain(&error).to_string());
         }
-    }
-
-    /// Stops a container because its definition changed.
-    pub(crate) async fn kill_container(&self, pod: &Pod, name: &str, id: ContainerId) -> Outcome {
-        let said = format!("Container {name} definition changed, will be restarted");
+        let said = format!("Started container {}", container.name);
+        self.events.pod(pod, name, Level::Normal, "Started", said);
+        let hook = container
+            .lifecycle
+            .as_ref()
+            .and_then(|lifecycle| lifecycle.post_start.as_ref());
+        let Some(hook) = hook else {
+            return Outcome::Started(container.name.clone());
+        };
+        let subject = Subject {
+            node: self,
+            container,
+            id: &id,
+            place: place.clone(),
+        };
+        // Upstream has no limit for it either; the pod's deletion breaks it off.
+        let Err(message) = subject.hook(hook, HOOK_LIMIT).await else {
+            return Outcome::Started(container.name.clone());
+        };
+        let said = "PostStartHook failed".to_owned();
         self.events
-            .pod(pod, Some(name), Level::Normal, "Killing", said);
+            .pod(pod, name, Level::Warning, "FailedPostStartHook", said);
         let grace = pod
             .spec
             .as_ref()
-            .and_then(|spec| spec.termination_grace_period_seconds)
-            .and_then(|seconds| u64::try_from(seconds).ok())
-            .unwrap_or(30);
-        if let Err(error) = self
-            .runtime
-            .stop_container(&id, Duration::from_secs(grace))
-            .await
-        {
-            tracing::warn!(container = %id, error = %chain(&error), "cannot stop a container");
+            .and_then(|spec| spec.termination_grace_period_seconds);
+        let ending = Ending {
+            name: container.name.clone(),
+            id,
+            place,
+        };
+        let why = "FailedPostStartHook".to_owned();
+        self.kill_container(pod, ending, why, grace.unwrap_or(30))
+            .await;
+        Outcome::Trouble {
+            container: container.name.clone(),
+            reason: "PostStartHookError",
+            message,
         }
-        Outcome::Done
     }
 
-    /// Stops all containers of the pod at once.
-    pub(crate) async fn stop_containers(
+    /// The running container that an ephemeral one looks into.
+    async fn target_of(
         &self,
         pod: &Pod,
-        running: Vec<(String, ContainerId)>,
-        grace: Duration,
-    ) -> Outcome {
-        let stops = running.into_iter().map(|(name, id)| async move {
-            let said = format!("Stopping container {name}");
-            self.events
-                .pod(pod, Some(&name), Level::Normal, "Killing", said);
-            if let Err(error) = self.runtime.stop_container(&id, grace).await {
-                tracing::warn!(container = %id, error = %chain(&error), "cannot stop a container");
+        name: &str,
+        sandbox: &SandboxId,
+    ) -> Result<Option<ContainerId>, String> {
+        let Some(target) = roles::target(pod, name) else {
+            return Ok(None);
+        };
+        let records = self.runtime.list_containers(Some(sandbox)).await;
+        records
+            .into_iter()
+            .find(|record| record.config.name == target && record.state == ContainerState::Running)
+            .map(|record| Some(record.id))
+            .ok_or_else(|| format!("unable to find target container {target}"))
+    }
+
+    /// The images that the container mounts as volumes, by volume.
+    async fn image_volumes(
+        &self,
+        pod: &Pod,
+        container: &Container,
+    ) -> Result<BTreeMap<String, String>, pull::NoImage> {
+        let mut images = BTreeMap::new();
+        let volumes = pod
+            .spec
+            .iter()
+            .flat_map(|spec| spec.volumes.iter().flatten());
+        for volume in volumes {
+            let mounts = container.volume_mounts.iter().flatten();
+            let mounted = mounts.into_iter().any(|mount| mount.name == volume.name);
+            if let (Some(source), true) = (&volume.image, mounted) {
+                let pulled = Container {
+                    name: container.name.clone(),
+                    image: source.reference.clone(),
+                    image_pull_policy: source.pull_policy.clone(),
+                    ..Container::default()
+                };
+                let image = pull::ensure(self, pod, &pulled).await?;
+                images.insert(volume.name.clone(), image.id.to_string());
             }
-        });
-        futures::future::join_all(stops).await;
-        Outcome::Stopped
+        }
+        Ok(images)
     }
 
     /// Powers the VM off.

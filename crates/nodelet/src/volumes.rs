@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use hypernetes_runtime::{VolumeConfig, VolumeFile, VolumeKind};
 use hypernetes_types::Quantity;
-use k8s_openapi::api::core::v1::{KeyToPath, PodSpec, Volume};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, KeyToPath, PodSpec, Volume};
 
 use crate::{
     fields::{self, FieldsError, PodFacts},
     sources::{Data, SourceError, Sources},
+    tokens::{TokenError, Tokens},
 };
 
 const DEFAULT_MODE: i32 = 0o644;
@@ -21,109 +23,238 @@ pub(crate) enum VolumeError {
     Source { volume: String, source: SourceError },
     #[error("MountVolume.SetUp failed for volume \"{volume}\" : {source}")]
     Field { volume: String, source: FieldsError },
+    #[error("MountVolume.SetUp failed for volume \"{volume}\" : {source}")]
+    Token { volume: String, source: TokenError },
     #[error("volume \"{volume}\": invalid path {path:?}: must be relative without ..")]
     Path { volume: String, path: String },
 }
 
-/// All volumes with their present content.
-pub(crate) async fn build(
-    sources: &Sources,
-    facts: &PodFacts<'_>,
-    spec: &PodSpec,
-) -> Result<Vec<VolumeConfig>, VolumeError> {
-    let gid = spec
-        .security_context
-        .as_ref()
-        .and_then(|context| context.fs_group)
-        .and_then(|gid| u32::try_from(gid).ok());
-    let mut volumes = Vec::new();
-    for volume in spec.volumes.iter().flatten() {
-        let kind = kind(sources, facts, volume).await?;
-        volumes.push(VolumeConfig {
-            name: volume.name.clone(),
-            kind,
-            gid,
-        });
-    }
-    Ok(volumes)
+/// The volumes of a pod with their present content.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Built {
+    pub(crate) volumes: Vec<VolumeConfig>,
+    /// When a token in them is to be renewed.
+    pub(crate) renew_at: Option<Timestamp>,
 }
 
-async fn kind(
-    sources: &Sources,
-    facts: &PodFacts<'_>,
-    volume: &Volume,
-) -> Result<VolumeKind, VolumeError> {
-    let namespace = facts.pod.metadata.namespace.as_deref().unwrap_or_default();
-    let failed = |source| VolumeError::Source {
-        volume: volume.name.clone(),
-        source,
-    };
-    let files = if let Some(map) = &volume.config_map {
-        let optional = map.optional == Some(true);
-        let data = sources
-            .config_map(namespace, &map.name, optional)
-            .await
-            .map_err(failed)?;
-        let mode = map.default_mode.unwrap_or(DEFAULT_MODE);
-        select(
-            data.unwrap_or_default(),
-            map.items.as_deref(),
-            mode,
-            optional,
-            &volume.name,
-        )?
-    } else if let Some(secret) = &volume.secret {
-        let optional = secret.optional == Some(true);
-        let name = secret.secret_name.as_deref().unwrap_or_default();
-        let data = sources
-            .secret(namespace, name, optional)
-            .await
-            .map_err(failed)?;
-        let mode = secret.default_mode.unwrap_or(DEFAULT_MODE);
-        select(
-            data.unwrap_or_default(),
-            secret.items.as_deref(),
-            mode,
-            optional,
-            &volume.name,
-        )?
-    } else if let Some(downward) = &volume.downward_api {
-        let mut files = BTreeMap::new();
-        for item in downward.items.iter().flatten() {
+/// What volumes are made from.
+pub(crate) struct Builder<'a> {
+    pub(crate) sources: &'a Sources,
+    pub(crate) tokens: &'a Tokens,
+    pub(crate) facts: PodFacts<'a>,
+}
+
+type Files = BTreeMap<String, VolumeFile>;
+
+impl Builder<'_> {
+    /// All volumes that live in the guest; images are mounted by themselves.
+    pub(crate) async fn build(&self, spec: &PodSpec) -> Result<Built, VolumeError> {
+        let gid = spec
+            .security_context
+            .as_ref()
+            .and_then(|context| context.fs_group)
+            .and_then(|gid| u32::try_from(gid).ok());
+        let mut built = Built::default();
+        for volume in spec.volumes.iter().flatten() {
+            if volume.image.is_some() {
+                continue;
+            }
+            let mut kind = self.kind(volume, spec, &mut built.renew_at).await?;
+            if let (VolumeKind::Files { files }, Some(_)) = (&mut kind, gid) {
+                // As a kubelet does for read-only volumes: the group can read what the owner can.
+                for file in files.values_mut() {
+                    file.mode |= 0o440;
+                }
+            }
+            built.volumes.push(VolumeConfig {
+                name: volume.name.clone(),
+                kind,
+                gid,
+            });
+        }
+        Ok(built)
+    }
+
+    fn namespace(&self) -> &str {
+        let meta = &self.facts.pod.metadata;
+        meta.namespace.as_deref().unwrap_or_default()
+    }
+
+    async fn kind(
+        &self,
+        volume: &Volume,
+        spec: &PodSpec,
+        renew_at: &mut Option<Timestamp>,
+    ) -> Result<VolumeKind, VolumeError> {
+        let name = volume.name.as_str();
+        let mut files = Files::new();
+        if let Some(map) = &volume.config_map {
+            let from = Selection {
+                name: &map.name,
+                items: map.items.as_deref(),
+                optional: map.optional == Some(true),
+                mode: map.default_mode.unwrap_or(DEFAULT_MODE),
+            };
+            self.config_map(&mut files, name, &from).await?;
+        } else if let Some(secret) = &volume.secret {
+            let from = Selection {
+                name: secret.secret_name.as_deref().unwrap_or_default(),
+                items: secret.items.as_deref(),
+                optional: secret.optional == Some(true),
+                mode: secret.default_mode.unwrap_or(DEFAULT_MODE),
+            };
+            self.secret(&mut files, name, &from).await?;
+        } else if let Some(downward) = &volume.downward_api {
+            let mode = downward.default_mode.unwrap_or(DEFAULT_MODE);
+            self.downward(&mut files, name, downward.items.as_deref(), mode)?;
+        } else if let Some(projected) = &volume.projected {
+            let mode = projected.default_mode.unwrap_or(DEFAULT_MODE);
+            for part in projected.sources.iter().flatten() {
+                if let Some(map) = &part.config_map {
+                    let from = Selection {
+                        name: &map.name,
+                        items: map.items.as_deref(),
+                        optional: map.optional == Some(true),
+                        mode,
+                    };
+                    self.config_map(&mut files, name, &from).await?;
+                }
+                if let Some(secret) = &part.secret {
+                    let from = Selection {
+                        name: &secret.name,
+                        items: secret.items.as_deref(),
+                        optional: secret.optional == Some(true),
+                        mode,
+                    };
+                    self.secret(&mut files, name, &from).await?;
+                }
+                if let Some(downward) = &part.downward_api {
+                    self.downward(&mut files, name, downward.items.as_deref(), mode)?;
+                }
+                if let Some(wanted) = &part.service_account_token {
+                    let token = self.tokens.get(self.facts.pod, wanted).await;
+                    let token = token.map_err(|source| VolumeError::Token {
+                        volume: name.to_owned(),
+                        source,
+                    })?;
+                    *renew_at = Some(renew_at.map_or(token.renew_at, |at| at.min(token.renew_at)));
+                    let owner = only_user(spec);
+                    let group = spec.security_context.as_ref().and_then(|c| c.fs_group);
+                    // Readable by the one who needs it, if that is known.
+                    let mode = match (owner, group) {
+                        (None, None) => mode,
+                        _ => 0o600,
+                    };
+                    insert(&mut files, &wanted.path, token.text, mode, name)?;
+                    if let (Some(file), Some(uid)) = (files.get_mut(&wanted.path), owner) {
+                        file.uid = uid;
+                    }
+                }
+            }
+        } else {
+            // An emptyDir; a volume with no source at all is one too, as Kubernetes defaults it.
+            let empty = volume.empty_dir.clone().unwrap_or_default();
+            return Ok(VolumeKind::EmptyDir {
+                memory: empty.medium.as_deref() == Some("Memory"),
+                size_limit: empty
+                    .size_limit
+                    .and_then(|quantity| quantity.0.parse::<Quantity>().ok())
+                    .and_then(|quantity| u64::try_from(quantity.value()).ok())
+                    .unwrap_or(0),
+            });
+        }
+        Ok(VolumeKind::Files { files })
+    }
+
+    async fn config_map(
+        &self,
+        files: &mut Files,
+        volume: &str,
+        from: &Selection<'_>,
+    ) -> Result<(), VolumeError> {
+        let data = self
+            .sources
+            .config_map(self.namespace(), from.name, from.optional)
+            .await;
+        from.add_to(files, data, volume)
+    }
+
+    async fn secret(
+        &self,
+        files: &mut Files,
+        volume: &str,
+        from: &Selection<'_>,
+    ) -> Result<(), VolumeError> {
+        let data = self
+            .sources
+            .secret(self.namespace(), from.name, from.optional)
+            .await;
+        from.add_to(files, data, volume)
+    }
+
+    fn downward(
+        &self,
+        files: &mut Files,
+        volume: &str,
+        items: Option<&[DownwardAPIVolumeFile]>,
+        mode: i32,
+    ) -> Result<(), VolumeError> {
+        for item in items.into_iter().flatten() {
             let failed = |source| VolumeError::Field {
-                volume: volume.name.clone(),
+                volume: volume.to_owned(),
                 source,
             };
             let text = if let Some(selector) = &item.field_ref {
-                fields::field(facts, selector).map_err(failed)?
+                fields::field(&self.facts, selector).map_err(failed)?
             } else if let Some(selector) = &item.resource_field_ref {
-                fields::resource(facts, None, selector).map_err(failed)?
+                fields::resource(&self.facts, None, selector).map_err(failed)?
             } else {
                 String::new()
             };
-            let mode = item.mode.or(downward.default_mode).unwrap_or(DEFAULT_MODE);
-            insert(
-                &mut files,
-                &item.path,
-                Bytes::from(text),
-                mode,
-                &volume.name,
-            )?;
+            let mode = item.mode.unwrap_or(mode);
+            insert(files, &item.path, Bytes::from(text), mode, volume)?;
         }
-        files
-    } else {
-        // An emptyDir; a volume with no source at all is one too, as Kubernetes defaults it.
-        let empty = volume.empty_dir.clone().unwrap_or_default();
-        return Ok(VolumeKind::EmptyDir {
-            memory: empty.medium.as_deref() == Some("Memory"),
-            size_limit: empty
-                .size_limit
-                .and_then(|quantity| quantity.0.parse::<Quantity>().ok())
-                .and_then(|quantity| u64::try_from(quantity.value()).ok())
-                .unwrap_or(0),
-        });
-    };
-    Ok(VolumeKind::Files { files })
+        Ok(())
+    }
+}
+
+/// The user that all containers of the pod run as, if the pod says so.
+fn only_user(spec: &PodSpec) -> Option<u32> {
+    let pod = spec.security_context.as_ref().and_then(|c| c.run_as_user);
+    let mut users = crate::roles::all(spec).into_iter().map(|(container, _)| {
+        let own = container.security_context.and_then(|c| c.run_as_user);
+        own.or(pod)
+    });
+    let first = users.next()??;
+    users
+        .all(|user| user == Some(first))
+        .then(|| u32::try_from(first).ok())
+        .flatten()
+}
+
+/// What of a ConfigMap or Secret goes into a volume.
+struct Selection<'a> {
+    name: &'a str,
+    items: Option<&'a [KeyToPath]>,
+    optional: bool,
+    mode: i32,
+}
+
+impl Selection<'_> {
+    fn add_to(
+        &self,
+        files: &mut Files,
+        data: Result<Option<Data>, SourceError>,
+        volume: &str,
+    ) -> Result<(), VolumeError> {
+        let data = data.map_err(|source| VolumeError::Source {
+            volume: volume.to_owned(),
+            source,
+        })?;
+        let data = data.unwrap_or_default();
+        files.extend(select(data, self.items, self.mode, self.optional, volume)?);
+        Ok(())
+    }
 }
 
 fn select(

@@ -9,8 +9,9 @@ use std::{
     time::Duration,
 };
 
-use hypernetes_runtime::{ContainerState, VolumeConfig};
+use hypernetes_runtime::{ContainerState, ContainerStatus, SandboxStatus};
 use hypernetes_telemetry::chain;
+use hypernetes_types::ContainerId;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use kube::{
@@ -28,9 +29,12 @@ use crate::{
     events::Level,
     logs, network,
     plan::{self, Action, Memory, Plan, Slot, Trouble, View, instant},
+    prober::{self, Health, Prober},
     pull::NoImage,
-    status,
+    resize, roles, status,
     steps::{Node, Outcome},
+    stop::Ending,
+    volumes::Built,
 };
 
 /// The pod as the API has it.
@@ -63,6 +67,15 @@ impl Bell {
 /// The statuses as last computed, for those who ask why a container does not run.
 pub(crate) type Board = Arc<Mutex<HashMap<String, PodStatus>>>;
 
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 pub(crate) struct Worker {
     node: Arc<Node>,
     uid: String,
@@ -76,7 +89,11 @@ pub(crate) struct Worker {
     /// The status that the API has from us.
     written: Option<PodStatus>,
     /// Volumes as they are in the guest.
-    volumes: Vec<VolumeConfig>,
+    volumes: Built,
+    /// What probes have found, and who asks.
+    health: prober::Board,
+    probers: HashMap<ContainerId, AbortOnDrop>,
+    ending: CancellationToken,
     refresh: bool,
     /// Waiting reasons of the round before, so that each is said once.
     said: Plan,
@@ -101,7 +118,8 @@ impl Worker {
         let before = status
             .container_statuses
             .iter()
-            .chain(&status.init_container_statuses);
+            .chain(&status.init_container_statuses)
+            .chain(&status.ephemeral_container_statuses);
         for container in before.flatten() {
             let next = u32::try_from(container.restart_count).unwrap_or(0)
                 + u32::from(container.container_id.is_some());
@@ -118,7 +136,10 @@ impl Worker {
             steps: JoinSet::new(),
             slots: HashMap::new(),
             written: None,
-            volumes: Vec::new(),
+            volumes: Built::default(),
+            health: prober::Board::default(),
+            probers: HashMap::new(),
+            ending: CancellationToken::new(),
             refresh: true,
             said: Plan::default(),
             grace: None,
@@ -153,6 +174,7 @@ impl Worker {
             }
         }
         self.node.names.set(&self.uid, None).await;
+        self.node.tokens.forget(&self.uid);
         lock(&self.board).remove(&self.uid);
     }
 
@@ -168,7 +190,6 @@ impl Worker {
         if !self.checked {
             self.checked = true;
             if sandboxes.is_empty() {
-                self.greet(&pod);
                 self.check_support(&pod);
             }
         }
@@ -176,6 +197,10 @@ impl Worker {
         let mut pod = Arc::unwrap_or_clone(pod);
         self.keep_written_status(&mut pod);
         self.interrupt(&pod, gone);
+        self.look_after(&pod, &sandboxes, &containers);
+        if self.volumes.renew_at.is_some_and(|at| at <= now) {
+            self.refresh = true;
+        }
         let view = View {
             pod: &pod,
             gone,
@@ -195,11 +220,7 @@ impl Worker {
         let address = view
             .ready()
             .and_then(|sandbox| Some((sandbox.address?, sandbox.config.network.clone()?)));
-        let running: Vec<_> = containers
-            .iter()
-            .filter(|record| record.state == ContainerState::Running)
-            .map(|record| (record.config.name.clone(), record.id.clone()))
-            .collect();
+        let running = endings(&sandboxes, &containers);
         let ready = view.ready().map(|sandbox| sandbox.id.clone());
         let used = containers
             .iter()
@@ -221,7 +242,7 @@ impl Worker {
             self.busy.contains(&Slot::Sandbox),
         ) {
             self.refresh = false;
-            let (node, pod, written) = (self.node.clone(), shared, self.volumes.clone());
+            let (node, pod, written) = (self.node.clone(), shared, self.volumes.volumes.clone());
             if pod
                 .spec
                 .iter()
@@ -231,6 +252,13 @@ impl Worker {
                     node.refresh_volumes(&pod, sandbox, written).await
                 });
             }
+        }
+        let due = self.volumes.renew_at.filter(|at| *at > now);
+        for at in due
+            .into_iter()
+            .chain(resize::retry_at(self.memory.resize.as_ref()))
+        {
+            wake = Some(wake.map_or(at, |wake| wake.min(at)));
         }
         if let Some(at) = self.retry_at.take_if(|at| *at > now) {
             self.retry_at = Some(at);
@@ -251,6 +279,83 @@ impl Worker {
         Some(wake)
     }
 
+    /// Begins probing what has come to run, ends it for what has not, and notes what was found.
+    fn look_after(
+        &mut self,
+        pod: &Pod,
+        sandboxes: &[SandboxStatus],
+        containers: &[ContainerStatus],
+    ) {
+        if pod.metadata.deletion_timestamp.is_some() || self.memory.failed.is_some() {
+            self.ending.cancel();
+        }
+        let running: Vec<_> = containers
+            .iter()
+            .filter(|record| record.state == ContainerState::Running)
+            .collect();
+        let runs = |id: &ContainerId| running.iter().any(|record| record.id == *id);
+        self.probers.retain(|id, _| runs(id));
+        self.memory
+            .killed
+            .retain(|id| containers.iter().any(|record| record.id == *id));
+        lock(&self.health).retain(|id, _| runs(id));
+        for record in &running {
+            if self.probers.contains_key(&record.id) {
+                continue;
+            }
+            let Some((container, _)) = roles::find(pod, &record.config.name) else {
+                continue;
+            };
+            if !prober::is_probed(&container) {
+                continue;
+            }
+            lock(&self.health)
+                .entry(record.id.clone())
+                .or_insert_with(|| known_health(pod, record, &container));
+            let prober = Prober {
+                node: self.node.clone(),
+                pod: Arc::new(pod.clone()),
+                container,
+                id: record.id.clone(),
+                place: place(sandboxes, record),
+                started_at: instant(record.started_unix_nanos),
+                board: self.health.clone(),
+                bell: self.bell.clone(),
+                ending: self.ending.clone(),
+            };
+            let task = AbortOnDrop(tokio::spawn(prober.run()));
+            self.probers.insert(record.id.clone(), task);
+        }
+        self.memory.health = lock(&self.health).clone();
+    }
+
+    /// Ends the containers that take their new resources only with a new start.
+    fn restart_for_resize(&mut self, restarts: Vec<(String, ContainerId)>) {
+        let pod = self.seen.borrow().pod.clone();
+        for (name, id) in restarts {
+            let node = self.node.clone();
+            let (pod, slot) = (pod.clone(), Slot::Container(name.clone()));
+            if self.busy.contains(&slot) {
+                continue;
+            }
+            self.memory.killed.insert(id.clone());
+            self.spawn(slot, async move {
+                let grace = pod
+                    .spec
+                    .as_ref()
+                    .and_then(|spec| spec.termination_grace_period_seconds);
+                let message = format!("Container {name} resize requires restart");
+                let place = match node.runtime.container(&id).await {
+                    Some(record) => node.place_of(&record.sandbox).await,
+                    None => None,
+                };
+                let ending = Ending { name, id, place };
+                node.kill_container(&pod, ending, message, grace.unwrap_or(30))
+                    .await
+            });
+        }
+    }
+
     /// A changed source may be what was missing: no need to wait any longer.
     fn forgive(&mut self, now: Timestamp) {
         if self
@@ -268,26 +373,6 @@ impl Worker {
             {
                 container.retry = crate::backoff::Backoff::default();
             }
-        }
-    }
-
-    /// The API server binds pods to its only node by itself; somebody has to say so.
-    fn greet(&self, pod: &Pod) {
-        let started = pod
-            .status
-            .as_ref()
-            .is_some_and(|status| status.start_time.is_some());
-        if !started && pod.metadata.deletion_timestamp.is_none() {
-            let meta = &pod.metadata;
-            let message = format!(
-                "Successfully assigned {}/{} to {}",
-                meta.namespace.as_deref().unwrap_or_default(),
-                meta.name.as_deref().unwrap_or_default(),
-                self.node.config.node_name,
-            );
-            self.node
-                .events
-                .pod(pod, None, Level::Normal, "Scheduled", message);
         }
     }
 
@@ -319,7 +404,10 @@ impl Worker {
         if !matches!(phase, Some("Failed" | "Succeeded"))
             && let Some(written) = &self.written
         {
-            pod.status = Some(written.clone());
+            let theirs = pod.status.take().unwrap_or_default();
+            let mut status = written.clone();
+            status::take_foreign(&mut status, &theirs);
+            pod.status = Some(status);
         }
     }
 
@@ -350,18 +438,9 @@ impl Worker {
         containers: &[hypernetes_runtime::ContainerStatus],
     ) {
         let wants = |name: &str| {
-            pod.spec
-                .iter()
-                .flat_map(|spec| {
-                    spec.containers
-                        .iter()
-                        .chain(spec.init_containers.iter().flatten())
-                })
-                .any(|container| {
-                    container.name == name
-                        && container.termination_message_policy.as_deref()
-                            == Some("FallbackToLogsOnError")
-                })
+            roles::find(pod, name).is_some_and(|(container, _)| {
+                container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
+            })
         };
         for record in containers {
             let failed = record.state == ContainerState::Exited && record.exit_code != 0;
@@ -401,9 +480,21 @@ impl Worker {
         let namespace = pod.metadata.namespace.clone().unwrap_or_default();
         let name = pod.metadata.name.clone().unwrap_or_default();
         let api = Api::<Pod>::namespaced(self.node.client.clone(), &namespace);
-        // The uid keeps the status off a new pod of the same name.
-        let patch = json!({"metadata": {"uid": pod.metadata.uid}, "status": next});
+        let gated = pod.spec.as_ref().is_some_and(|spec| {
+            spec.readiness_gates
+                .as_ref()
+                .is_some_and(|gates| !gates.is_empty())
+        });
+        let mut next = next;
         for _try in 0..5 {
+            // The uid keeps the status off a new pod of the same name.
+            let mut patch = json!({"metadata": {"uid": pod.metadata.uid}});
+            if gated && let Ok(Some(now)) = api.get_opt(&name).await {
+                // The gates are somebody else's conditions in the same list.
+                status::take_foreign(&mut next, &now.status.unwrap_or_default());
+                patch["metadata"]["resourceVersion"] = json!(now.metadata.resource_version);
+            }
+            patch["status"] = json!(next);
             match api
                 .patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch))
                 .await
@@ -469,7 +560,7 @@ impl Worker {
         pod: &Arc<Pod>,
         sandboxes: &[hypernetes_runtime::SandboxStatus],
         containers: &[hypernetes_runtime::ContainerStatus],
-        running: &[(String, hypernetes_types::ContainerId)],
+        running: &[Ending],
         now: Timestamp,
     ) {
         let (node, pod) = (self.node.clone(), pod.clone());
@@ -509,14 +600,15 @@ impl Worker {
                 sandbox,
                 attempt,
             } => {
-                let found = pod.spec.as_ref().and_then(|spec| {
-                    spec.containers
-                        .iter()
-                        .chain(spec.init_containers.iter().flatten())
-                        .find(|candidate| candidate.name == container)
-                        .cloned()
+                let Some((found, _)) = roles::find(&pod, &container) else {
+                    return;
+                };
+                // A resize that cannot be leaves the container what it had.
+                let kept = self.memory.resize.as_ref().and_then(|_| {
+                    let records = containers.iter().filter(|r| r.config.name == container);
+                    let newest = records.max_by_key(|record| record.created_unix_nanos)?;
+                    resize::allocated(newest)
                 });
-                let Some(found) = found else { return };
                 // The newest record that ended is what this start follows.
                 let ended = containers
                     .iter()
@@ -529,13 +621,32 @@ impl Worker {
                     memory.restart.next(instant(ended), now);
                 }
                 self.spawn(Slot::Container(container), async move {
-                    node.run_container(&pod, &found, sandbox, attempt).await
+                    node.run_container(&pod, &found, sandbox, attempt, kept)
+                        .await
                 });
             }
-            Action::Kill { container, id } => {
-                self.spawn(Slot::Container(container.clone()), async move {
-                    node.kill_container(&pod, &container, id).await
+            Action::Kill {
+                container,
+                id,
+                message,
+                grace,
+                restarts,
+            } => {
+                if restarts {
+                    self.memory.killed.insert(id.clone());
+                }
+                let Some(ending) = running.iter().find(|ending| ending.id == id).cloned() else {
+                    return;
+                };
+                self.spawn(Slot::Container(container), async move {
+                    node.kill_container(&pod, ending, message, grace).await
                 });
+            }
+            Action::Resize { sandbox } => {
+                self.spawn(
+                    Slot::Resize,
+                    async move { node.resize(&pod, sandbox).await },
+                );
             }
             Action::RemoveContainer(id) => {
                 let slot = Slot::Container(format!("/{id}"));
@@ -558,10 +669,9 @@ impl Worker {
             }
             Action::StopContainers { grace_seconds } => {
                 self.grace = Some(grace_seconds);
-                let grace = Duration::from_secs(u64::try_from(grace_seconds).unwrap_or(0));
                 let running = running.to_vec();
                 self.spawn(Slot::Teardown, async move {
-                    node.stop_containers(&pod, running, grace).await
+                    node.stop_containers(&pod, running, grace_seconds).await
                 });
             }
             Action::StopSandbox(id) => {
@@ -630,6 +740,11 @@ impl Worker {
                 self.retry_in(Duration::from_secs(2));
             }
             Some(Outcome::Refreshed(volumes)) => self.volumes = volumes,
+            Some(Outcome::Resized(Ok(restarts))) => {
+                self.memory.resize = None;
+                self.restart_for_resize(restarts);
+            }
+            Some(Outcome::Resized(Err(state))) => self.memory.resize = Some(state),
             Some(Outcome::Started(name)) => {
                 let memory = self.memory.container(&name);
                 memory.trouble = None;
@@ -650,6 +765,50 @@ impl Worker {
             }
         }
     }
+}
+
+fn place(
+    sandboxes: &[SandboxStatus],
+    record: &ContainerStatus,
+) -> Option<(hypernetes_types::NetworkId, std::net::IpAddr)> {
+    let sandbox = sandboxes.iter().find(|s| s.id == record.sandbox)?;
+    Some((sandbox.config.network.clone()?, sandbox.address?))
+}
+
+/// What runs, as it can be ended.
+fn endings(sandboxes: &[SandboxStatus], containers: &[ContainerStatus]) -> Vec<Ending> {
+    containers
+        .iter()
+        .filter(|record| record.state == ContainerState::Running)
+        .map(|record| Ending {
+            name: record.config.name.clone(),
+            id: record.id.clone(),
+            place: place(sandboxes, record),
+        })
+        .collect()
+}
+
+/// Health as the pod's status has it: a restart of the node makes no pod unready.
+fn known_health(
+    pod: &Pod,
+    record: &ContainerStatus,
+    container: &k8s_openapi::api::core::v1::Container,
+) -> Health {
+    let id = format!("{}{}", status::ID_SCHEME, record.id);
+    let first = prober::at_first(container);
+    let statuses = pod.status.iter().flat_map(|status| {
+        let init = status.init_container_statuses.iter();
+        init.chain(&status.container_statuses).flatten()
+    });
+    statuses
+        .filter(|status| status.container_id.as_ref() == Some(&id))
+        .map(|status| Health {
+            started: first.started || status.started == Some(true),
+            ready: first.ready || status.ready,
+            failed: None,
+        })
+        .next()
+        .unwrap_or(first)
 }
 
 fn until(at: Timestamp, now: Timestamp) -> Duration {

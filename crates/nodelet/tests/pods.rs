@@ -9,6 +9,11 @@
     reason = "what fails here fails the test; helpers are not seen as tests"
 )]
 
+#[path = "pods/kubelet.rs"]
+mod kubelet;
+#[path = "pods/placement.rs"]
+mod placement;
+
 use std::{path::Path, sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
@@ -66,8 +71,7 @@ fn start_node(
 impl World {
     async fn start() -> Self {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let mut config = ApiServerConfig::new(store);
-        config.node_name = Some(NODE.to_owned());
+        let config = ApiServerConfig::new(store);
         let server = ApiServer::new(config).await.unwrap();
         let client = Client::new(server.service_as(User::system("test")), "default");
         let runtime = Arc::new(FakeRuntime::new());
@@ -353,7 +357,7 @@ async fn a_job_like_pod_succeeds_and_its_vm_stops() {
 async fn a_field_that_is_not_supported_refuses_the_pod_by_name() {
     let world = World::start().await;
     let probe = json!({"containers": [{"name": "c", "image": "busybox",
-        "livenessProbe": {"tcpSocket": {"port": 80}}}]});
+        "livenessProbe": {"tcpSocket": {"port": 80, "host": "192.0.2.1"}}}]});
     let pod: Pod =
         serde_json::from_value(json!({"metadata": {"name": "probed"}, "spec": probe})).unwrap();
     // Either the API server refuses it already, or the node does.
@@ -410,7 +414,7 @@ async fn configuration_arrives_and_follows_its_source() {
     let sandbox = record.sandbox;
     let content = || match &world.runtime.volumes(&sandbox)["v"].kind {
         VolumeKind::Files { files } => files["k"].content.clone(),
-        VolumeKind::EmptyDir { .. } => panic!("not files"),
+        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } => panic!("not files"),
     };
     assert_eq!(content(), "one");
     let patch = Patch::Merge(json!({"data": {"k": "two"}}));

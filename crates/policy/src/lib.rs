@@ -13,6 +13,7 @@ mod field;
 mod meta;
 mod network;
 mod pod;
+mod service;
 mod support;
 mod tenant;
 
@@ -154,6 +155,9 @@ pub fn admit(request: &AdmissionRequest<'_>) -> Result<Outcome, Denied> {
     }
     if request.is_kind(hypernetes_types::kinds::GROUP, "Tenant") && request.subresource.is_empty() {
         tenant::check(object, &mut causes);
+    }
+    if request.is_kind("", "Service") && request.subresource.is_empty() {
+        service::check(request, object, &mut causes);
     }
     if request.tenant().is_some() {
         if request.is_kind("rbac.authorization.k8s.io", "RoleBinding") {

@@ -21,15 +21,25 @@ pub(crate) fn annotation<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
         .as_str()
 }
 
+/// Domain of labels and annotations by which a tenant's own command line keeps its records. Nothing
+/// of the project trusts them.
+const CLIENT_DOMAIN: &str = "hyper.hypernetes.io";
+/// Annotations of a pod that the node honours and that may change while it runs.
+const WISHES: [&str; 2] = [
+    "hypernetes.io/max-restarts",
+    "hypernetes.io/stop-grace-seconds",
+];
+
 /// Whether the key's prefix is `hypernetes.io` or below it.
 fn is_reserved(key: &str) -> bool {
     let Some((domain, _name)) = key.split_once('/') else {
         return false;
     };
-    domain == GROUP
-        || domain
-            .strip_suffix(GROUP)
-            .is_some_and(|rest| rest.ends_with('.'))
+    domain != CLIENT_DOMAIN
+        && (domain == GROUP
+            || domain
+                .strip_suffix(GROUP)
+                .is_some_and(|rest| rest.ends_with('.')))
 }
 
 /// Keys under the project's domain whose value differs between the two objects.
@@ -82,6 +92,9 @@ pub(crate) fn check_reserved(
         ));
     }
     for key in changed_keys("annotations", request.old_object, object) {
+        if pod && WISHES.contains(&key) {
+            continue;
+        }
         if pod && (key == KERNEL_ANNOTATION || key == POD_NETWORK_ANNOTATION) {
             if request.operation == Operation::Update {
                 causes.push(FieldError::new(
@@ -94,7 +107,7 @@ pub(crate) fn check_reserved(
         causes.push(FieldError::new(
             format!("metadata.annotations[{key}]"),
             if pod {
-                "is not known: a pod may carry hypernetes.io/kernel and hypernetes.io/network"
+                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts and stop-grace-seconds"
             } else {
                 "annotations under hypernetes.io/ are set by controllers only"
             },

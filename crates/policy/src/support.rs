@@ -26,23 +26,18 @@ enum Support {
 
 use Support::{Inside, No, Only, Rule, Yes};
 
-const NO_PROBES: &str = "probes are not supported by this node";
+const OWN_ADDRESS: &str =
+    "probes and hooks reach the pod's own address only: leave it unset, and give a Host header";
 /// emptyDirs on disk that can have a limit each: a limit is a disk, and a pod has so many slots.
 const MAX_LIMITED: usize = 32;
+const NO_TCP_HOOK: &str = "was never implemented by any node; use exec or httpGet";
 const NO_PVC: &str = "persistent volumes are not supported by this node";
 
 /// Fields of `spec`. `[]` stands for every element of a list.
 const POD: &[(&str, Support)] = &[
     ("activeDeadlineSeconds", Yes),
-    ("affinity", No("there is one node: leave it unset")),
-    (
-        "automountServiceAccountToken",
-        Rule(|value| {
-            (*value != Value::Bool(false)).then(|| {
-                "service account tokens are not mounted by this node: set it to false".to_owned()
-            })
-        }),
-    ),
+    ("affinity", Rule(affinity)),
+    ("automountServiceAccountToken", Yes),
     ("containers", Inside),
     ("dnsConfig", Inside),
     ("dnsConfig.nameservers", Yes),
@@ -50,10 +45,7 @@ const POD: &[(&str, Support)] = &[
     ("dnsConfig.searches", Yes),
     ("dnsPolicy", Only(&["ClusterFirst", "Default", "None"])),
     ("enableServiceLinks", Yes),
-    (
-        "ephemeralContainers",
-        No("ephemeral containers are not supported by this node"),
-    ),
+    ("ephemeralContainers", Inside),
     ("hostAliases", Inside),
     ("hostAliases[].hostnames", Yes),
     ("hostAliases[].ip", Yes),
@@ -69,7 +61,7 @@ const POD: &[(&str, Support)] = &[
         "hostPID",
         No("a pod has its own kernel and cannot join the node's namespaces"),
     ),
-    ("hostUsers", No("a pod has its own kernel: leave it unset")),
+    ("hostUsers", Yes),
     ("hostname", Yes),
     (
         "hostnameOverride",
@@ -78,7 +70,7 @@ const POD: &[(&str, Support)] = &[
     ("imagePullSecrets", Yes),
     ("initContainers", Inside),
     ("nodeName", Yes),
-    ("nodeSelector", No("there is one node: leave it unset")),
+    ("nodeSelector", Yes),
     ("os", Inside),
     ("os.name", Only(&["linux"])),
     (
@@ -88,10 +80,7 @@ const POD: &[(&str, Support)] = &[
     ("preemptionPolicy", Yes),
     ("priority", Yes),
     ("priorityClassName", Yes),
-    (
-        "readinessGates",
-        No("readiness gates are not supported by this node"),
-    ),
+    ("readinessGates", Yes),
     (
         "resourceClaims",
         No("dynamic resource allocation is not supported by this node"),
@@ -103,7 +92,7 @@ const POD: &[(&str, Support)] = &[
     ("restartPolicy", Only(&["Always", "OnFailure", "Never"])),
     ("runtimeClassName", Only(&[crate::RUNTIME_CLASS])),
     ("schedulerName", Only(&["default-scheduler"])),
-    ("schedulingGates", No("there is no scheduler to hold back")),
+    ("schedulingGates", Yes),
     ("schedulingGroup", No("pod groups are not supported")),
     ("workloadRef", No("pod groups are not supported")),
     ("securityContext", Inside),
@@ -131,7 +120,10 @@ const POD: &[(&str, Support)] = &[
         No("SELinux is not supported in guests"),
     ),
     ("securityContext.supplementalGroups", Yes),
-    ("securityContext.supplementalGroupsPolicy", Only(&["Merge"])),
+    (
+        "securityContext.supplementalGroupsPolicy",
+        Only(&["Merge", "Strict"]),
+    ),
     ("securityContext.sysctls", Rule(sysctls)),
     ("securityContext.windowsOptions", No("guests are Linux")),
     ("serviceAccount", Yes),
@@ -141,10 +133,7 @@ const POD: &[(&str, Support)] = &[
     ("subdomain", Yes),
     ("terminationGracePeriodSeconds", Yes),
     ("tolerations", Yes),
-    (
-        "topologySpreadConstraints",
-        No("topology spread is not supported"),
-    ),
+    ("topologySpreadConstraints", Yes),
     ("volumes", Inside),
     ("volumes[].name", Yes),
     ("volumes[].configMap", Yes),
@@ -157,18 +146,23 @@ const POD: &[(&str, Support)] = &[
         "volumes[].hostPath",
         No("the guest does not see the node's file system"),
     ),
-    (
-        "volumes[].image",
-        No("image volumes are not supported by this node"),
-    ),
+    ("volumes[].image", Yes),
     ("volumes[].persistentVolumeClaim", No(NO_PVC)),
+    ("volumes[].projected", Inside),
+    ("volumes[].projected.defaultMode", Yes),
+    ("volumes[].projected.sources", Inside),
     (
-        "volumes[].projected",
-        No(
-            "projected volumes are not supported by this node; for a service account token, set \
-            spec.automountServiceAccountToken to false",
-        ),
+        "volumes[].projected.sources[].clusterTrustBundle",
+        No("cluster trust bundles are not supported by this node"),
     ),
+    ("volumes[].projected.sources[].configMap", Yes),
+    ("volumes[].projected.sources[].downwardAPI", Yes),
+    (
+        "volumes[].projected.sources[].podCertificate",
+        No("pod certificates are not supported by this node"),
+    ),
+    ("volumes[].projected.sources[].secret", Yes),
+    ("volumes[].projected.sources[].serviceAccountToken", Yes),
     ("volumes[].secret", Yes),
 ];
 
@@ -196,22 +190,40 @@ const CONTAINER: &[(&str, Support)] = &[
         "imagePullPolicy",
         Only(&["Always", "IfNotPresent", "Never"]),
     ),
+    ("lifecycle", Inside),
+    ("lifecycle.postStart", Inside),
+    ("lifecycle.postStart.exec", Yes),
+    ("lifecycle.postStart.httpGet", Inside),
+    ("lifecycle.postStart.httpGet.host", No(OWN_ADDRESS)),
+    ("lifecycle.postStart.httpGet.httpHeaders", Yes),
+    ("lifecycle.postStart.httpGet.path", Yes),
+    ("lifecycle.postStart.httpGet.port", Yes),
     (
-        "lifecycle",
-        No("lifecycle hooks are not supported by this node"),
+        "lifecycle.postStart.httpGet.scheme",
+        Only(&["HTTP", "HTTPS"]),
     ),
-    ("livenessProbe", No(NO_PROBES)),
+    ("lifecycle.postStart.sleep", Yes),
+    ("lifecycle.postStart.tcpSocket", No(NO_TCP_HOOK)),
+    ("lifecycle.preStop", Inside),
+    ("lifecycle.preStop.exec", Yes),
+    ("lifecycle.preStop.httpGet", Inside),
+    ("lifecycle.preStop.httpGet.host", No(OWN_ADDRESS)),
+    ("lifecycle.preStop.httpGet.httpHeaders", Yes),
+    ("lifecycle.preStop.httpGet.path", Yes),
+    ("lifecycle.preStop.httpGet.port", Yes),
+    ("lifecycle.preStop.httpGet.scheme", Only(&["HTTP", "HTTPS"])),
+    ("lifecycle.preStop.sleep", Yes),
+    ("lifecycle.preStop.tcpSocket", No(NO_TCP_HOOK)),
+    ("lifecycle.stopSignal", Yes),
+    ("livenessProbe", Rule(probe)),
     ("name", Yes),
     ("ports", Inside),
     ("ports[].containerPort", Yes),
-    ("ports[].hostIP", No("ports of the node are not supported")),
-    (
-        "ports[].hostPort",
-        No("ports of the node are not supported"),
-    ),
+    ("ports[].hostIP", Yes),
+    ("ports[].hostPort", Yes),
     ("ports[].name", Yes),
     ("ports[].protocol", Yes),
-    ("readinessProbe", No(NO_PROBES)),
+    ("readinessProbe", Rule(probe)),
     ("resizePolicy", Yes),
     ("resources", Inside),
     (
@@ -220,17 +232,10 @@ const CONTAINER: &[(&str, Support)] = &[
     ),
     ("resources.limits", Rule(resource_names)),
     ("resources.requests", Rule(resource_names)),
-    (
-        "restartPolicy",
-        No(
-            "restartable init containers and container restart policies are not \
-                          supported by this node",
-        ),
-    ),
-    (
-        "restartPolicyRules",
-        No("container restart rules are not supported by this node"),
-    ),
+    ("restartPolicy", Only(&["Always", "OnFailure", "Never"])),
+    ("restartPolicyRules", Inside),
+    ("restartPolicyRules[].action", Only(&["Restart"])),
+    ("restartPolicyRules[].exitCodes", Yes),
     ("securityContext", Inside),
     ("securityContext.allowPrivilegeEscalation", Yes),
     ("securityContext.appArmorProfile", Inside),
@@ -240,7 +245,7 @@ const CONTAINER: &[(&str, Support)] = &[
     ),
     ("securityContext.capabilities", Yes),
     ("securityContext.privileged", Yes),
-    ("securityContext.procMount", Only(&["Default"])),
+    ("securityContext.procMount", Only(&["Default", "Unmasked"])),
     ("securityContext.readOnlyRootFilesystem", Yes),
     ("securityContext.runAsGroup", Yes),
     ("securityContext.runAsNonRoot", Yes),
@@ -255,9 +260,11 @@ const CONTAINER: &[(&str, Support)] = &[
         No("SELinux is not supported in guests"),
     ),
     ("securityContext.windowsOptions", No("guests are Linux")),
-    ("startupProbe", No(NO_PROBES)),
+    ("startupProbe", Rule(probe)),
     ("stdin", Yes),
     ("stdinOnce", Yes),
+    // Of an ephemeral container.
+    ("targetContainerName", Yes),
     ("terminationMessagePath", Rule(termination_path)),
     (
         "terminationMessagePolicy",
@@ -270,12 +277,12 @@ const CONTAINER: &[(&str, Support)] = &[
     ("volumeMounts[].mountPropagation", Only(&["None"])),
     ("volumeMounts[].name", Yes),
     ("volumeMounts[].readOnly", Yes),
-    ("volumeMounts[].recursiveReadOnly", Only(&["Disabled"])),
-    ("volumeMounts[].subPath", Yes),
     (
-        "volumeMounts[].subPathExpr",
-        No("is not supported by this node; use subPath"),
+        "volumeMounts[].recursiveReadOnly",
+        Only(&["Disabled", "IfPossible", "Enabled"]),
     ),
+    ("volumeMounts[].subPath", Yes),
+    ("volumeMounts[].subPathExpr", Yes),
     ("workingDir", Yes),
 ];
 
@@ -395,7 +402,10 @@ fn inside(
         walk(value, rule, path, table, errors);
         return;
     };
-    let is_container = matches!(rule, "containers" | "initContainers");
+    let is_container = matches!(
+        rule,
+        "containers" | "initContainers" | "ephemeralContainers"
+    );
     for (index, item) in list.iter().enumerate() {
         let path = format!("{path}[{index}]");
         if is_container {
@@ -450,6 +460,52 @@ fn termination_path(value: &Value) -> Option<String> {
             "{path:?} is not the absolute path of a file that can be made: use /dev/termination-log"
         )
     })
+}
+
+/// What of an affinity this node does not do.
+fn affinity(value: &Value) -> Option<String> {
+    for kind in ["podAffinity", "podAntiAffinity"] {
+        // Preferences between nodes mean nothing where there is one.
+        let terms = &value[kind]["requiredDuringSchedulingIgnoredDuringExecution"];
+        for term in terms.as_array().into_iter().flatten() {
+            let selector = term["namespaceSelector"].as_object();
+            if selector.is_some_and(|fields| !fields.values().all(asks_for_nothing)) {
+                return Some(format!(
+                    "{kind}: namespaceSelector can only be empty; use namespaces"
+                ));
+            }
+            for field in ["matchLabelKeys", "mismatchLabelKeys"] {
+                if !asks_for_nothing(&term[field]) {
+                    return Some(format!("{kind}: {field} is not supported by this node"));
+                }
+            }
+        }
+    }
+    None
+}
+
+/// What of a probe this node does not do.
+fn probe(value: &Value) -> Option<String> {
+    const FIELDS: [&str; 10] = [
+        "exec",
+        "failureThreshold",
+        "grpc",
+        "httpGet",
+        "initialDelaySeconds",
+        "periodSeconds",
+        "successThreshold",
+        "tcpSocket",
+        "terminationGracePeriodSeconds",
+        "timeoutSeconds",
+    ];
+    let fields = value.as_object()?;
+    if let Some(name) = fields.keys().find(|name| !FIELDS.contains(&name.as_str())) {
+        return Some(format!("{name} is not known to this node"));
+    }
+    let host = ["httpGet", "tcpSocket"]
+        .into_iter()
+        .find(|handler| !asks_for_nothing(&value[*handler]["host"]));
+    host.map(|handler| format!("{handler}.host: {OWN_ADDRESS}"))
 }
 
 fn resource_names(value: &Value) -> Option<String> {
@@ -530,18 +586,18 @@ mod tests {
     #[test]
     fn every_unsupported_field_of_a_pod_is_named() {
         for (field, value) in [
-            ("affinity", json!({"nodeAffinity": {}})),
-            ("automountServiceAccountToken", json!(true)),
+            (
+                "affinity",
+                json!({"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution":
+                    [{"topologyKey": "x", "namespaceSelector": {"matchLabels": {"a": "b"}}}]}}),
+            ),
             ("dnsPolicy", json!("ClusterFirstWithHostNet")),
-            ("ephemeralContainers", json!([{"name": "d"}])),
             ("hostIPC", json!(true)),
             ("hostNetwork", json!(true)),
             ("hostPID", json!(true)),
-            ("hostUsers", json!(true)),
             ("hostnameOverride", json!("x")),
             ("os.name", json!("windows")),
             ("overhead", json!({"cpu": "1"})),
-            ("readinessGates", json!([{"conditionType": "x"}])),
             ("resourceClaims", json!([{"name": "x"}])),
             ("resources", json!({"limits": {"cpu": "1"}})),
             ("runtimeClassName", json!("runc")),
@@ -552,7 +608,6 @@ mod tests {
             ),
             ("securityContext.seLinuxOptions", json!({"level": "x"})),
             ("securityContext.seccompProfile.type", json!("Localhost")),
-            ("securityContext.supplementalGroupsPolicy", json!("Strict")),
             (
                 "securityContext.sysctls",
                 json!([{"name": "kernel.msgmax", "value": "1"}]),
@@ -562,7 +617,6 @@ mod tests {
                 json!({"hostProcess": true}),
             ),
             ("setHostnameAsFQDN", json!(true)),
-            ("topologySpreadConstraints", json!([{"maxSkew": 1}])),
             ("someFutureField", json!(1)),
         ] {
             let mut spec = json!({"containers": [{"name": "c", "image": "i"}]});
@@ -581,8 +635,6 @@ mod tests {
             "hostPath",
             "persistentVolumeClaim",
             "ephemeral",
-            "image",
-            "projected",
             "nfs",
             "csi",
             "iscsi",
@@ -637,24 +689,16 @@ mod tests {
                 json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec"}}}]}),
             ),
             (
-                "lifecycle",
-                json!({"lifecycle": {"preStop": {"sleep": {"seconds": 1}}}}),
+                "lifecycle.preStop.httpGet.host",
+                json!({"lifecycle": {"preStop": {"httpGet": {"port": 1, "host": "192.0.2.1"}}}}),
             ),
             (
                 "livenessProbe",
-                json!({"livenessProbe": {"periodSeconds": 1}}),
-            ),
-            (
-                "ports[0].hostPort",
-                json!({"ports": [{"containerPort": 1, "hostPort": 1}]}),
-            ),
-            (
-                "ports[0].hostIP",
-                json!({"ports": [{"containerPort": 1, "hostIP": "::"}]}),
+                json!({"livenessProbe": {"httpGet": {"port": 1, "host": "169.254.169.254"}}}),
             ),
             (
                 "readinessProbe",
-                json!({"readinessProbe": {"periodSeconds": 1}}),
+                json!({"readinessProbe": {"someFutureHandler": {}}}),
             ),
             (
                 "resources.claims",
@@ -668,10 +712,9 @@ mod tests {
                 "resources.requests",
                 json!({"resources": {"requests": {"nvidia.com/gpu": "1"}}}),
             ),
-            ("restartPolicy", json!({"restartPolicy": "Always"})),
             (
-                "securityContext.procMount",
-                json!({"securityContext": {"procMount": "Unmasked"}}),
+                "restartPolicyRules[0].action",
+                json!({"restartPolicyRules": [{"action": "RestartAllContainers"}]}),
             ),
             (
                 "securityContext.seLinuxOptions",
@@ -683,7 +726,7 @@ mod tests {
             ),
             (
                 "startupProbe",
-                json!({"startupProbe": {"periodSeconds": 1}}),
+                json!({"startupProbe": {"tcpSocket": {"port": 1, "host": "192.0.2.1"}}}),
             ),
             (
                 "terminationMessagePath",
@@ -697,14 +740,6 @@ mod tests {
             (
                 "volumeMounts[0].mountPropagation",
                 json!({"volumeMounts": [{"name": "v", "mountPropagation": "Bidirectional"}]}),
-            ),
-            (
-                "volumeMounts[0].recursiveReadOnly",
-                json!({"volumeMounts": [{"name": "v", "recursiveReadOnly": "Enabled"}]}),
-            ),
-            (
-                "volumeMounts[0].subPathExpr",
-                json!({"volumeMounts": [{"name": "v", "subPathExpr": "$(A)"}]}),
             ),
             ("someFutureField", json!({"someFutureField": [1]})),
         ] {

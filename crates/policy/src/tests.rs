@@ -284,6 +284,20 @@ fn reserved_labels_annotations_and_finalizers_are_the_controllers() {
     }
     let foreign = json!({"labels": {"nothypernetes.io/x": "1", "app": "x"}});
     assert_eq!(config(foreign).fields().len(), 0);
+    // The tenants' own command line keeps its records there.
+    let client = json!({"labels": {"hyper.hypernetes.io/name": "a"}, "annotations": {"hyper.hypernetes.io/id": "b"}});
+    assert_eq!(config(client).fields().len(), 0);
+}
+
+#[test]
+fn a_pod_says_what_the_node_shall_do_at_its_end() {
+    let wishes = json!({"metadata": {"annotations": {
+        "hypernetes.io/max-restarts": "3", "hypernetes.io/stop-grace-seconds": "1"}}, "spec": {}});
+    assert_eq!(Case::create("", "Pod", wishes.clone()).fields().len(), 0);
+    let changed =
+        Case::create("", "Pod", wishes.clone()).update(json!({"metadata": {}, "spec": {}}));
+    assert_eq!(changed.fields().len(), 0);
+    assert_eq!(Case::create("", "ConfigMap", wishes).fields().len(), 2);
 }
 
 #[test]
@@ -410,4 +424,24 @@ fn network_and_tenant_objects_are_checked() {
     assert_eq!(tenant("Acme", json!({})), 1);
     assert_eq!(tenant("kube-system", json!({})), 1);
     assert_eq!(tenant("default", json!({})), 1);
+}
+
+#[test]
+fn services_have_no_addresses_or_ports_of_the_node() {
+    let fields = |spec: Value| Case::create("", "Service", json!({"spec": spec})).fields();
+    let none: [&str; 0] = [];
+    assert_eq!(fields(json!({"type": "ClusterIP"})), none);
+    assert_eq!(
+        fields(json!({"type": "LoadBalancer", "ports": [{"port": 80}]})),
+        none
+    );
+    assert_eq!(fields(json!({"type": "NodePort"})), ["spec.type"]);
+    assert_eq!(
+        fields(json!({"externalIPs": ["10.0.0.1"]})),
+        ["spec.externalIPs"]
+    );
+    assert_eq!(
+        fields(json!({"ports": [{"port": 80, "nodePort": 30080}]})),
+        ["spec.ports[0].nodePort"]
+    );
 }

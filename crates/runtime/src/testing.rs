@@ -166,6 +166,7 @@ pub(crate) fn lease() -> Lease {
         search: vec!["cluster.local".into()],
         prefixes: Vec::new(),
         routes: Vec::new(),
+        host_ports: Vec::new(),
     }
 }
 

@@ -108,6 +108,17 @@ pub struct LogRequest {
     pub since_unix_nanos: Option<i64>,
     /// At most so many bytes.
     pub limit_bytes: Option<u64>,
+    /// Only what was written there.
+    pub source: Option<LogSource>,
+}
+
+/// Where a line of a log was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogSource {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
 }
 
 /// Why a stream cannot be had.

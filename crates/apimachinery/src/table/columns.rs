@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::{kinds::ResourceKind, meta};
 
-use super::{Column, age, age::since, or, pod, text, workloads};
+use super::{Column, age, age::since, or, pod, service, text, workloads};
 
 pub(super) const fn column(
     name: &'static str,
@@ -48,11 +48,14 @@ pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
         ("", "ConfigMap") => CONFIG_MAPS,
         ("", "Secret") => SECRETS,
         ("", "ServiceAccount") => SERVICE_ACCOUNTS,
+        ("", "Service") => SERVICES,
+        ("discovery.k8s.io", "EndpointSlice") => ENDPOINT_SLICES,
         ("" | "events.k8s.io", "Event") => EVENTS,
         ("coordination.k8s.io", "Lease") => LEASES,
         ("node.k8s.io", "RuntimeClass") => RUNTIME_CLASSES,
         ("rbac.authorization.k8s.io", "Role" | "ClusterRole") => ROLES,
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => BINDINGS,
+        (crate::usage::GROUP, "NodeMetrics" | "PodMetrics") => METRICS,
         ("hypernetes.io", "Tenant") => TENANTS,
         ("hypernetes.io", "Network") => NETWORKS,
         _ => workloads::of(kind).unwrap_or(OTHERS),
@@ -79,6 +82,31 @@ static PODS: &[Column] = &[
     wide("Readiness Gates", |object, _| {
         pod::readiness_gates(object).into()
     }),
+];
+
+/// Amounts of resource metrics: a node's, or the sum of a pod's containers'.
+fn used(object: &Value, resource: &str) -> Value {
+    let containers = object["containers"].as_array().into_iter().flatten();
+    let all = containers.chain([object]);
+    let amounts = all.filter_map(|of| of["usage"][resource].as_str()?.parse().ok());
+    let sum = amounts
+        .map(|amount: crate::Quantity| match resource {
+            "cpu" => amount.milli_value(),
+            _ => amount.value(),
+        })
+        .fold(0i64, i64::saturating_add);
+    match resource {
+        "cpu" => format!("{sum}m"),
+        _ => format!("{}Mi", sum >> 20),
+    }
+    .into()
+}
+
+static METRICS: &[Column] = &[
+    NAME,
+    string("CPU", |object, _| used(object, "cpu")),
+    string("Memory", |object, _| used(object, "memory")),
+    string("Window", |object, _| text(object, &["window"]).into()),
 ];
 
 static NAMESPACES: &[Column] = &[
@@ -116,6 +144,30 @@ static SERVICE_ACCOUNTS: &[Column] = &[
     NAME,
     column("Secrets", "string", 0, |object, _| {
         object["secrets"].as_array().map_or(0, Vec::len).into()
+    }),
+    AGE,
+];
+
+static SERVICES: &[Column] = &[
+    NAME,
+    string("Type", |object, _| text(object, &["spec", "type"]).into()),
+    string("Cluster-IP", |object, _| service::cluster_ip(object).into()),
+    string("External-IP", |object, _| {
+        service::external_ip(object).into()
+    }),
+    string("Port(s)", |object, _| service::ports(object).into()),
+    AGE,
+    wide("Selector", |object, _| service::selector(object).into()),
+];
+
+static ENDPOINT_SLICES: &[Column] = &[
+    NAME,
+    string("AddressType", |object, _| {
+        text(object, &["addressType"]).into()
+    }),
+    string("Ports", |object, _| service::slice_ports(object).into()),
+    string("Endpoints", |object, _| {
+        service::slice_endpoints(object).into()
     }),
     AGE,
 ];

@@ -64,6 +64,7 @@ pub(super) fn validate(
             found,
         );
     }
+    restart_rules(container, path, found);
     for field in ["postStart", "preStop"] {
         let hook = &container["lifecycle"][field];
         if !hook.is_null() {
@@ -82,6 +83,33 @@ pub(super) fn validate(
             context,
             "cannot set `allowPrivilegeEscalation` to false and `privileged` to true",
         );
+    }
+}
+
+fn restart_rules(container: &Value, path: &Path, found: &mut Found) {
+    let policy = text(container, "restartPolicy");
+    if !policy.is_empty() {
+        found.one_of(
+            &path.field("restartPolicy"),
+            &container["restartPolicy"],
+            &["Always", "OnFailure", "Never"],
+        );
+    }
+    let rules = path.field("restartPolicyRules");
+    if policy.is_empty() && container["restartPolicyRules"].is_array() {
+        found.required(
+            &path.field("restartPolicy"),
+            "must specify restartPolicy when restart rules are used",
+        );
+    }
+    for (rule, at) in items(&container["restartPolicyRules"], &rules) {
+        let codes = &rule["exitCodes"];
+        let at = at.field("exitCodes");
+        if !codes.is_object() {
+            found.required(&at, "must be specified");
+            continue;
+        }
+        found.one_of(&at.field("operator"), &codes["operator"], &["In", "NotIn"]);
     }
 }
 

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::meta::rules;
 
-use super::{ErrorKind, Found, Path, container, items, meta, text, volume};
+use super::{ErrorKind, Found, Path, container, items, meta, parts, text, volume};
 
 pub(super) fn validate(pod: &Value, found: &mut Found) {
     validate_spec(&pod["spec"], &Path::root("spec"), found);
@@ -20,6 +20,8 @@ pub(super) fn validate_spec(spec: &Value, path: &Path, found: &mut Found) {
     }
     let volumes = volume::validate(&spec["volumes"], &path.field("volumes"), found);
     containers(spec, path, &volumes, found);
+    parts::ephemeral(spec, path, &volumes, found);
+    gates(spec, path, found);
 
     found.one_of(
         &path.field("restartPolicy"),
@@ -106,16 +108,36 @@ fn containers(spec: &Value, path: &Path, volumes: &HashSet<String>, found: &mut 
         container::validate(container, &at, volumes, host_network, found);
         if init {
             container::init(container, &at, found);
-        } else if !text(container, "restartPolicy").is_empty() && spec["restartPolicy"].is_null() {
-            found.forbidden(
-                &at.field("restartPolicy"),
-                "may not be set for non-init containers",
-            );
         }
         let name = text(container, "name");
         if !name.is_empty() && !names.insert(name) {
             found.duplicate(&at.field("name"), &container["name"]);
         }
+    }
+}
+
+fn gates(spec: &Value, path: &Path, found: &mut Found) {
+    for (gate, at) in items(&spec["readinessGates"], &path.field("readinessGates")) {
+        let name = text(gate, "conditionType");
+        found.all_invalid(
+            &at.field("conditionType"),
+            name,
+            rules::qualified_name(name),
+        );
+    }
+    let mut names = HashSet::new();
+    for (gate, at) in items(&spec["schedulingGates"], &path.field("schedulingGates")) {
+        let name = text(gate, "name");
+        found.all_invalid(&at.field("name"), name, rules::qualified_name(name));
+        if !names.insert(name) {
+            found.duplicate(&at.field("name"), &gate["name"]);
+        }
+    }
+    if !names.is_empty() && !text(spec, "nodeName").is_empty() {
+        found.forbidden(
+            &path.field("nodeName"),
+            "cannot be set until all schedulingGates have been cleared",
+        );
     }
 }
 
@@ -251,6 +273,19 @@ pub(super) fn validate_update(new: &Value, old: &Value, found: &mut Found) {
         }
     };
     restore("activeDeadlineSeconds");
+    let gates = |pod: &Value| pod["spec"]["schedulingGates"].as_array().cloned();
+    let (now, before) = (
+        gates(new).unwrap_or_default(),
+        gates(old).unwrap_or_default(),
+    );
+    if now.iter().all(|gate| before.contains(gate)) {
+        restore("schedulingGates");
+    } else {
+        found.forbidden(
+            &path.field("schedulingGates"),
+            "only deletion is allowed, but found new scheduling gate",
+        );
+    }
     let only_added = {
         let list = |pod: &Value| {
             pod["spec"]["tolerations"]

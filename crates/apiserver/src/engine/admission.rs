@@ -175,9 +175,11 @@ impl Engine {
 
 /// Refuses a pod that asks for what the node does not do, naming the fields: nothing is dropped in
 /// silence.
-fn check_supported(pod: &Value) -> Result<()> {
+fn check_supported(pod: &Value, old: Option<&Value>) -> Result<()> {
+    let known = old.map(unsupported).unwrap_or_default();
     let errors: Vec<FieldError> = unsupported(pod)
         .into_iter()
+        .filter(|error| !known.contains(error))
         .map(|error| FieldError::forbidden(&error.field, &error.detail))
         .collect();
     if errors.is_empty() {
@@ -219,7 +221,7 @@ impl Engine {
         }
         self.bound_create(call, object)?;
         if call.kind.kind == "Pod" {
-            check_supported(object)?;
+            check_supported(object, None)?;
         }
         Ok(outcome.warnings)
     }
@@ -241,6 +243,9 @@ impl Engine {
             *object = changed;
         }
         self.bound_update(call, object, old)?;
+        if call.kind.kind == "Pod" {
+            check_supported(object, Some(old))?;
+        }
         Ok(outcome.warnings)
     }
 

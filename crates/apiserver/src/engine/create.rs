@@ -84,6 +84,7 @@ impl Engine {
         let namespace = call.info.namespace.as_str();
         strategy::prepare_create(kind, &mut object, (self.clock)());
         defaults::apply(kind, &mut object);
+        self.admit_account(kind, namespace, &mut object).await?;
         strategy::finish_create(kind, &mut object);
         self.complete(call, &mut object);
         if call
@@ -126,6 +127,8 @@ impl Engine {
                 ));
             }
             self.check_escalation(call, &object, None)?;
+            self.check_range(kind, &object)?;
+            let allocation = self.allocate(kind, &mut object, None)?;
             let charge = self.charge(call, &object, None)?;
             let key = keys::object(kind, namespace, &name);
             if dry_run {
@@ -149,6 +152,8 @@ impl Engine {
                 compares.push(Compare::ModRevision(home.key, home.mod_revision));
             }
             let mut ops = vec![Op::Put(key.clone(), encoded.to_store_value())];
+            compares.extend(allocation.compares);
+            ops.extend(allocation.ops);
             compares.extend(charge.compares);
             ops.extend(charge.ops);
             match self.store.txn(compares, ops, Self::durability(kind)).await {

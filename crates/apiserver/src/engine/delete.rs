@@ -231,15 +231,17 @@ impl Engine {
                 });
             }
             let encoded = Arc::new(Encoded::new(&next));
-            let op = if gone {
-                Op::Delete(entry.key.clone())
+            let mut ops = Vec::new();
+            if gone {
+                ops.push(Op::Delete(entry.key.clone()));
+                ops.extend(self.release(call.kind, &object));
             } else {
-                Op::Put(entry.key.clone(), encoded.to_store_value())
-            };
+                ops.push(Op::Put(entry.key.clone(), encoded.to_store_value()));
+            }
             let compares = vec![Compare::ModRevision(entry.key, entry.mod_revision)];
             match self
                 .store
-                .txn(compares, vec![op], Self::durability(call.kind))
+                .txn(compares, ops, Self::durability(call.kind))
                 .await
             {
                 Ok(_) if gone => return Ok(Deleted::Gone(next)),

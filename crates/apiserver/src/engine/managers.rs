@@ -81,7 +81,7 @@ pub(super) fn ignored(call: &Call, part: Part) -> fn(&str) -> bool {
         Part::Main if strategy::has_status(call.kind) => |name| name == "status",
         Part::Main => |_| false,
         Part::Status => |name| name != "status",
-        Part::Finalize => |name| name != "spec",
+        Part::Finalize | Part::Ephemeral | Part::Resize => |name| name != "spec",
     }
 }
 
@@ -157,6 +157,8 @@ pub(super) fn subresource_of(call: &Call, part: Part) -> &str {
         Part::Main => call.info.subresource.as_str(),
         Part::Status => "status",
         Part::Finalize => "finalize",
+        Part::Ephemeral => "ephemeralcontainers",
+        Part::Resize => "resize",
     }
 }
 

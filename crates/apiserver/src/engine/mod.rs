@@ -14,6 +14,7 @@ mod eviction;
 mod managers;
 mod options;
 mod read;
+mod service_account;
 mod strategy;
 mod update;
 mod watch;
@@ -27,6 +28,7 @@ use hypernetes_apimachinery::{
     crd::CustomKind,
     definitions, kinds, meta,
     table::{self, IncludeObject},
+    usage::UsageBoard,
 };
 use hypernetes_identity::User;
 use hypernetes_store::{Durability, Entry, Store, StoreError};
@@ -35,7 +37,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use decode::{Expected, body as decode_body};
 pub(crate) use delete::{DeleteOptions, Deleted};
-pub(crate) use options::selectable;
+pub(crate) use options::{ListOptions, selectable};
 pub(crate) use strategy::Part;
 
 use crate::{
@@ -60,7 +62,12 @@ pub(crate) struct Engine {
     /// Held while a definition's names are settled and stored.
     pub(crate) naming: tokio::sync::Mutex<()>,
     pub(crate) node_name: Option<String>,
+    pub(crate) usage: UsageBoard,
+    /// Pods are given the token of their service account.
+    pub(crate) mount_tokens: bool,
     pub(crate) limits: Limits,
+    /// Addresses of services.
+    pub(crate) service_range: ipnet::Ipv4Net,
     /// Ends watches at shutdown.
     pub(crate) shutdown: CancellationToken,
     /// Streams on upgraded connections.

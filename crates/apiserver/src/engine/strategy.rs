@@ -1,12 +1,12 @@
 //! What is special about a kind when it is written.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use hypernetes_apimachinery::{ResourceKind, kinds, meta};
+use hypernetes_apimachinery::{ResourceKind, kinds, meta, validation::quality_of_service};
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::workloads;
-use crate::events;
+use crate::{events, services};
 
 /// Fields of metadata that only the server sets.
 const SYSTEM_FIELDS: [&str; 5] = [
@@ -26,6 +26,10 @@ pub(crate) enum Part {
     Status,
     /// A namespace's finalizers.
     Finalize,
+    /// A pod's ephemeral containers.
+    Ephemeral,
+    /// The resources of a pod's containers.
+    Resize,
 }
 
 /// The kind under which objects are stored, validated and defaulted.
@@ -47,7 +51,7 @@ fn has_generation(kind: &ResourceKind) -> bool {
         || has_status(kind)
             && !matches!(
                 kind.kind,
-                "Namespace" | "Node" | "ResourceQuota" | "HorizontalPodAutoscaler"
+                "Namespace" | "Node" | "ResourceQuota" | "HorizontalPodAutoscaler" | "Service"
             )
 }
 
@@ -119,12 +123,54 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
                 meta::set_label(new, "kubernetes.io/metadata.name", &name);
             }
             take_string_data(kind, new);
+            if services::is_service(kind) {
+                services::prepare_update(new, old);
+            }
             if has_generation(kind) && differs_in_spec(kind, new, old) {
                 meta::set(new, "generation", meta::generation(old) + 1);
             }
         }
         Part::Status => keep_only(new, old, &["status"]),
         Part::Finalize => keep_only(new, old, &["spec"]),
+        Part::Ephemeral => {
+            let list = new["spec"]["ephemeralContainers"].take();
+            keep_only(new, old, &[]);
+            if !list.is_null() {
+                new["spec"]["ephemeralContainers"] = list;
+            }
+            count(kind, new, old);
+        }
+        Part::Resize => {
+            let asked = new["spec"].take();
+            keep_only(new, old, &[]);
+            for field in ["containers", "initContainers"] {
+                take_resources(&mut new["spec"][field], &asked[field]);
+            }
+            count(kind, new, old);
+        }
+    }
+}
+
+/// A changed spec is a new generation.
+fn count(kind: &ResourceKind, new: &mut Value, old: &Value) {
+    if differs_in_spec(kind, new, old) {
+        meta::set(new, "generation", meta::generation(old) + 1);
+    }
+}
+
+/// Takes over of each container what a resize is about, by name.
+fn take_resources(containers: &mut Value, asked: &Value) {
+    for container in containers.as_array_mut().into_iter().flatten() {
+        let name = container["name"].clone();
+        let asked = asked.as_array().into_iter().flatten();
+        let Some(asked) = asked.into_iter().find(|asked| asked["name"] == name) else {
+            continue;
+        };
+        for field in ["resources", "resizePolicy"] {
+            if let (Some(to), Some(value)) = (container.as_object_mut(), asked.get(field)) {
+                to.insert(field.to_owned(), value.clone());
+            }
+        }
     }
 }
 
@@ -212,35 +258,6 @@ pub(crate) fn is_finished(kind: &ResourceKind, object: &Value) -> bool {
             .is_none_or(Vec::is_empty);
     }
     meta::deletion_grace_seconds(object).unwrap_or(0) == 0
-}
-
-/// A pod's quality of service, from the resources of its containers.
-fn quality_of_service(spec: &Value) -> &'static str {
-    let containers = ["containers", "initContainers"]
-        .into_iter()
-        .flat_map(|field| spec[field].as_array().into_iter().flatten());
-    let (mut any, mut all) = (false, true);
-    for container in containers {
-        let resources = &container["resources"];
-        for resource in ["cpu", "memory"] {
-            let amount = |field: &str| {
-                let text = match &resources[field][resource] {
-                    Value::String(text) => text.clone(),
-                    Value::Number(number) => number.to_string(),
-                    _ => return None,
-                };
-                text.parse::<hypernetes_apimachinery::Quantity>().ok()
-            };
-            let (request, limit) = (amount("requests"), amount("limits"));
-            any |= request.is_some() || limit.is_some();
-            all &= limit.is_some() && (request.is_none() || request == limit);
-        }
-    }
-    match (any, all) {
-        (false, _) => "BestEffort",
-        (true, true) => "Guaranteed",
-        (true, false) => "Burstable",
-    }
 }
 
 #[cfg(test)]

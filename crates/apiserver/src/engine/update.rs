@@ -25,6 +25,7 @@ use crate::{
     body::ApiBody,
     codec::{self, Encoded},
     definitions, keys, negotiate,
+    services::Allocation,
     status::{self, Result},
 };
 
@@ -220,7 +221,7 @@ impl Engine {
         }
         check_uid(call, meta::uid(&new), &old)?;
         strategy::prepare_update(kind, part, &mut new, &old);
-        if part == Part::Main {
+        if matches!(part, Part::Main | Part::Ephemeral | Part::Resize) {
             defaults::apply(kind, &mut new);
         }
         self.complete(call, &mut new);
@@ -244,11 +245,13 @@ impl Engine {
                 warnings,
             }));
         }
-        if part == Part::Main {
+        if matches!(part, Part::Main | Part::Ephemeral | Part::Resize) {
             warnings.extend(self.admit_update(call, &mut new, &old)?);
         }
         let mut errors = match part {
             Part::Main => validation::validate_update(kind, &new, &old),
+            Part::Ephemeral => validation::validate_ephemeral_update(kind, &new, &old),
+            Part::Resize => validation::validate_resize(kind, &new, &old),
             Part::Status | Part::Finalize => validation::validate_status_update(kind, &new, &old),
         };
         self.validate_custom(call, &new, Some(&old), &mut errors);
@@ -261,6 +264,10 @@ impl Engine {
             ));
         }
         self.check_escalation(call, &new, Some(&old))?;
+        let allocation = match part {
+            Part::Main => self.allocate(kind, &mut new, Some(&old))?,
+            _ => Allocation::default(),
+        };
         let charge = match part {
             Part::Status | Part::Finalize => Charge::default(),
             _ => self.charge(call, &new, Some(&old))?,
@@ -274,15 +281,18 @@ impl Engine {
         }
         let key = keys::object(kind, &call.info.namespace, &call.info.name);
         let encoded = Arc::new(Encoded::new(&new));
-        let op = if strategy::is_finished(kind, &new) {
-            Op::Delete(key.clone())
+        let mut compares = vec![Compare::ModRevision(key.clone(), entry.mod_revision)];
+        let mut ops;
+        if strategy::is_finished(kind, &new) {
+            ops = vec![Op::Delete(key)];
+            ops.extend(self.release(kind, &old));
         } else {
-            Op::Put(key.clone(), encoded.to_store_value())
-        };
-        let mut compares = vec![Compare::ModRevision(key, entry.mod_revision)];
-        let mut ops = vec![op];
-        compares.extend(charge.compares);
-        ops.extend(charge.ops);
+            ops = vec![Op::Put(key, encoded.to_store_value())];
+            compares.extend(allocation.compares);
+            ops.extend(allocation.ops);
+            compares.extend(charge.compares);
+            ops.extend(charge.ops);
+        }
         match self.store.txn(compares, ops, Self::durability(kind)).await {
             Ok(revision) => {
                 let object = codec::decode(&encoded.with_revision(revision));

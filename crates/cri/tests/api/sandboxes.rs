@@ -235,10 +235,10 @@ async fn what_cannot_be_had_is_refused_with_its_field() {
         c.metadata.as_mut().unwrap().name = "../x".into();
     });
     case("config.log_directory", &|c| c.log_directory = "logs".into());
-    case("config.port_mappings", &|c| {
+    case("config.port_mappings[0].container_port", &|c| {
         c.port_mappings.push(v1::PortMapping {
             host_port: 80,
-            container_port: 80,
+            container_port: 0,
             ..Default::default()
         });
     });

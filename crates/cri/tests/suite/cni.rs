@@ -1,6 +1,12 @@
 //! Pods on a cluster's network, by Debian's CNI plugins.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use hypernetes_cri::v1;
 use hypernetes_testkit::{Node, Registry, can_run_pods, eventually, skip, stdout};
@@ -9,8 +15,8 @@ use serde_json::json;
 use crate::client::{Client, PATIENCE, sandbox, shell};
 
 /// A network namespace that is this test's host, with an outside.
-struct Host {
-    name: String,
+pub(crate) struct Host {
+    pub(crate) name: String,
 }
 
 fn ip(arguments: &str) {
@@ -18,8 +24,10 @@ fn ip(arguments: &str) {
 }
 
 impl Host {
-    fn new() -> Self {
-        let name = format!("hncni-{}", std::process::id());
+    pub(crate) fn new() -> Self {
+        static HOSTS: AtomicUsize = AtomicUsize::new(0);
+        let number = HOSTS.fetch_add(1, Ordering::Relaxed);
+        let name = format!("hncni-{}-{number}", std::process::id());
         let host = Self { name };
         let name = &host.name;
         for arguments in [
@@ -39,7 +47,7 @@ impl Host {
     }
 
     /// What the outside gets at the node's address.
-    fn fetch(&self, url: &str) -> Result<String, String> {
+    pub(crate) fn fetch(&self, url: &str) -> Result<String, String> {
         let output = Command::new("nsenter")
             .arg(format!("--net=/run/netns/{}-out", self.name))
             .args([

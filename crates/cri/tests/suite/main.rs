@@ -14,5 +14,6 @@ mod cni;
 mod crashes;
 mod cycles;
 mod guests;
+mod host_ports;
 mod huge_pages;
 mod shipping;

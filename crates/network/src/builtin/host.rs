@@ -79,7 +79,11 @@ impl Inner {
         // Rules before routing.
         firewall::apply(
             &self.host,
-            &host_ruleset(&self.config.instance, self.config.transit),
+            &host_ruleset(
+                &self.config.instance,
+                self.config.transit,
+                &self.known_forwards(),
+            ),
         )
         .map_err(system("load the host's rules"))?;
         sysctl::set(&self.host, IP_FORWARD, "1").map_err(system("enable IPv4 forwarding"))?;

@@ -8,15 +8,16 @@ use std::{
 
 use hypernetes_types::{NetworkId, SandboxId};
 
-use super::{Inner, Network, lock, system};
+use super::{Inner, Network, api::ApiListener, lock, system};
 use crate::{
-    Attachment, Lease, NameRecord, NetworkError, NetworkSpec,
+    Attachment, Lease, NameRecord, NetworkError, NetworkSpec, PodNetworkRequest,
     dns::{DnsServer, Zone},
     firewall, ipam,
     links::with_links,
     netns::{self, Namespace},
     plan::{
-        NetworkPlan, PodPlan, UPLINK, mac, network_ruleset, pod_removal_rules, pod_rules, tap_name,
+        NetworkPlan, PodPlan, ServiceTable, UPLINK, mac, network_ruleset, pod_removal_rules,
+        pod_rules, tap_name,
     },
     record::NetworkRecord,
     sysctl, tap,
@@ -25,10 +26,13 @@ use crate::{
 /// A network as this process knows it.
 #[derive(Debug)]
 pub(super) struct Live {
-    record: NetworkRecord,
+    pub(super) record: NetworkRecord,
     progress: Progress,
     last: Option<Ipv4Addr>,
     dns: Option<DnsServer>,
+    /// The services that the kernel has; `None`: unknown.
+    pub(super) table: Option<ServiceTable>,
+    pub(super) api: Option<ApiListener>,
 }
 
 /// How far a network has come in this process.
@@ -52,6 +56,8 @@ impl Live {
             progress: Progress::New,
             last: None,
             dns: None,
+            table: None,
+            api: None,
         }
     }
 
@@ -62,6 +68,8 @@ impl Live {
             progress: Progress::Recorded,
             last,
             dns: None,
+            table: None,
+            api: None,
         }
     }
 
@@ -95,7 +103,8 @@ impl Live {
 
     fn zone(&self) -> Zone {
         let spec = &self.record.spec;
-        Zone::new(&spec.domain, spec.cidr, &self.record.names)
+        let services = &self.record.services;
+        Zone::new(&spec.domain, spec.cidr, &self.record.names, services)
     }
 }
 
@@ -175,26 +184,30 @@ impl Inner {
         }
         live.record.names = names;
         self.put_record(network, live)?;
-        if let Some(dns) = &live.dns {
-            dns.set(live.zone(), self.upstream(live));
-        }
+        self.tell_names(live);
         Ok(())
     }
 
-    fn put_record(&self, network: &Network, live: &Live) -> Result<(), NetworkError> {
+    pub(super) fn tell_names(&self, live: &Live) {
+        if let Some(dns) = &live.dns {
+            dns.set(live.zone(), self.upstream(live));
+        }
+    }
+
+    pub(super) fn put_record(&self, network: &Network, live: &Live) -> Result<(), NetworkError> {
         self.records
             .put_network(&network.names.hash, &live.record)
             .map_err(system(format!("record network {}", live.record.spec.id)))
     }
 
     /// Whether this process has applied the network and nobody has removed it since.
-    fn is_applied(&self, network: &Network, live: &Live) -> bool {
+    pub(super) fn is_applied(&self, network: &Network, live: &Live) -> bool {
         live.progress == Progress::Applied
             && live.dns.as_ref().is_some_and(DnsServer::is_running)
             && matches!(Namespace::open(&network.names.namespace), Ok(Some(_)))
     }
 
-    fn plan(&self, live: &Live) -> Result<NetworkPlan, NetworkError> {
+    pub(super) fn plan(&self, live: &Live) -> Result<NetworkPlan, NetworkError> {
         NetworkPlan::new(&live.record.spec, self.config.transit, live.record.transit)
     }
 
@@ -206,7 +219,7 @@ impl Inner {
             .then_some(self.config.upstream_dns.as_slice())
     }
 
-    fn apply(&self, network: &Network, live: &mut Live) -> Result<(), NetworkError> {
+    pub(super) fn apply(&self, network: &Network, live: &mut Live) -> Result<(), NetworkError> {
         let plan = self.plan(live)?;
         self.ensure_host()?;
         let id = &live.record.spec.id;
@@ -218,7 +231,18 @@ impl Inner {
         let pods = lock(&self.tables).pods(id);
         self.apply_inside(&plan, &namespace, &pods)
             .map_err(system(format!("set up network {id}")))?;
-        self.apply_uplink(&plan, network, &namespace)
+        self.take_over_services(&plan, &namespace, live)
+            .map_err(system(format!(
+                "set the services of network {}",
+                network.names.namespace
+            )))?;
+        self.listen_for_api(&plan, &namespace, live)
+            .map_err(system(format!(
+                "listen for the API server in {}",
+                network.names.namespace
+            )))?;
+        let id = &live.record.spec.id;
+        self.apply_uplink(&plan, network, &namespace, id)
             .map_err(system(format!("join network {id} to the host")))?;
         let (zone, upstream) = (live.zone(), self.upstream(live));
         match &live.dns {
@@ -264,6 +288,7 @@ impl Inner {
         plan: &NetworkPlan,
         network: &Network,
         namespace: &Namespace,
+        id: &NetworkId,
     ) -> io::Result<()> {
         let outside = network.names.host_link.as_str();
         let on_host = with_links(&self.host, async |links| links.index(outside).await)?;
@@ -290,6 +315,9 @@ impl Inner {
             links.set_up(UPLINK).await?;
             links.ensure_default_route(plan.transit_host()).await
         })?;
+        if !lock(&self.tables).held(id).is_empty() {
+            self.allow_loopback(network)?;
+        }
         if plan.node_access {
             // It goes with the link.
             with_links(&self.host, async |links| {
@@ -302,6 +330,8 @@ impl Inner {
     /// Removes what the kernel has of the network.
     fn tear_down(&self, network: &Network, live: &mut Live) -> Result<(), NetworkError> {
         live.dns = None;
+        live.api = None;
+        live.table = None;
         live.progress = Progress::Recorded;
         let names = &network.names;
         with_links(&self.host, async |links| {
@@ -318,7 +348,7 @@ impl Inner {
         &self,
         sandbox: &SandboxId,
         id: &NetworkId,
-        requested: Option<IpAddr>,
+        request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
         let network = self
             .network(id)
@@ -328,7 +358,7 @@ impl Inner {
         if !self.is_applied(&network, &live) {
             self.apply(&network, &mut live)?;
         }
-        let (lease, is_new) = self.reserve(&mut live, sandbox, requested)?;
+        let (lease, is_new) = self.reserve(&mut live, sandbox, request)?;
         let result = self.connect(&network, &lease, is_new);
         match result {
             Ok(tap) => Ok(Attachment { tap, lease }),
@@ -346,8 +376,9 @@ impl Inner {
         &self,
         live: &mut Live,
         sandbox: &SandboxId,
-        requested: Option<IpAddr>,
+        request: &PodNetworkRequest,
     ) -> Result<(Lease, bool), NetworkError> {
+        let requested = request.address;
         let plan = self.plan(live)?;
         let spec = &live.record.spec;
         let mut tables = lock(&self.tables);
@@ -375,6 +406,7 @@ impl Inner {
             Some(address @ IpAddr::V6(_)) => return Err(refuse(address, "the network is IPv4")),
             None => None,
         };
+        let host_ports = tables.hold(&spec.id, &request.host_ports)?;
         let taken = tables.taken(&spec.id);
         let address = ipam::choose(plan.cidr, plan.gateway, &taken, live.last, wanted).map_err(
             |refusal| match (refusal, requested) {
@@ -397,6 +429,7 @@ impl Inner {
             search: vec![format!("svc.{}", spec.domain), spec.domain.clone()],
             prefixes: Vec::new(),
             routes: Vec::new(),
+            host_ports,
         };
         tables.leases.insert(sandbox.clone(), lease.clone());
         Ok((lease, true))
@@ -420,6 +453,7 @@ impl Inner {
             let tap = tap::open(&namespace, &pod.device)?;
             firewall::apply(&namespace, &pod_rules(&pod))?;
             apply_pod(&namespace, &pod)?;
+            self.open_ports(network, &namespace, lease)?;
             Ok(tap)
         };
         connect().map_err(system(format!(
@@ -444,6 +478,7 @@ impl Inner {
 
     fn disconnect(&self, network: &Network, lease: &Lease) -> Result<(), NetworkError> {
         let disconnect = || {
+            self.close_ports(network, lease)?;
             let Some(namespace) = Namespace::open(&network.names.namespace)? else {
                 return Ok(());
             };
@@ -469,7 +504,7 @@ impl Inner {
     }
 }
 
-fn open_namespace(network: &Network) -> io::Result<Namespace> {
+pub(super) fn open_namespace(network: &Network) -> io::Result<Namespace> {
     let name = &network.names.namespace;
     Namespace::open(name)?
         .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("{name} does not exist")))

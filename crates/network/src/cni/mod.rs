@@ -498,6 +498,8 @@ impl Inner {
             search: words("search"),
             prefixes: interface.prefixes.clone(),
             routes: interface.routes.clone(),
+            // The plugins hold them.
+            host_ports: Vec::new(),
         })
     }
 

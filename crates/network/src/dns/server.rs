@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use hickory_proto::op::{Message, ResponseCode};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UdpSocket},
@@ -20,7 +21,7 @@ use super::{
     Zone,
     bucket::Buckets,
     forward::Forwarder,
-    zone::{Decision, refuse, truncated, udp_limit},
+    zone::{Decision, chased, refuse, truncated, udp_limit},
 };
 use crate::netns::Namespace;
 
@@ -122,7 +123,9 @@ fn bind(address: SocketAddr) -> io::Result<(StdUdpSocket, StdTcpListener)> {
 /// What to do with a query after the zone was asked.
 enum Next {
     Send(Vec<u8>),
-    Forward(Box<hickory_proto::op::Message>),
+    Forward(Box<Message>),
+    /// As [`Decision::Chase`].
+    Chase(Box<Message>, Box<Message>),
     Nothing,
 }
 
@@ -135,14 +138,13 @@ impl Shared {
         match zone.decide(query) {
             Decision::Answer(message) => message.to_vec().map_or(Next::Nothing, Next::Send),
             Decision::Forward(message) => Next::Forward(message),
+            Decision::Chase { answer, query } => Next::Chase(answer, query),
             Decision::Ignore => Next::Nothing,
         }
     }
 
     /// Asks upstream, or says why not.
-    async fn forward(&self, query: &hickory_proto::op::Message, tcp: bool) -> Option<Vec<u8>> {
-        use hickory_proto::op::ResponseCode;
-
+    async fn forward(&self, query: &Message, tcp: bool) -> Option<Vec<u8>> {
         let forwarder = lock(&self.forwarder).clone();
         let code = match (forwarder, self.forwarded.try_acquire()) {
             (None, _) => ResponseCode::Refused,
@@ -154,8 +156,17 @@ impl Shared {
         };
         match refuse(query, code) {
             Decision::Answer(message) => message.to_vec().ok(),
-            Decision::Forward(_) | Decision::Ignore => None,
+            Decision::Forward(_) | Decision::Chase { .. } | Decision::Ignore => None,
         }
+    }
+
+    /// Completes an answer that ends in an alias. Without an upstream the alias is all there is.
+    async fn chase(&self, answer: Message, query: &Message, tcp: bool) -> Option<Vec<u8>> {
+        if lock(&self.forwarder).is_none() {
+            return answer.to_vec().ok();
+        }
+        let said = self.forward(query, tcp).await?;
+        chased(answer, &said).to_vec().ok()
     }
 
     async fn serve_udp(self: Arc<Self>, socket: UdpSocket) {
@@ -185,7 +196,16 @@ impl Shared {
                         }
                     });
                 }
-                Next::Forward(_) | Next::Nothing => {}
+                Next::Chase(answer, message) if forwarding.len() < MAX_FORWARDED => {
+                    let (shared, socket) = (Arc::clone(&self), Arc::clone(&socket));
+                    let limit = udp_limit(query);
+                    forwarding.spawn(async move {
+                        if let Some(answer) = shared.chase(*answer, &message, false).await {
+                            send(&socket, source, limit, answer).await;
+                        }
+                    });
+                }
+                Next::Forward(_) | Next::Chase(..) | Next::Nothing => {}
             }
         }
     }
@@ -250,6 +270,10 @@ impl Shared {
                     Some(answer) => answer,
                     None => return Ok(()),
                 },
+                Next::Chase(answer, message) => match self.chase(*answer, &message, true).await {
+                    Some(answer) => answer,
+                    None => return Ok(()),
+                },
                 Next::Nothing => return Ok(()),
             };
             let Ok(length) = u16::try_from(answer.len()) else {
@@ -278,7 +302,7 @@ fn forget(
 
 async fn send(socket: &UdpSocket, to: SocketAddr, limit: usize, mut answer: Vec<u8>) {
     if answer.len() > limit {
-        match truncated(&answer) {
+        match truncated(&answer, limit) {
             Some(short) => answer = short,
             None => return,
         }

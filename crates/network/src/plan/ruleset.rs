@@ -5,9 +5,12 @@
 //! the host keeps networks apart and away from the host itself. All chains with a policy drop, but
 //! the host's, which must leave the host's other traffic alone.
 
+use std::net::Ipv4Addr;
+
 use ipnet::Ipv4Net;
 
-use super::{NetworkPlan, PodPlan, REFUSED_V4, TAP_PREFIX, UPLINK, host_link_prefix};
+use super::{API_PORT, NetworkPlan, PodPlan, REFUSED_V4, TAP_PREFIX, UPLINK, host_link_prefix};
+use crate::Protocol;
 
 /// How the names of transit links of every daemon begin.
 pub const HOST_LINK_PREFIX: &str = "hn";
@@ -20,12 +23,53 @@ pub fn host_table(instance: &str) -> String {
     format!("hypernetes_{instance}")
 }
 
+/// A port of the node, as the host's table forwards it to a network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Forward {
+    /// The one address of the node that it is on; `None` = all.
+    pub at: Option<Ipv4Addr>,
+    /// Transport.
+    pub protocol: Protocol,
+    /// Port of the node.
+    pub port: u16,
+    /// The network's own address on its transit link.
+    pub to: Ipv4Addr,
+    /// Port there.
+    pub relay: u16,
+}
+
+impl Forward {
+    fn place(&self) -> (&'static str, String) {
+        let port = format!("{} . {}", self.protocol, self.port);
+        match self.at {
+            None => ("host_ports", port),
+            Some(address) => ("host_ports_at", format!("{address} . {port}")),
+        }
+    }
+}
+
+/// Lets a port of the node lead to a network. Repeatable.
+pub fn forward_rules(table: &str, forward: &Forward) -> String {
+    let (map, key) = forward.place();
+    let (to, relay) = (forward.to, forward.relay);
+    format!("add element inet {table} {map} {{ {key} : {to} . {relay} }}\n")
+}
+
+/// Undoes [`forward_rules`], whether or not it is there.
+pub fn forward_removal_rules(table: &str, forward: &Forward) -> String {
+    let (map, key) = forward.place();
+    format!(
+        "{}delete element inet {table} {map} {{ {key} }}\n",
+        forward_rules(table, forward)
+    )
+}
+
 /// The host's table, replacing what was there.
-pub fn host_ruleset(instance: &str, pool: Ipv4Net) -> String {
+pub fn host_ruleset(instance: &str, pool: Ipv4Net, forwards: &[Forward]) -> String {
     let table = host_table(instance);
     let own = format!("\"{}*\"", host_link_prefix(instance));
     let any = format!("\"{HOST_LINK_PREFIX}*\"");
-    format!(
+    let mut script = format!(
         "\
 table inet {table} {{}}
 delete table inet {table}
@@ -34,6 +78,25 @@ table inet {table} {{
 	counter cross_refused {{}}
 	counter metadata_refused {{}}
 	counter unsolicited_refused {{}}
+	map host_ports {{
+		type inet_proto . inet_service : ipv4_addr . inet_service
+	}}
+	map host_ports_at {{
+		type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+	}}
+	chain ports {{
+		fib daddr type != local return
+		dnat ip to ip daddr . meta l4proto . th dport map @host_ports_at
+		dnat ip to meta l4proto . th dport map @host_ports
+	}}
+	chain arrivals {{
+		type nat hook prerouting priority dstnat; policy accept;
+		iifname != {own} meta nfproto ipv4 jump ports
+	}}
+	chain departures {{
+		type nat hook output priority -100; policy accept;
+		meta nfproto ipv4 jump ports
+	}}
 	chain inbound {{
 		type filter hook input priority filter - 10; policy accept;
 		iifname {own} ct state established,related ct direction reply accept
@@ -45,15 +108,21 @@ table inet {table} {{
 		iifname {own} ip daddr 169.254.0.0/16 counter name metadata_refused drop
 		iifname {own} meta nfproto ipv6 counter name metadata_refused drop
 		oifname {own} ct state established,related accept
+		oifname {own} ip daddr {pool} ct status dnat accept
 		oifname {own} counter name unsolicited_refused drop
 	}}
 	chain translate {{
 		type nat hook postrouting priority srcnat; policy accept;
 		ip saddr {pool} iifname {own} oifname != {own} masquerade fully-random
+		ip saddr 127.0.0.0/8 oifname {own} masquerade fully-random
 	}}
 }}
 "
-    )
+    );
+    for forward in forwards {
+        script.push_str(&forward_rules(&table, forward));
+    }
+    script
 }
 
 /// All rules of a network's namespace, with `pods` on it, replacing what was there. The taps must
@@ -141,11 +210,14 @@ table inet pods {{
 		iifname \"{TAP_PREFIX}*\" ip daddr {gateway} udp dport 53 accept
 		iifname \"{TAP_PREFIX}*\" ip daddr {gateway} tcp dport 53 accept
 		iifname \"{TAP_PREFIX}*\" ip daddr {gateway} icmp type echo-request limit rate 200/second burst 50 packets accept
+		iifname \"{TAP_PREFIX}*\" ip daddr {gateway} tcp dport {API_PORT} ct status dnat accept
 		counter name refused_input drop
 	}}
 	chain through {{
 		type filter hook forward priority filter; policy drop;
 		meta nfproto ipv6 counter name refused_forward drop
+		iifname \"{UPLINK}\" oifname \"{TAP_PREFIX}*\" ct status dnat ct state new,established,related accept
+		iifname \"{TAP_PREFIX}*\" oifname \"{UPLINK}\" ct status dnat ct state established,related ct direction reply accept
 {node}		ip daddr @refused counter name refused_destination drop
 {closed}		ct state invalid counter name refused_forward drop
 		oifname \"{UPLINK}\" tcp flags syn tcp option maxseg size set rt mtu
@@ -158,6 +230,7 @@ table inet pods {{
 		type filter hook output priority filter; policy drop;
 		oifname \"lo\" accept
 		ct state established,related accept
+		oifname \"{TAP_PREFIX}*\" ip saddr {gateway} meta l4proto tcp accept
 		counter name refused_output drop
 	}}
 	chain translate {{
@@ -178,6 +251,7 @@ table inet pods {{
 pub fn pod_rules(pod: &PodPlan) -> String {
     let device = &pod.device;
     let element = element(pod);
+    let hairpin = super::hairpin_element(pod.address);
     // The chain is made with its hook or found with it; its one rule is renewed.
     format!(
         "\
@@ -185,6 +259,9 @@ add chain netdev pods {device} {{ type filter hook ingress device \"{device}\" p
 flush chain netdev pods {device}
 add rule netdev pods {device} jump guard
 add element netdev pods addresses {{ {element} }}
+add table ip services
+add set ip services hairpins {{ type ipv4_addr . ipv4_addr; }}
+add element ip services hairpins {{ {hairpin} }}
 "
     )
 }
@@ -193,6 +270,7 @@ add element netdev pods addresses {{ {element} }}
 pub fn pod_removal_rules(pod: &PodPlan) -> String {
     let device = &pod.device;
     let element = element(pod);
+    let hairpin = super::hairpin_element(pod.address);
     // What may be missing is added first: nft 1.0.6 has no `destroy`.
     format!(
         "\
@@ -201,6 +279,10 @@ flush chain netdev pods {device}
 delete chain netdev pods {device}
 add element netdev pods addresses {{ {element} }}
 delete element netdev pods addresses {{ {element} }}
+add table ip services
+add set ip services hairpins {{ type ipv4_addr . ipv4_addr; }}
+add element ip services hairpins {{ {hairpin} }}
+delete element ip services hairpins {{ {hairpin} }}
 "
     )
 }

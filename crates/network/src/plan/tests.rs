@@ -94,7 +94,7 @@ fn transit_link_has_two_addresses() {
 
 #[test]
 fn host_rules() {
-    insta::assert_snapshot!(host_ruleset("ab12", "100.64.0.0/16".parse().unwrap()), @r#"
+    insta::assert_snapshot!(host_ruleset("ab12", "100.64.0.0/16".parse().unwrap(), &[]), @r#"
 table inet hypernetes_ab12 {}
 delete table inet hypernetes_ab12
 table inet hypernetes_ab12 {
@@ -102,6 +102,25 @@ table inet hypernetes_ab12 {
 	counter cross_refused {}
 	counter metadata_refused {}
 	counter unsolicited_refused {}
+	map host_ports {
+		type inet_proto . inet_service : ipv4_addr . inet_service
+	}
+	map host_ports_at {
+		type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+	}
+	chain ports {
+		fib daddr type != local return
+		dnat ip to ip daddr . meta l4proto . th dport map @host_ports_at
+		dnat ip to meta l4proto . th dport map @host_ports
+	}
+	chain arrivals {
+		type nat hook prerouting priority dstnat; policy accept;
+		iifname != "hnab12*" meta nfproto ipv4 jump ports
+	}
+	chain departures {
+		type nat hook output priority -100; policy accept;
+		meta nfproto ipv4 jump ports
+	}
 	chain inbound {
 		type filter hook input priority filter - 10; policy accept;
 		iifname "hnab12*" ct state established,related ct direction reply accept
@@ -113,11 +132,13 @@ table inet hypernetes_ab12 {
 		iifname "hnab12*" ip daddr 169.254.0.0/16 counter name metadata_refused drop
 		iifname "hnab12*" meta nfproto ipv6 counter name metadata_refused drop
 		oifname "hnab12*" ct state established,related accept
+		oifname "hnab12*" ip daddr 100.64.0.0/16 ct status dnat accept
 		oifname "hnab12*" counter name unsolicited_refused drop
 	}
 	chain translate {
 		type nat hook postrouting priority srcnat; policy accept;
 		ip saddr 100.64.0.0/16 iifname "hnab12*" oifname != "hnab12*" masquerade fully-random
+		ip saddr 127.0.0.0/8 oifname "hnab12*" masquerade fully-random
 	}
 }
 "#);
@@ -177,11 +198,14 @@ table inet pods {
 		iifname "tap*" ip daddr 10.42.0.1 udp dport 53 accept
 		iifname "tap*" ip daddr 10.42.0.1 tcp dport 53 accept
 		iifname "tap*" ip daddr 10.42.0.1 icmp type echo-request limit rate 200/second burst 50 packets accept
+		iifname "tap*" ip daddr 10.42.0.1 tcp dport 6443 ct status dnat accept
 		counter name refused_input drop
 	}
 	chain through {
 		type filter hook forward priority filter; policy drop;
 		meta nfproto ipv6 counter name refused_forward drop
+		iifname "uplink" oifname "tap*" ct status dnat ct state new,established,related accept
+		iifname "tap*" oifname "uplink" ct status dnat ct state established,related ct direction reply accept
 		ip daddr @refused counter name refused_destination drop
 		ct state invalid counter name refused_forward drop
 		oifname "uplink" tcp flags syn tcp option maxseg size set rt mtu
@@ -195,6 +219,7 @@ table inet pods {
 		type filter hook output priority filter; policy drop;
 		oifname "lo" accept
 		ct state established,related accept
+		oifname "tap*" ip saddr 10.42.0.1 meta l4proto tcp accept
 		counter name refused_output drop
 	}
 	chain translate {
@@ -206,6 +231,9 @@ add chain netdev pods tap0123456789 { type filter hook ingress device "tap012345
 flush chain netdev pods tap0123456789
 add rule netdev pods tap0123456789 jump guard
 add element netdev pods addresses { "tap0123456789" . 02:00:00:00:ab:01 . 10.42.0.2 }
+add table ip services
+add set ip services hairpins { type ipv4_addr . ipv4_addr; }
+add element ip services hairpins { 10.42.0.2 . 10.42.0.2 }
 "#);
 }
 
@@ -243,6 +271,9 @@ add chain netdev pods tap0123456789 { type filter hook ingress device "tap012345
 flush chain netdev pods tap0123456789
 add rule netdev pods tap0123456789 jump guard
 add element netdev pods addresses { "tap0123456789" . 02:00:00:00:ab:01 . 10.42.0.2 }
+add table ip services
+add set ip services hairpins { type ipv4_addr . ipv4_addr; }
+add element ip services hairpins { 10.42.0.2 . 10.42.0.2 }
 "#);
     insta::assert_snapshot!(pod_removal_rules(&pod()), @r#"
 add chain netdev pods tap0123456789
@@ -250,5 +281,9 @@ flush chain netdev pods tap0123456789
 delete chain netdev pods tap0123456789
 add element netdev pods addresses { "tap0123456789" . 02:00:00:00:ab:01 . 10.42.0.2 }
 delete element netdev pods addresses { "tap0123456789" . 02:00:00:00:ab:01 . 10.42.0.2 }
+add table ip services
+add set ip services hairpins { type ipv4_addr . ipv4_addr; }
+add element ip services hairpins { 10.42.0.2 . 10.42.0.2 }
+delete element ip services hairpins { 10.42.0.2 . 10.42.0.2 }
 "#);
 }

@@ -46,6 +46,20 @@ async fn partial_lines_are_joined_and_foreign_lines_passed_over() {
 }
 
 #[tokio::test]
+async fn one_stream_alone_is_read() {
+    for (source, expected) in [
+        (LogSource::Stdout, "one\nthree\n\nfive words of it\n"),
+        (LogSource::Stderr, "two\n"),
+    ] {
+        let request = LogRequest {
+            source: Some(source),
+            ..LogRequest::default()
+        };
+        assert_eq!(read(LOG, request).await, expected);
+    }
+}
+
+#[tokio::test]
 async fn tail_counts_lines_of_the_file() {
     for (tail, expected) in [
         (0, ""),

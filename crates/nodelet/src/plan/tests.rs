@@ -473,7 +473,10 @@ fn a_new_image_replaces_the_container() {
         world.plan().actions,
         [Action::Kill {
             container: "c".into(),
-            id
+            id,
+            message: "Container c definition changed, will be restarted".into(),
+            grace: 30,
+            restarts: true,
         }]
     );
 }
@@ -487,4 +490,173 @@ fn only_two_records_of_a_container_are_kept() {
         .container("c", Running, None);
     let oldest = world.containers[0].id.clone();
     assert_eq!(world.plan().actions, [Action::RemoveContainer(oldest)]);
+}
+
+fn with_sidecar() -> Value {
+    json!({"initContainers": [
+        {"name": "s", "image": "busybox", "restartPolicy": "Always",
+            "startupProbe": {"tcpSocket": {"port": 1}}},
+        {"name": "i", "image": "busybox"}]})
+}
+
+fn healthy(world: &mut World, started: bool, failed: Option<ProbeKind>) {
+    let id = world.containers.last().unwrap().id.clone();
+    let health = Health {
+        started,
+        ready: started,
+        failed,
+    };
+    world.memory.health.insert(id, health);
+}
+
+#[test]
+fn a_sidecar_must_have_started_before_the_next_one_starts() {
+    let world = World::new(with_sidecar()).sandbox(Ready, None);
+    assert_eq!(world.plan().actions, world.run("s", 0));
+    let mut world = world.container("s", Running, None);
+    healthy(&mut world, false, None);
+    assert_eq!(world.plan().actions, []);
+    healthy(&mut world, true, None);
+    assert_eq!(world.plan().actions, world.run("i", 0));
+    let world = world.container("i", Exited, Some((0, -5)));
+    assert_eq!(world.plan().actions, world.run("c", 0));
+}
+
+#[test]
+fn a_sidecar_runs_again_whatever_the_pods_policy_and_does_not_keep_it_going() {
+    let mut spec = with_sidecar();
+    spec["restartPolicy"] = "Never".into();
+    let world = World::new(spec.clone())
+        .sandbox(Ready, None)
+        .container("s", Exited, Some((0, -5)))
+        .container("i", Exited, Some((0, -5)))
+        .container("c", Running, None);
+    assert_eq!(world.plan().actions, world.run("s", 1));
+    let mut world = World::new(spec)
+        .sandbox(Ready, None)
+        .container("s", Running, None);
+    healthy(&mut world, true, None);
+    let world = world
+        .container("i", Exited, Some((0, -5)))
+        .container("c", Exited, Some((0, -5)));
+    let stop = Action::StopContainers { grace_seconds: 30 };
+    assert_eq!(world.plan().actions, [stop]);
+}
+
+#[test]
+fn a_failed_liveness_probe_ends_the_container_with_its_own_grace() {
+    for (policy, message) in [
+        (
+            "Always",
+            "Container c failed liveness probe, will be restarted",
+        ),
+        ("Never", "Container c failed liveness probe"),
+    ] {
+        let mut world = World::new(json!({"restartPolicy": policy, "containers": [{"name": "c",
+            "image": "busybox", "livenessProbe": {"terminationGracePeriodSeconds": 3}}]}))
+        .sandbox(Ready, None)
+        .container("c", Running, None);
+        healthy(&mut world, true, Some(ProbeKind::Liveness));
+        let id = world.containers[0].id.clone();
+        assert_eq!(
+            world.plan().actions,
+            [Action::Kill {
+                container: "c".into(),
+                id,
+                message: message.into(),
+                grace: 3,
+                restarts: policy == "Always",
+            }]
+        );
+    }
+}
+
+#[test]
+fn what_was_ended_to_run_again_does_so_whatever_it_exits_with() {
+    let mut world = World::new(json!({"restartPolicy": "OnFailure"}))
+        .sandbox(Ready, None)
+        .container("c", Exited, Some((0, -5)));
+    assert_eq!(world.plan().actions, [Action::StopSandbox(world.id())]);
+    let id = world.containers[0].id.clone();
+    world.memory.killed.insert(id);
+    assert_eq!(world.plan().actions, world.run("c", 1));
+}
+
+#[test]
+fn containers_have_policies_and_rules_of_their_own() {
+    for (container, code, restarts) in [
+        (json!({"restartPolicy": "Never"}), 1, false),
+        (json!({"restartPolicy": "OnFailure"}), 1, true),
+        (json!({"restartPolicy": "OnFailure"}), 0, false),
+        (
+            json!({"restartPolicy": "Never", "restartPolicyRules": [{"action": "Restart",
+                "exitCodes": {"operator": "In", "values": [42]}}]}),
+            42,
+            true,
+        ),
+        (
+            json!({"restartPolicy": "Never", "restartPolicyRules": [{"action": "Restart",
+                "exitCodes": {"operator": "NotIn", "values": [42]}}]}),
+            42,
+            false,
+        ),
+    ] {
+        let mut given = json!({"name": "c", "image": "busybox"});
+        given
+            .as_object_mut()
+            .unwrap()
+            .extend(container.as_object().unwrap().clone());
+        let world = World::new(json!({"containers": [given]}))
+            .sandbox(Ready, None)
+            .container("c", Exited, Some((code, -5)));
+        let runs = world.plan().actions == world.run("c", 1);
+        assert_eq!(runs, restarts, "{container} {code}");
+    }
+}
+
+#[test]
+fn an_ephemeral_container_comes_once_to_a_vm_that_runs() {
+    let spec = json!({"ephemeralContainers": [{"name": "e", "image": "busybox"}]});
+    let world = World::new(spec.clone())
+        .sandbox(Ready, None)
+        .container("c", Running, None);
+    assert_eq!(world.plan().actions, world.run("e", 0));
+    let world = world.container("e", Exited, Some((1, -5)));
+    assert_eq!(world.plan().actions, []);
+    let world = World::new(spec);
+    assert_eq!(world.plan().actions, [Action::RunSandbox { attempt: 0 }]);
+}
+
+#[test]
+fn restarts_end_at_the_most_that_was_asked_for() {
+    let world = |failures: usize| {
+        let mut world =
+            World::new(json!({"restartPolicy": "OnFailure"})).sandbox(SandboxState::Ready, None);
+        world.pod.metadata.annotations = Some(BTreeMap::from([(
+            "hypernetes.io/max-restarts".to_owned(),
+            "3".to_owned(),
+        )]));
+        for _failure in 0..failures {
+            world = world.container("c", ContainerState::Exited, Some((1, -1000)));
+        }
+        world
+    };
+    for failures in 1..=3 {
+        let view = world(failures);
+        assert!(!view.view().is_finished(), "{failures} failures");
+    }
+    assert!(world(4).view().is_finished(), "three restarts were made");
+}
+
+#[test]
+fn a_pod_that_is_stopped_at_its_deadline_has_the_time_that_was_asked_for() {
+    let mut world = World::new(json!({"terminationGracePeriodSeconds": 30}));
+    assert_eq!(world.view().grace_seconds(), 30);
+    world.pod.metadata.annotations = Some(BTreeMap::from([(
+        "hypernetes.io/stop-grace-seconds".to_owned(),
+        "0".to_owned(),
+    )]));
+    assert_eq!(world.view().grace_seconds(), 0);
+    world.pod.metadata.deletion_grace_period_seconds = Some(5);
+    assert_eq!(world.view().grace_seconds(), 5, "a deletion says its own");
 }

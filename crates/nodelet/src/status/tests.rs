@@ -264,3 +264,48 @@ fn conditions_of_others_are_kept() {
     });
     assert!(status(&world).conditions.unwrap().contains(&foreign));
 }
+
+#[test]
+fn probes_decide_whether_a_container_is_ready() {
+    let mut world = World::new(json!({"containers": [{"name": "c", "image": "busybox",
+        "readinessProbe": {}}]}))
+    .sandbox(Ready, None)
+    .container("c", Running, None);
+    let before = status(&world);
+    assert!(!before.container_statuses.as_ref().unwrap()[0].ready);
+    assert_eq!(condition(&before, "Ready").status, "False");
+    let id = world.containers[0].id.clone();
+    let health = crate::prober::Health {
+        started: true,
+        ready: true,
+        failed: None,
+    };
+    world.memory.health.insert(id, health);
+    assert_eq!(condition(&status(&world), "Ready").status, "True");
+}
+
+#[test]
+fn readiness_gates_are_conditions_of_others() {
+    let mut world = World::new(json!({"readinessGates": [{"conditionType": "x.io/up"}]}))
+        .sandbox(Ready, None)
+        .container("c", Running, None);
+    let closed = status(&world);
+    let ready = condition(&closed, "Ready");
+    assert_eq!(ready.reason.as_deref(), Some("ReadinessGatesNotReady"));
+    assert_eq!(
+        ready.message.as_deref(),
+        Some("corresponding condition of pod readiness gate \"x.io/up\" does not exist.")
+    );
+    assert_eq!(condition(&closed, "ContainersReady").status, "True");
+    let gate = |value: &str| {
+        serde_json::from_value(json!({"conditions": [{"type": "x.io/up", "status": value}]}))
+            .unwrap()
+    };
+    world.pod.status = Some(gate("False"));
+    assert_eq!(
+        condition(&status(&world), "Ready").message.as_deref(),
+        Some("the status of pod readiness gate \"x.io/up\" is not \"True\", but False")
+    );
+    world.pod.status = Some(gate("True"));
+    assert_eq!(condition(&status(&world), "Ready").status, "True");
+}

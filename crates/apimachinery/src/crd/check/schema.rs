@@ -205,7 +205,7 @@ fn keywords(fields: &Map<String, Value>, path: &str, at: At, found: &mut Found) 
             found.forbidden(
                 format!("{path}.additionalProperties"),
                 "additionalProperties and properties are mutual exclusive",
-            )
+            );
         }
         Some(_) => {}
     }

@@ -1,0 +1,267 @@
+//! EndpointSlices of Services, from their pods.
+//!
+//! Watches services, pods and slices, and brings the slices of each service that something has
+//! happened to up to date, one after the other. What the slices shall be is planned in
+//! [`plan`]; a service that is gone has none.
+
+mod plan;
+
+use std::{collections::BTreeSet, time::Duration};
+
+use futures::{StreamExt, stream::BoxStream};
+use hypernetes_telemetry::chain;
+use hypernetes_types::kinds::NETWORK_LABEL;
+use k8s_openapi::api::{
+    core::v1::{Namespace, Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use kube::{
+    Api, Client,
+    api::{DeleteParams, PostParams},
+    runtime::{
+        WatchStreamExt,
+        watcher::{self, Config, Event, watcher},
+    },
+};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::{
+    error::{ReconcileError, code},
+    mirror::{Key, Mirror},
+};
+use plan::{MANAGED_BY, MANAGER, SERVICE_NAME, Step};
+
+/// How long after a change others may come that are dealt with together.
+const GATHER: Duration = Duration::from_millis(20);
+/// After a failure.
+const AGAIN: Duration = Duration::from_secs(1);
+
+type Watch<K> = BoxStream<'static, Result<Event<K>, watcher::Error>>;
+
+struct Endpoints {
+    client: Client,
+    services: Mirror<Service>,
+    pods: Mirror<Pod>,
+    slices: Mirror<EndpointSlice>,
+    dirty: BTreeSet<Key>,
+    due: Option<Instant>,
+}
+
+/// Keeps the slices of all services until `stop`.
+pub(crate) async fn run(client: Client, stop: &CancellationToken) {
+    let any = Config::default();
+    let mut services: Watch<Service> = watcher(Api::all(client.clone()), any.clone())
+        .default_backoff()
+        .boxed();
+    let mut pods: Watch<Pod> = watcher(Api::all(client.clone()), any.clone())
+        .default_backoff()
+        .boxed();
+    let ours = any.labels(&format!("{MANAGED_BY}={MANAGER}"));
+    let mut slices: Watch<EndpointSlice> = watcher(Api::all(client.clone()), ours)
+        .default_backoff()
+        .boxed();
+    let mut this = Endpoints {
+        client,
+        services: Mirror::default(),
+        pods: Mirror::default(),
+        slices: Mirror::default(),
+        dirty: BTreeSet::new(),
+        due: None,
+    };
+    loop {
+        let due = this.due.filter(|_due| this.is_complete());
+        tokio::select! {
+            () = stop.cancelled() => return,
+            Some(event) = services.next() => match event {
+                Ok(event) => this.service_event(event),
+                Err(error) => warn!(error = %chain(&error), "cannot watch services"),
+            },
+            Some(event) = pods.next() => match event {
+                Ok(event) => this.pod_event(event),
+                Err(error) => warn!(error = %chain(&error), "cannot watch pods"),
+            },
+            Some(event) = slices.next() => match event {
+                Ok(event) => this.slice_event(event),
+                Err(error) => warn!(error = %chain(&error), "cannot watch endpoint slices"),
+            },
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                this.due = None;
+                this.work().await;
+            }
+        }
+    }
+}
+
+fn matches(service: &Service, pod: &Pod) -> bool {
+    let selector = service
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.selector.as_ref());
+    selector.is_some_and(|selector| {
+        !selector.is_empty()
+            && selector.iter().all(|(key, value)| {
+                pod.metadata
+                    .labels
+                    .as_ref()
+                    .is_some_and(|labels| labels.get(key) == Some(value))
+            })
+    })
+}
+
+impl Endpoints {
+    fn is_complete(&self) -> bool {
+        self.services.is_complete() && self.pods.is_complete() && self.slices.is_complete()
+    }
+
+    fn mark(&mut self, keys: impl IntoIterator<Item = Key>, within: Duration) {
+        let before = self.dirty.len();
+        self.dirty.extend(keys);
+        if self.dirty.len() > before {
+            let at = Instant::now() + within;
+            self.due = Some(self.due.map_or(at, |due| due.min(at)));
+        }
+    }
+
+    fn service_event(&mut self, event: Event<Service>) {
+        let changes = self.services.apply(event);
+        self.mark(changes.into_iter().map(|change| change.0), GATHER);
+    }
+
+    fn pod_event(&mut self, event: Event<Pod>) {
+        for (key, old, new) in self.pods.apply(event) {
+            let (services, versions) = (&self.services, [old, new]);
+            let touched: Vec<Key> = services
+                .of(&key.0)
+                .filter(|(_key, service)| {
+                    (versions.iter().flatten()).any(|pod| matches(service, pod))
+                })
+                .map(|(key, _service)| key.clone())
+                .collect();
+            self.mark(touched, GATHER);
+        }
+    }
+
+    fn slice_event(&mut self, event: Event<EndpointSlice>) {
+        for (key, old, new) in self.slices.apply(event) {
+            let owners: Vec<Key> = [old, new]
+                .iter()
+                .flatten()
+                .filter_map(|slice| service_of(slice))
+                .map(|name| (key.0.clone(), name))
+                .collect();
+            self.mark(owners, GATHER);
+        }
+    }
+
+    async fn work(&mut self) {
+        for key in std::mem::take(&mut self.dirty) {
+            if let Err(error) = self.reconcile(&key).await {
+                let (namespace, service) = &key;
+                if error.is_conflict() {
+                    debug!(namespace, service, error = %chain(&error), "endpoints were changed meanwhile");
+                } else {
+                    warn!(namespace, service, error = %chain(&error), "cannot write endpoints; again");
+                }
+                self.mark([key], AGAIN);
+            }
+        }
+    }
+
+    async fn reconcile(&mut self, key: &Key) -> Result<(), ReconcileError> {
+        let (namespace, name) = key;
+        let existing: Vec<_> = self
+            .slices
+            .of(namespace)
+            .map(|(_key, slice)| slice.clone())
+            .filter(|slice| service_of(slice).as_ref() == Some(name))
+            .collect();
+        let steps = match self.services.get(key).cloned() {
+            None => existing.iter().map(|slice| Step::delete(slice)).collect(),
+            Some(service) if service.metadata.deletion_timestamp.is_some() => return Ok(()),
+            Some(service) => {
+                let network = self.network(namespace).await?;
+                let pods: Vec<_> = self
+                    .pods
+                    .of(namespace)
+                    .map(|(_key, pod)| pod.clone())
+                    .filter(|pod| matches(&service, pod) && is_on(pod, &network))
+                    .collect();
+                match plan::endpoints(&service, &pods) {
+                    None => Vec::new(),
+                    Some(groups) => plan::steps(&service, &groups, &existing),
+                }
+            }
+        };
+        let api: Api<EndpointSlice> = Api::namespaced(self.client.clone(), namespace);
+        for step in steps {
+            self.take(&api, namespace, step).await?;
+        }
+        Ok(())
+    }
+
+    async fn take(
+        &mut self,
+        api: &Api<EndpointSlice>,
+        namespace: &str,
+        step: Step,
+    ) -> Result<(), ReconcileError> {
+        let failed = |action: &str| {
+            ReconcileError::api(format!(
+                "{action} an endpoint slice of namespace {namespace}"
+            ))
+        };
+        let params = PostParams::default();
+        match step {
+            Step::Create(slice) => match api.create(&params, &slice).await {
+                Ok(made) => {
+                    self.slices.put(made);
+                }
+                // The namespace ends: its services do as well.
+                Err(error) if matches!(code(&error), Some(403 | 404)) => {}
+                Err(error) => return Err(failed("create")(error)),
+            },
+            Step::Replace(name, slice) => match api.replace(&name, &params, &slice).await {
+                Ok(made) => {
+                    self.slices.put(made);
+                }
+                Err(error) => return Err(failed("write")(error)),
+            },
+            Step::Delete(name) => match api.delete(&name, &DeleteParams::default()).await {
+                Ok(_) => {
+                    self.slices.remove((namespace.to_owned(), name));
+                }
+                Err(error) if code(&error) == Some(404) => {
+                    self.slices.remove((namespace.to_owned(), name));
+                }
+                Err(error) => return Err(failed("delete")(error)),
+            },
+        }
+        Ok(())
+    }
+
+    /// Name of the network of a namespace's services.
+    async fn network(&self, namespace: &str) -> Result<String, ReconcileError> {
+        let found = Api::<Namespace>::all(self.client.clone())
+            .get_opt(namespace)
+            .await
+            .map_err(ReconcileError::api(format!("read namespace {namespace}")))?;
+        let label = found
+            .and_then(|object| object.metadata.labels)
+            .and_then(|labels| labels.get(NETWORK_LABEL).cloned());
+        Ok(label.unwrap_or_else(|| "default".to_owned()))
+    }
+}
+
+/// Whether the pod is on the network of its namespace's services.
+fn is_on(pod: &Pod, network: &str) -> bool {
+    let annotations = pod.metadata.annotations.as_ref();
+    annotations
+        .and_then(|map| map.get(plan::POD_NETWORK))
+        .is_none_or(|name| name == network)
+}
+
+fn service_of(slice: &EndpointSlice) -> Option<String> {
+    slice.metadata.labels.as_ref()?.get(SERVICE_NAME).cloned()
+}

@@ -1,0 +1,261 @@
+//! Images, volumes, networks, contexts, registries, the system.
+
+use clap::{ArgAction, Args, Subcommand};
+
+use super::Prune;
+
+#[derive(Debug, Args)]
+pub(crate) struct Format {
+    /// json or a Go template
+    #[arg(short, long, value_name = "FORMAT")]
+    pub(crate) format: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListOptions {
+    /// table, json or a Go template
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: Option<String>,
+    /// Keep those of which a condition holds
+    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append)]
+    pub(crate) filter: Vec<String>,
+    /// Only names or ids
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Whole ids
+    #[arg(long)]
+    pub(crate) no_trunc: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pull {
+    /// Say nothing but the image
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Platform: linux/amd64
+    #[arg(long)]
+    pub(crate) platform: Option<String>,
+    /// Image
+    pub(crate) image: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImageCommand {
+    /// Have the cluster fetch an image
+    Pull(Pull),
+    /// List images of this namespace's containers
+    Images(Images),
+    /// Not supported: the node keeps and removes images
+    #[command(hide = true)]
+    Rmi(AnyArguments),
+    /// Not supported: tag in the registry
+    #[command(hide = true)]
+    Tag(AnyArguments),
+    /// Not supported: push with the tool that built the image
+    #[command(hide = true)]
+    Push(AnyArguments),
+    /// Not supported: push into a registry
+    #[command(hide = true)]
+    Save(AnyArguments),
+    /// Not supported: push into a registry
+    #[command(hide = true)]
+    Load(AnyArguments),
+    /// Not supported: push into a registry
+    #[command(hide = true)]
+    Import(AnyArguments),
+    /// Not supported: the registry knows
+    #[command(hide = true)]
+    Search(AnyArguments),
+    /// Not supported: the registry knows
+    #[command(hide = true)]
+    History(AnyArguments),
+    /// Not supported: build elsewhere and push
+    #[command(hide = true)]
+    Build(AnyArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Images {
+    #[command(flatten)]
+    pub(crate) list: ListOptions,
+    /// Digests too
+    #[arg(long)]
+    pub(crate) digests: bool,
+    /// All images (there are no intermediate ones)
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Only this repository, or this image
+    pub(crate) repository: Option<String>,
+}
+
+/// Whatever is said to a verb that is not supported.
+#[derive(Debug, Default, Args)]
+pub(crate) struct AnyArguments {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    _arguments: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Login {
+    /// User
+    #[arg(short, long)]
+    pub(crate) username: Option<String>,
+    /// Password (seen by others in the list of processes)
+    #[arg(short, long)]
+    pub(crate) password: Option<String>,
+    /// Read the password from standard input
+    #[arg(long)]
+    pub(crate) password_stdin: bool,
+    /// Registry
+    #[arg(default_value = "docker.io")]
+    pub(crate) server: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logout {
+    /// Registry
+    #[arg(default_value = "docker.io")]
+    pub(crate) server: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// List volumes
+    #[command(aliases = ["list"])]
+    Ls(ListOptions),
+    /// Create a volume
+    Create {
+        /// Options: size=10Gi, class=NAME
+        #[arg(short, long, value_name = "KEY=VALUE")]
+        opt: Vec<String>,
+        /// Labels
+        #[arg(long, value_name = "KEY=VALUE")]
+        label: Vec<String>,
+        /// Name
+        name: Option<String>,
+    },
+    /// Details of volumes as JSON
+    Inspect {
+        /// json or a Go template
+        #[arg(short, long)]
+        format: Option<String>,
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Remove volumes
+    #[command(aliases = ["remove"])]
+    Rm {
+        /// Do not mind those that are not there
+        #[arg(short, long)]
+        force: bool,
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NetworkCommand {
+    /// List networks
+    #[command(aliases = ["list"])]
+    Ls(ListOptions),
+    /// Create a network
+    Create {
+        /// Addresses, such as 10.5.0.0/16
+        #[arg(long, value_name = "CIDR")]
+        subnet: Option<String>,
+        /// Only bridge, which is what there is
+        #[arg(short, long)]
+        driver: Option<String>,
+        /// Labels
+        #[arg(long, value_name = "KEY=VALUE")]
+        label: Vec<String>,
+        /// Name
+        name: String,
+    },
+    /// Details of networks as JSON
+    Inspect {
+        /// json or a Go template
+        #[arg(short, long)]
+        format: Option<String>,
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Remove networks
+    #[command(aliases = ["remove"])]
+    Rm {
+        /// Do not mind those that are not there
+        #[arg(short, long)]
+        force: bool,
+        /// Names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Not supported: a container's network is chosen when it is created
+    #[command(hide = true)]
+    Connect(AnyArguments),
+    /// Not supported
+    #[command(hide = true)]
+    Disconnect(AnyArguments),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ContextCommand {
+    /// List contexts
+    #[command(aliases = ["list"])]
+    Ls(ListOptions),
+    /// Print the current context
+    Show,
+    /// Make a context the current one
+    Use {
+        /// Context
+        name: String,
+    },
+    /// Details of contexts as JSON
+    Inspect {
+        /// json or a Go template
+        #[arg(short, long)]
+        format: Option<String>,
+        /// Contexts; the current one by default
+        names: Vec<String>,
+    },
+    /// Make a context from another: its cluster and user, another namespace
+    Create {
+        /// Context to take cluster and user of
+        #[arg(long, value_name = "CONTEXT")]
+        from: Option<String>,
+        /// Namespace
+        #[arg(long, value_name = "NAME")]
+        namespace: Option<String>,
+        /// host=https://… of a cluster that is in the kubeconfig
+        #[arg(long, value_name = "KEY=VALUE")]
+        docker: Option<String>,
+        /// Context
+        name: String,
+    },
+    /// Remove contexts
+    #[command(aliases = ["remove"])]
+    Rm {
+        /// The current one too
+        #[arg(short, long)]
+        force: bool,
+        /// Contexts
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SystemCommand {
+    /// The same as info
+    Info(Format),
+    /// The same as events
+    Events(super::Events),
+    /// The same as container prune
+    Prune(Prune),
+    /// Not supported: disks are the node's
+    #[command(hide = true)]
+    Df(AnyArguments),
+}

@@ -1,0 +1,263 @@
+//! Ports of the node that lead to pods.
+//!
+//! ```text
+//!  node:8080 ── host's table ──▶ transit address:relay ── network's table ──▶ pod:80
+//! ```
+//! Two steps, because only the network's namespace knows which pod an address means. The relay port
+//! is the node's port, or the next one that the network has free where two pods have one port at two
+//! addresses of the node.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use hypernetes_types::NetworkId;
+
+use super::{Inner, Network, Tables, lock};
+use crate::{
+    HeldPort, HostPort, Lease, NetworkError, Protocol, conntrack, firewall,
+    netns::Namespace,
+    plan::{
+        Forward, HOST_PORT_MARK, forward_removal_rules, forward_rules, host_port_removal_rules,
+        host_port_rules, host_table,
+    },
+    sysctl,
+};
+
+impl Tables {
+    /// The ports as a lease of `network` can hold them.
+    pub(super) fn hold(
+        &self,
+        network: &NetworkId,
+        wanted: &[HostPort],
+    ) -> Result<Vec<HeldPort>, NetworkError> {
+        let mut relays: BTreeSet<(Protocol, u16)> = self
+            .of(network)
+            .flat_map(|lease| &lease.host_ports)
+            .map(|held| (held.port.protocol, held.relay))
+            .collect();
+        let mut held: Vec<HeldPort> = Vec::new();
+        for port in wanted {
+            let refuse = |reason: String| NetworkError::HostPort {
+                port: port.host_port,
+                protocol: port.protocol,
+                reason,
+            };
+            if matches!(port.host_ip, Some(IpAddr::V6(_))) {
+                return Err(refuse("the network is IPv4".to_owned()));
+            }
+            let clashes = |other: &HeldPort| overlaps(&other.port, port);
+            if held.iter().any(clashes) {
+                return Err(refuse("the pod asks for it twice".to_owned()));
+            }
+            let holder = self
+                .leases
+                .values()
+                .find(|lease| lease.host_ports.iter().any(clashes));
+            if let Some(lease) = holder {
+                return Err(refuse(format!("sandbox {} has it", lease.sandbox.short())));
+            }
+            let relay = (port.host_port..=u16::MAX)
+                .chain(1..port.host_port)
+                .find(|relay| !relays.contains(&(port.protocol, *relay)))
+                .ok_or_else(|| refuse("the network has no port left".to_owned()))?;
+            relays.insert((port.protocol, relay));
+            held.push(HeldPort {
+                port: port.clone(),
+                relay,
+            });
+        }
+        Ok(held)
+    }
+
+    /// What the host's table forwards to networks that are known.
+    pub(super) fn forwards(&self) -> Vec<Forward> {
+        self.leases
+            .values()
+            .filter_map(|lease| Some((lease, self.networks.get(&lease.network)?)))
+            .flat_map(|(lease, network)| forwards(network, lease))
+            .collect()
+    }
+}
+
+/// Whether both cannot be had at once.
+fn overlaps(one: &HostPort, other: &HostPort) -> bool {
+    one.protocol == other.protocol
+        && one.host_port == other.host_port
+        && (one.host_ip.is_none() || other.host_ip.is_none() || one.host_ip == other.host_ip)
+}
+
+fn forwards(network: &Network, lease: &Lease) -> Vec<Forward> {
+    let to = network.transit.broadcast();
+    lease
+        .host_ports
+        .iter()
+        .map(|held| Forward {
+            at: match held.port.host_ip {
+                Some(IpAddr::V4(address)) => Some(address),
+                _ => None,
+            },
+            protocol: held.port.protocol,
+            port: held.port.host_port,
+            to,
+            relay: held.relay,
+        })
+        .collect()
+}
+
+fn pod_address(lease: &Lease) -> io::Result<Ipv4Addr> {
+    match lease.address {
+        IpAddr::V4(address) => Ok(address),
+        IpAddr::V6(_) => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+impl Inner {
+    /// Lets the lease's ports of the node lead to its pod.
+    pub(super) fn open_ports(
+        &self,
+        network: &Network,
+        namespace: &Namespace,
+        lease: &Lease,
+    ) -> io::Result<()> {
+        if lease.host_ports.is_empty() {
+            return Ok(());
+        }
+        let address = pod_address(lease)?;
+        let inside: String = lease
+            .host_ports
+            .iter()
+            .map(|held| host_port_rules(address, held))
+            .collect();
+        firewall::apply(namespace, &inside)?;
+        self.allow_loopback(network)?;
+        let table = host_table(&self.config.instance);
+        let outside: String = forwards(network, lease)
+            .iter()
+            .map(|forward| forward_rules(&table, forward))
+            .collect();
+        firewall::apply(&self.host, &outside)
+    }
+
+    /// The node's own clients may say 127.0.0.1. What comes from the network to such an address is
+    /// still dropped there, and by the host's table.
+    pub(super) fn allow_loopback(&self, network: &Network) -> io::Result<()> {
+        let path = format!("ipv4/conf/{}/route_localnet", network.names.host_link);
+        sysctl::set(&self.host, &path, "1")
+    }
+
+    /// Undoes [`Self::open_ports`], whatever of it was done.
+    pub(super) fn close_ports(&self, network: &Network, lease: &Lease) -> io::Result<()> {
+        if lease.host_ports.is_empty() {
+            return Ok(());
+        }
+        let table = host_table(&self.config.instance);
+        if firewall::has_table(&self.host, "inet", &table)? {
+            let outside: String = forwards(network, lease)
+                .iter()
+                .map(|forward| forward_removal_rules(&table, forward))
+                .collect();
+            firewall::apply(&self.host, &outside)?;
+        }
+        let Some(namespace) = Namespace::open(&network.names.namespace)? else {
+            return Ok(());
+        };
+        if firewall::has_table(&namespace, "ip", crate::plan::SERVICES_TABLE)? {
+            let address = pod_address(lease)?;
+            let inside: String = lease
+                .host_ports
+                .iter()
+                .map(|held| host_port_removal_rules(address, held))
+                .collect();
+            firewall::apply(&namespace, &inside)?;
+        }
+        // A client that goes on sending reaches who has the port next.
+        conntrack::forget(&namespace, &[HOST_PORT_MARK])
+    }
+
+    /// All forwards of networks that are known, for a table made anew.
+    pub(super) fn known_forwards(&self) -> Vec<Forward> {
+        lock(&self.tables).forwards()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hypernetes_types::SandboxId;
+
+    use super::*;
+
+    fn port(host_port: u16, host_ip: Option<&str>) -> HostPort {
+        HostPort {
+            protocol: Protocol::Tcp,
+            host_port,
+            container_port: 80,
+            host_ip: host_ip.map(|text| text.parse().unwrap()),
+        }
+    }
+
+    fn lease(host_ports: Vec<HeldPort>) -> Lease {
+        Lease {
+            sandbox: SandboxId::random(),
+            network: "red.default".parse().unwrap(),
+            address: "10.0.0.2".parse().unwrap(),
+            gateway: "10.0.0.1".parse().unwrap(),
+            mac: String::new(),
+            device: String::new(),
+            mtu: 1500,
+            dns: Vec::new(),
+            search: Vec::new(),
+            prefixes: Vec::new(),
+            routes: Vec::new(),
+            host_ports,
+        }
+    }
+
+    #[test]
+    fn a_port_is_one_pods() {
+        let mut tables = Tables::default();
+        let (red, blue): (NetworkId, NetworkId) = (
+            "red.default".parse().unwrap(),
+            "blue.default".parse().unwrap(),
+        );
+        let first = lease(tables.hold(&red, &[port(80, Some("10.9.0.1"))]).unwrap());
+        tables.leases.insert(first.sandbox.clone(), first);
+        for (network, asked, taken) in [
+            (&red, port(80, None), true),
+            (&blue, port(80, None), true),
+            (&blue, port(80, Some("10.9.0.1")), true),
+            (&blue, port(80, Some("10.9.0.2")), false),
+            (&red, port(81, None), false),
+            (&red, port(81, Some("fd00::1")), true),
+            (
+                &red,
+                HostPort {
+                    protocol: Protocol::Udp,
+                    ..port(80, None)
+                },
+                false,
+            ),
+        ] {
+            let result = tables.hold(network, std::slice::from_ref(&asked));
+            assert_eq!(result.is_err(), taken, "{asked:?}");
+        }
+        assert!(
+            tables
+                .hold(&red, &[port(90, None), port(90, None)])
+                .is_err()
+        );
+        // The relay differs where the node's port does not.
+        let second = tables.hold(&red, &[port(80, Some("10.9.0.2"))]).unwrap();
+        assert_eq!(second[0].relay, 81);
+        let message = tables
+            .hold(&blue, &[port(80, None)])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.starts_with("host port 80/tcp cannot be had: sandbox"),
+            "{message}"
+        );
+    }
+}

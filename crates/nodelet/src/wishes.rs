@@ -1,0 +1,56 @@
+//! Annotations of a pod by which a client says what no field of a pod can.
+//!
+//! | annotation | meaning |
+//! | --- | --- |
+//! | `hypernetes.io/max-restarts` | containers are restarted so many times at most, whatever `restartPolicy` would have done then |
+//! | `hypernetes.io/stop-grace-seconds` | seconds that a stop at `activeDeadlineSeconds` may take, instead of `terminationGracePeriodSeconds` |
+//!
+//! A value that is not a number is as if it were not there.
+
+use k8s_openapi::api::core::v1::Pod;
+
+const MAX_RESTARTS: &str = "hypernetes.io/max-restarts";
+const STOP_GRACE: &str = "hypernetes.io/stop-grace-seconds";
+
+fn number(pod: &Pod, key: &str) -> Option<u32> {
+    pod.metadata.annotations.as_ref()?.get(key)?.parse().ok()
+}
+
+/// How often a container of the pod is restarted at most.
+pub(crate) fn max_restarts(pod: &Pod) -> Option<u32> {
+    number(pod, MAX_RESTARTS)
+}
+
+/// Seconds from the stop signal to the kill when a pod that is not deleted ends.
+pub(crate) fn stop_grace(pod: &Pod) -> Option<i64> {
+    number(pod, STOP_GRACE).map(i64::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn numbers_count_and_nothing_else() {
+        let pod = |value: &str| -> Pod {
+            serde_json::from_value(
+                json!({"metadata": {"annotations": {MAX_RESTARTS: value, STOP_GRACE: value}}}),
+            )
+            .unwrap()
+        };
+        assert_eq!(
+            (max_restarts(&pod("3")), stop_grace(&pod("0"))),
+            (Some(3), Some(0))
+        );
+        for bad in ["", "-1", "x", "1.5"] {
+            assert_eq!(
+                (max_restarts(&pod(bad)), stop_grace(&pod(bad))),
+                (None, None),
+                "{bad}"
+            );
+        }
+        assert_eq!(max_restarts(&Pod::default()), None);
+    }
+}
