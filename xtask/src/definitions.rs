@@ -126,6 +126,15 @@ const ROOTS: &[(&str, &[&str])] = &[
     ),
 ];
 
+/// Kinds that extend the API, in a file of their own.
+const EXTENSIONS: &[(&str, &[&str])] = &[
+    (
+        "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1",
+        &["CustomResourceDefinition", "CustomResourceDefinitionList"],
+    ),
+    ("io.k8s.api.autoscaling.v1", &["Scale"]),
+];
+
 pub(crate) fn run(file: &Path) -> Result<()> {
     let text =
         std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
@@ -133,8 +142,13 @@ pub(crate) fn run(file: &Path) -> Result<()> {
     let all = document["$defs"].take();
     let all = all.as_object().context("no $defs: not the expected file")?;
 
+    write(all, ROOTS, "definitions.json.gz")?;
+    write(all, EXTENSIONS, "extensions.json.gz")
+}
+
+fn write(all: &Map<String, Value>, roots: &[(&str, &[&str])], name: &str) -> Result<()> {
     let mut kept: BTreeMap<String, Value> = BTreeMap::new();
-    let mut wanted: BTreeSet<String> = ROOTS
+    let mut wanted: BTreeSet<String> = roots
         .iter()
         .flat_map(|(package, names)| names.iter().map(move |name| format!("{package}.{name}")))
         .collect();
@@ -175,7 +189,7 @@ pub(crate) fn run(file: &Path) -> Result<()> {
         }
     }
 
-    let path = Path::new(DATA).join("definitions.json.gz");
+    let path = Path::new(DATA).join(name);
     let out = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
     // No time stamp: the same input gives the same file.
     let mut out = GzBuilder::new().mtime(0).write(out, Compression::best());

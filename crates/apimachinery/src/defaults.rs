@@ -22,6 +22,7 @@ pub fn apply(kind: &ResourceKind, object: &mut Value) {
         ("", "Service") => service::service(object),
         ("discovery.k8s.io", "EndpointSlice") => service::endpoint_slice(object),
         ("", "Namespace") => namespace(object),
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => crate::crd::prepare(object),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),
         ("hypernetes.io", "Network") => network(object),
         ("apps" | "autoscaling" | "batch" | "policy" | "scheduling.k8s.io", _)

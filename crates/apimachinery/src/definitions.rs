@@ -1,4 +1,4 @@
-//! Kubernetes' OpenAPI definitions, embedded, and those of this project's kinds.
+//! Kubernetes' OpenAPI definitions, embedded.
 //!
 //! Parsed once, at first use, into a compact form without descriptions; the OpenAPI documents take
 //! the descriptions from the embedded text when they are made.
@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::kinds::{ResourceKind, split_api_version};
 
 static KUBERNETES: &[u8] = include_bytes!("../data/definitions.json.gz");
-static HYPERNETES: &str = include_str!("../data/hypernetes.json");
+static EXTENSIONS: &[u8] = include_bytes!("../data/extensions.json.gz");
 static METRICS: &str = include_str!("../data/metrics.json");
 
 /// What a value may be.
@@ -222,24 +222,26 @@ pub fn definitions() -> &'static Definitions {
 
 /// The embedded definitions as JSON, with descriptions. Parsed anew at each call.
 pub(crate) fn raw() -> Map<String, Value> {
-    let mut text = String::new();
-    GzDecoder::new(KUBERNETES)
-        .read_to_string(&mut text)
-        .expect("the embedded definitions are gzip of UTF-8, which a test checks");
-    let mut all: Map<String, Value> =
-        serde_json::from_str(&text).expect("the embedded definitions are JSON, a test checks");
-    for text in [HYPERNETES, METRICS] {
-        let more: Map<String, Value> =
-            serde_json::from_str(text).expect("the embedded definitions are JSON, a test checks");
-        all.extend(more);
+    let mut all = Map::new();
+    for packed in [EXTENSIONS, KUBERNETES] {
+        let mut text = String::new();
+        GzDecoder::new(packed)
+            .read_to_string(&mut text)
+            .expect("the embedded definitions are gzip of UTF-8, which a test checks");
+        let some: Map<String, Value> =
+            serde_json::from_str(&text).expect("the embedded definitions are JSON, a test checks");
+        all.extend(some);
     }
+    let metrics: Map<String, Value> =
+        serde_json::from_str(METRICS).expect("the embedded definitions are JSON, a test checks");
+    all.extend(metrics);
     all
 }
 
-/// Compiles a schema that stands for itself, as that of a custom resource.
-#[cfg(test)]
-pub(crate) fn compile_one(source: &Value) -> Schema {
-    node(source, &HashMap::new())
+/// Compiles a schema that stands for itself, as that of a custom resource; it may refer to the
+/// embedded definitions.
+pub(crate) fn compile_schema(source: &Value) -> Schema {
+    node(source, &definitions().by_name)
 }
 
 fn compile(raw: &Map<String, Value>) -> Definitions {

@@ -32,9 +32,22 @@ fn group_body(group: &str, versions: &[&str]) -> Map<String, Value> {
     out
 }
 
-/// `/apis`.
-pub fn api_group_list() -> Value {
-    let groups: Vec<Value> = kinds::groups()
+/// Groups other than the core group with their versions: those of the table, then the others.
+fn groups(more: &[&'static ResourceKind]) -> Vec<(&'static str, Vec<&'static str>)> {
+    let mut groups = kinds::groups();
+    for kind in more {
+        match groups.iter_mut().find(|(group, _)| *group == kind.group) {
+            Some((_, versions)) if versions.contains(&kind.version) => {}
+            Some((_, versions)) => versions.push(kind.version),
+            None => groups.push((kind.group, vec![kind.version])),
+        }
+    }
+    groups
+}
+
+/// `/apis`. In all of these, `more` are the custom resources, the better versions first.
+pub fn api_group_list(more: &[&'static ResourceKind]) -> Value {
+    let groups: Vec<Value> = groups(more)
         .iter()
         .map(|(group, versions)| group_body(group, versions).into())
         .collect();
@@ -42,8 +55,8 @@ pub fn api_group_list() -> Value {
 }
 
 /// `/apis/GROUP`.
-pub fn api_group(group: &str) -> Option<Value> {
-    let groups = kinds::groups();
+pub fn api_group(group: &str, more: &[&'static ResourceKind]) -> Option<Value> {
+    let groups = groups(more);
     let (group, versions) = groups.iter().find(|(name, _)| *name == group)?;
     let mut out = group_body(group, versions);
     out.insert("kind".into(), "APIGroup".into());
@@ -51,16 +64,25 @@ pub fn api_group(group: &str) -> Option<Value> {
     Some(out.into())
 }
 
-fn of_version(group: &str, version: &str) -> Vec<&'static ResourceKind> {
+fn of_version(
+    group: &str,
+    version: &str,
+    more: &[&'static ResourceKind],
+) -> Vec<&'static ResourceKind> {
     kinds::all()
         .iter()
+        .chain(more.iter().copied())
         .filter(|k| k.group == group && k.version == version)
         .collect()
 }
 
 /// `/api/v1` and `/apis/GROUP/VERSION`.
-pub fn api_resource_list(group: &str, version: &str) -> Option<Value> {
-    let kinds = of_version(group, version);
+pub fn api_resource_list(
+    group: &str,
+    version: &str,
+    more: &[&'static ResourceKind],
+) -> Option<Value> {
+    let kinds = of_version(group, version, more);
     let first = kinds.first()?;
     let mut resources = Vec::new();
     for kind in &kinds {
@@ -120,11 +142,11 @@ fn storage_version_hash(kind: &ResourceKind) -> String {
 }
 
 /// The aggregated document of `/api` (`core`) or `/apis`.
-pub fn aggregated(core: bool) -> Value {
+pub fn aggregated(core: bool, more: &[&'static ResourceKind]) -> Value {
     let groups: Vec<(&str, Vec<&str>)> = if core {
         vec![("", vec!["v1"])]
     } else {
-        kinds::groups()
+        groups(more)
     };
     let items: Vec<Value> = groups
         .iter()
@@ -132,7 +154,7 @@ pub fn aggregated(core: bool) -> Value {
             let versions: Vec<Value> = versions
                 .iter()
                 .map(|version| {
-                    let resources: Vec<Value> = of_version(group, version)
+                    let resources: Vec<Value> = of_version(group, version, more)
                         .into_iter()
                         .map(aggregated_resource)
                         .collect();
@@ -193,25 +215,26 @@ mod tests {
 
     #[test]
     fn core_resources_list_their_subresources() {
-        let list = api_resource_list("", "v1").unwrap();
+        let list = api_resource_list("", "v1", &[]).unwrap();
         assert_eq!(list["groupVersion"], "v1");
         let resources = list["resources"].as_array().unwrap();
         let find = |name: &str| resources.iter().find(|r| r["name"] == name).unwrap();
         assert_eq!(find("pods")["shortNames"], json!(["po"]));
         assert_eq!(find("pods/eviction")["group"], "policy");
         assert_eq!(find("namespaces")["namespaced"], false);
-        assert!(api_resource_list("extensions", "v1").is_none());
+        assert!(api_resource_list("extensions", "v1", &[]).is_none());
     }
 
     #[test]
     fn groups_name_their_preferred_version() {
-        let group = api_group("hypernetes.io").unwrap();
+        let own: Vec<_> = crate::crd::own_kinds().iter().map(|k| k.kind).collect();
+        let group = api_group("hypernetes.io", &own).unwrap();
         assert_eq!(
             group["preferredVersion"]["groupVersion"],
             "hypernetes.io/v1alpha1"
         );
-        assert!(api_group("").is_none());
-        let list = api_group_list();
+        assert!(api_group("", &[]).is_none());
+        let list = api_group_list(&[]);
         assert_eq!(
             list["groups"].as_array().unwrap().len(),
             kinds::groups().len()
@@ -230,7 +253,7 @@ mod tests {
                 .sum()
         };
         assert_eq!(
-            count(aggregated(true)) + count(aggregated(false)),
+            count(aggregated(true, &[])) + count(aggregated(false, &[])),
             kinds::all().len()
         );
     }

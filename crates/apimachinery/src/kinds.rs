@@ -117,11 +117,11 @@ const NO_COLLECTION: &[&str] = &[
 const CREATE: &[&str] = &["create"];
 const GET: &[&str] = &["get"];
 const CONNECT: &[&str] = &["create", "get"];
-const STATUS: &[&str] = &["get", "patch", "update"];
+pub(crate) const STATUS: &[&str] = &["get", "patch", "update"];
 const READ_ONLY: &[&str] = &["get", "list"];
 const UPDATE: &[&str] = &["update"];
 
-const fn sub(
+pub(crate) const fn sub(
     name: &'static str,
     kind: &'static str,
     verbs: &'static [&'static str],
@@ -135,7 +135,7 @@ const fn sub(
     }
 }
 
-const fn kind(
+pub(crate) const fn kind(
     group: &'static str,
     version: &'static str,
     kind: &'static str,
@@ -175,7 +175,6 @@ const fn review(
 const RBAC: &str = "rbac.authorization.k8s.io";
 const AUTHZ: &str = "authorization.k8s.io";
 const AUTHN: &str = "authentication.k8s.io";
-const OURS: &str = hypernetes_types::kinds::GROUP;
 
 static KINDS: &[ResourceKind] = &[
     ResourceKind {
@@ -287,6 +286,19 @@ static KINDS: &[ResourceKind] = &[
         "subjectaccessreviews",
         "subjectaccessreview",
     ),
+    ResourceKind {
+        short_names: &["crd", "crds"],
+        categories: &["api-extensions"],
+        namespaced: false,
+        subresources: &[sub("status", "CustomResourceDefinition", STATUS)],
+        ..kind(
+            "apiextensions.k8s.io",
+            "v1",
+            "CustomResourceDefinition",
+            "customresourcedefinitions",
+            "customresourcedefinition",
+        )
+    },
     workloads::AUTOSCALERS,
     workloads::CRON_JOBS,
     workloads::JOBS,
@@ -349,20 +361,6 @@ static KINDS: &[ResourceKind] = &[
         ..kind(RBAC, "v1", "Role", "roles", "role")
     },
     workloads::PRIORITY_CLASSES,
-    ResourceKind {
-        short_names: &["hnet"],
-        categories: &["hypernetes"],
-        subresources: &[sub("status", "Network", STATUS)],
-        ..kind(OURS, "v1alpha1", "Network", "networks", "network")
-    },
-    ResourceKind {
-        short_names: &["tn"],
-        categories: &["hypernetes"],
-        namespaced: false,
-        subresources: &[sub("status", "Tenant", STATUS)],
-        name_rule: NameRule::Label,
-        ..kind(OURS, "v1alpha1", "Tenant", "tenants", "tenant")
-    },
 ];
 
 /// All served kinds, sorted by group and resource within the order of groups.
@@ -377,11 +375,17 @@ pub fn by_resource(group: &str, version: &str, plural: &str) -> Option<&'static 
         .find(|k| k.group == group && k.version == version && k.plural == plural)
 }
 
-/// The kind of an object.
+/// Whether the kind is no row of the table but comes from a definition.
+pub fn is_custom(kind: &ResourceKind) -> bool {
+    !KINDS.iter().any(|known| std::ptr::eq(known, kind))
+}
+
+/// The kind of an object: of the table, or of this project's own definitions.
 pub fn by_kind(group: &str, version: &str, kind: &str) -> Option<&'static ResourceKind> {
     KINDS
         .iter()
         .find(|k| k.group == group && k.version == version && k.kind == kind)
+        .or_else(|| crate::crd::own_kind(group, version, kind))
 }
 
 /// The kind of an object by its `apiVersion` and `kind`.

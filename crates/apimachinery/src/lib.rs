@@ -14,6 +14,7 @@
     )
 )]
 
+pub mod crd;
 pub mod defaults;
 pub mod definitions;
 pub mod discovery;

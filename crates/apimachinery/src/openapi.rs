@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
 };
 
 use bytes::Bytes;
@@ -29,7 +29,7 @@ pub struct Document {
 }
 
 impl Document {
-    fn new(value: &Value) -> Self {
+    pub(crate) fn new(value: &Value) -> Self {
         let body = value.to_string();
         let mut hash = String::with_capacity(128);
         for byte in Sha512::digest(&body) {
@@ -71,19 +71,22 @@ fn path_of(group: &str, version: &str) -> String {
     }
 }
 
-/// `/openapi/v3`: the paths of the documents with their hashes.
-pub fn index() -> &'static Document {
-    static INDEX: OnceLock<Document> = OnceLock::new();
-    INDEX.get_or_init(|| {
-        let paths: Map<String, Value> = documents()
-            .iter()
-            .map(|(path, document)| {
-                let url = format!("/openapi/v3/{path}?hash={}", document.hash);
-                (path.clone(), json!({"serverRelativeURL": url}))
-            })
-            .collect();
-        Document::new(&json!({"paths": paths}))
-    })
+/// `/openapi/v3`: the paths of the documents with their hashes. `more` are those of custom resources.
+pub fn index(more: &[(String, Arc<Document>)]) -> Document {
+    let known = documents()
+        .iter()
+        .map(|(path, document)| (path, document.hash.as_str()));
+    let more = more
+        .iter()
+        .map(|(path, document)| (path, document.hash.as_str()));
+    let paths: Map<String, Value> = known
+        .chain(more)
+        .map(|(path, hash)| {
+            let url = format!("/openapi/v3/{path}?hash={hash}");
+            (path.clone(), json!({"serverRelativeURL": url}))
+        })
+        .collect();
+    Document::new(&json!({"paths": paths}))
 }
 
 /// `/openapi/v3/api/v1` (group empty) or `/openapi/v3/apis/GROUP/VERSION`.
@@ -104,7 +107,7 @@ fn make(definitions: &Map<String, Value>, group: &str, version: &str) -> Value {
         wanted.insert(name.clone());
         let list = definition_of(definitions, group, version, &kind.list_kind());
         wanted.extend(list.clone());
-        add_paths(&mut paths, kind, &name, list.as_deref());
+        add_paths(&mut paths, kind, &name, list.as_deref(), false);
         for sub in kind.subresources {
             let (group, version) = (sub.group.unwrap_or(group), sub.version.unwrap_or(version));
             wanted.extend(definition_of(definitions, group, version, sub.kind));
@@ -151,7 +154,7 @@ fn definition_of(
 }
 
 /// The form of OpenAPI 3.0: references to components, wrapped where other keywords stand beside.
-fn published(value: &Value, refer: &mut impl FnMut(&str)) -> Value {
+pub(crate) fn published(value: &Value, refer: &mut impl FnMut(&str)) -> Value {
     match value {
         Value::Object(object) => {
             let mut out = Map::new();
@@ -178,7 +181,13 @@ fn published(value: &Value, refer: &mut impl FnMut(&str)) -> Value {
     }
 }
 
-fn add_paths(paths: &mut Map<String, Value>, kind: &ResourceKind, name: &str, list: Option<&str>) {
+pub(crate) fn add_paths(
+    paths: &mut Map<String, Value>,
+    kind: &ResourceKind,
+    name: &str,
+    list: Option<&str>,
+    custom: bool,
+) {
     let scope = if kind.namespaced {
         "/namespaces/{namespace}"
     } else {
@@ -269,12 +278,15 @@ fn add_paths(paths: &mut Map<String, Value>, kind: &ResourceKind, name: &str, li
     };
     parameters.push(parameter("force", "query"));
     patch["parameters"] = parameters.into();
+    // Of custom resources there is no strategic merge: clients take that from here.
+    let media = [
+        "application/json-patch+json",
+        "application/merge-patch+json",
+        "application/apply-patch+yaml",
+        "application/strategic-merge-patch+json",
+    ];
     patch["requestBody"] = body(
-        &[
-            "application/json-patch+json",
-            "application/merge-patch+json",
-            "application/strategic-merge-patch+json",
-        ],
+        if custom { &media[..3] } else { &media },
         "io.k8s.apimachinery.pkg.apis.meta.v1.Patch",
     );
     at_object.insert("patch".into(), patch);
@@ -312,7 +324,18 @@ mod tests {
 
     #[test]
     fn every_version_is_indexed_with_its_hash() {
-        let index: Value = serde_json::from_slice(&index().body).unwrap();
+        let published: Vec<crate::crd::PublishedKind> = crate::crd::own_kinds()
+            .iter()
+            .map(|custom| crate::crd::PublishedKind {
+                kind: custom.kind,
+                schema: Arc::clone(&custom.source),
+            })
+            .collect();
+        let own = vec![(
+            "apis/hypernetes.io/v1alpha1".to_owned(),
+            Arc::new(crate::crd::document(&published)),
+        )];
+        let index: Value = serde_json::from_slice(&index(&own).body).unwrap();
         let core = document("", "v1").unwrap();
         assert_eq!(core.hash.len(), 128);
         assert_eq!(

@@ -49,6 +49,11 @@ pub fn validate_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<Fie
         ("node.k8s.io", "RuntimeClass") => {
             found.immutable(&Path::root("handler"), &new["handler"], &old["handler"]);
         }
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => {
+            found
+                .errors
+                .extend(crate::crd::validate_definition_update(new, old));
+        }
         ("apps" | "batch", _) => workloads::validate_update(kind, new, old, &mut found),
         ("autoscaling" | "policy" | "scheduling.k8s.io", _)
         | ("", "LimitRange" | "ResourceQuota") => {
@@ -108,6 +113,9 @@ fn specific(kind: &ResourceKind, object: &Value, found: &mut Found) {
         ("rbac.authorization.k8s.io", "RoleBinding") => cluster::binding(object, true, found),
         ("rbac.authorization.k8s.io", "ClusterRoleBinding") => {
             cluster::binding(object, false, found);
+        }
+        ("apiextensions.k8s.io", "CustomResourceDefinition") => {
+            found.errors.extend(crate::crd::validate_definition(object));
         }
         ("apps" | "batch", _) => workloads::validate(kind, object, found),
         ("autoscaling" | "policy" | "scheduling.k8s.io", _)

@@ -19,6 +19,7 @@ use std::{
 };
 
 use hypernetes_apimachinery::{
+    crd::{self, PublishedKind},
     defaults, definitions, discovery, kinds, openapi, protobuf,
     strict::{self, FieldValidation},
     table::{self, IncludeObject},
@@ -92,18 +93,36 @@ fn route(
     let aggregated = accept.contains("v=v2;");
     let document =
         |document: &openapi::Document| (200, "application/json".to_owned(), document.body.to_vec());
+    let own: Vec<_> = crd::own_kinds().iter().map(|custom| custom.kind).collect();
+    let published = || {
+        let kinds: Vec<PublishedKind> = crd::own_kinds()
+            .iter()
+            .map(|custom| PublishedKind {
+                kind: custom.kind,
+                schema: std::sync::Arc::clone(&custom.source),
+            })
+            .collect();
+        crd::document(&kinds)
+    };
     let found = match parts.as_slice() {
         ["api"] | ["apis"] if aggregated => {
             return (
                 200,
                 discovery::AGGREGATED_MEDIA_TYPE.to_owned(),
-                discovery::aggregated(parts == ["api"])
+                discovery::aggregated(parts == ["api"], if parts == ["api"] { &[] } else { &own })
                     .to_string()
                     .into_bytes(),
             );
         }
         ["version"] => Some(json!({"major": "1", "minor": "36", "gitVersion": "v1.36.2"})),
-        ["openapi", "v3"] => return document(openapi::index()),
+        ["openapi", "v3"] => {
+            let own = [(
+                "apis/hypernetes.io/v1alpha1".to_owned(),
+                std::sync::Arc::new(published()),
+            )];
+            return document(&openapi::index(&own));
+        }
+        ["openapi", "v3", "apis", "hypernetes.io", "v1alpha1"] => return document(&published()),
         ["openapi", "v3", "api", version] => {
             return document(openapi::document("", version).unwrap());
         }

@@ -4,7 +4,7 @@
 //! they are not there, so that an operator may change them.
 
 use http::HeaderMap;
-use hypernetes_apimachinery::{ResourceKind, kinds, meta, validation::SYSTEM_PRIORITIES};
+use hypernetes_apimachinery::{ResourceKind, crd, kinds, meta, validation::SYSTEM_PRIORITIES};
 use hypernetes_identity::{
     ALL_AUTHENTICATED, ALL_UNAUTHENTICATED, TenantRole, User, WORKLOAD_CONTROLLERS,
 };
@@ -45,6 +45,17 @@ pub(crate) async fn ensure(engine: &Engine) -> Result<(), StartError> {
             },
         });
         ensure_one(engine, "scheduling.k8s.io", "priorityclasses", class, false).await?;
+    }
+    for mut definition in crd::own_definitions() {
+        crd::prepare(&mut definition);
+        ensure_one(
+            engine,
+            "apiextensions.k8s.io",
+            "customresourcedefinitions",
+            definition,
+            true,
+        )
+        .await?;
     }
     for (name, rules) in cluster_roles() {
         let role = json!({"metadata": metadata(name), "rules": rules});
@@ -306,7 +317,7 @@ async fn ensure_one(
     group: &'static str,
     plural: &'static str,
     object: Value,
-    keep_rules: bool,
+    keep: bool,
 ) -> Result<(), StartError> {
     let version = "v1";
     let kind: &'static ResourceKind =
@@ -325,6 +336,7 @@ async fn ensure_one(
     object["kind"] = kind.kind.into();
     let call = |verb: &'static str| Call {
         kind,
+        custom: None,
         info: RequestInfo {
             verb,
             is_resource: true,
@@ -359,9 +371,15 @@ async fn ensure_one(
             let created = engine.create_object(&call("create"), object).await;
             created.map(|_| ()).map_err(|status| failed(status.message))
         }
-        Ok((entry, stored)) if keep_rules && stored["rules"] != object["rules"] => {
+        Ok((entry, stored))
+            if keep && (stored["rules"] != object["rules"] || stored["spec"] != object["spec"]) =>
+        {
             let mut changed = stored;
-            changed["rules"] = object["rules"].take();
+            for field in ["rules", "spec"] {
+                if let Some(value) = object.get_mut(field) {
+                    changed[field] = value.take();
+                }
+            }
             let replaced = engine
                 .replace(&call("update"), Part::Main, &entry, changed, false)
                 .await;
@@ -385,8 +403,10 @@ mod tests {
                 for resource in rule["resources"].as_array().unwrap() {
                     let resource = resource.as_str().unwrap();
                     let plural = resource.split('/').next().unwrap();
+                    let own = crd::own_kinds().iter().map(|custom| custom.kind);
                     let kind = kinds::all()
                         .iter()
+                        .chain(own)
                         .find(|k| k.group == group && k.plural == plural);
                     let kind = kind.unwrap_or_else(|| panic!("{resource} is not served"));
                     let own = plural == "namespaces" && rule["verbs"] == json!(["get"]);

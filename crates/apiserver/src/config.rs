@@ -9,6 +9,8 @@ use hypernetes_streaming::PodStreams;
 use ipnet::Ipv4Net;
 use jiff::Timestamp;
 
+use crate::audit::AuditOptions;
+
 /// Tells the time.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
@@ -34,6 +36,8 @@ pub struct ApiServerConfig {
     pub server_address: String,
     /// What `/version` says.
     pub version: VersionInfo,
+    /// Where requests are logged; without it they are not.
+    pub audit: Option<AuditOptions>,
     /// Bounds.
     pub limits: Limits,
     /// Addresses of services, the same in every network.
@@ -56,6 +60,7 @@ impl ApiServerConfig {
             mount_tokens: false,
             server_address: "127.0.0.1:6443".into(),
             version: VersionInfo::default(),
+            audit: None,
             limits: Limits::default(),
             service_cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16),
             clock: Arc::new(Timestamp::now),

@@ -1,12 +1,13 @@
 //! Paths that are no resources: discovery, OpenAPI, version, health, metrics.
 
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header};
-use hypernetes_apimachinery::{Status, discovery, openapi};
+use hypernetes_apimachinery::{ResourceKind, Status, discovery, openapi};
 use serde_json::{Value, json};
 
 use crate::{
     body::{self, ApiBody},
     config::VersionInfo,
+    customs::Customs,
     metrics::Metrics,
     negotiate,
     query::Query,
@@ -19,6 +20,7 @@ pub(crate) struct Endpoints<'a> {
     pub(crate) server_address: &'a str,
     pub(crate) metrics: &'a Metrics,
     pub(crate) ready: bool,
+    pub(crate) customs: &'a Customs,
 }
 
 const PATHS: [&str; 12] = [
@@ -49,6 +51,10 @@ impl Endpoints<'_> {
         } else {
             path
         };
+        let more = match path.starts_with("/apis") {
+            true => self.customs.all()?,
+            false => Vec::new(),
+        };
         let segments: Vec<&str> = path.split('/').skip(1).collect();
         let known = match segments.as_slice() {
             [""] => Ok(json_value(&json!({"paths": PATHS}))),
@@ -61,16 +67,24 @@ impl Endpoints<'_> {
                 "application/openmetrics-text; version=1.0.0; charset=utf-8",
                 body::full(self.metrics.text()),
             )),
-            ["api"] if negotiate::wants_aggregated(headers) => Ok(aggregated(true)),
-            ["apis"] if negotiate::wants_aggregated(headers) => Ok(aggregated(false)),
+            ["api"] if negotiate::wants_aggregated(headers) => Ok(aggregated(true, &[])),
+            ["apis"] if negotiate::wants_aggregated(headers) => Ok(aggregated(false, &more)),
             ["api"] => Ok(json_value(&discovery::api_versions(self.server_address))),
-            ["apis"] => Ok(json_value(&discovery::api_group_list())),
-            ["apis", group] => found(discovery::api_group(group)),
-            ["api", version] => found(discovery::api_resource_list("", version)),
-            ["apis", group, version] => found(discovery::api_resource_list(group, version)),
-            ["openapi", "v3"] => Ok(document(openapi::index(), query, headers)),
+            ["apis"] => Ok(json_value(&discovery::api_group_list(&more))),
+            ["apis", group] => found(discovery::api_group(group, &more)),
+            ["api", version] => found(discovery::api_resource_list("", version, &[])),
+            ["apis", group, version] => found(discovery::api_resource_list(group, version, &more)),
+            ["openapi", "v3"] => {
+                let index = openapi::index(&self.customs.documents()?);
+                Ok(document(&index, query, headers))
+            }
             ["openapi", "v3", "api", version] => open_api("", version, query, headers),
-            ["openapi", "v3", "apis", group, version] => open_api(group, version, query, headers),
+            ["openapi", "v3", "apis", group, version] => {
+                match self.customs.document(group, version)? {
+                    Some(found) => Ok(document(&found, query, headers)),
+                    None => open_api(group, version, query, headers),
+                }
+            }
             _ => Err(page_not_found()),
         };
         if known.is_ok() && !matches!(*method, Method::GET | Method::HEAD) {
@@ -118,8 +132,8 @@ fn page_not_found() -> Status {
     Status::no_resource()
 }
 
-fn aggregated(core: bool) -> Response<ApiBody> {
-    let bytes = discovery::aggregated(core).to_string();
+fn aggregated(core: bool, more: &[&'static ResourceKind]) -> Response<ApiBody> {
+    let bytes = discovery::aggregated(core, more).to_string();
     let mut response = body::with_type(200, discovery::AGGREGATED_MEDIA_TYPE, body::full(bytes));
     response
         .headers_mut()

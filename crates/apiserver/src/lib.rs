@@ -19,12 +19,15 @@
     reason = "a Status is made once, on the way out of a request that fails"
 )]
 
+mod audit;
 mod authentication;
 mod authorizer;
 mod body;
 mod bootstrap;
 mod codec;
 mod config;
+mod customs;
+mod definitions;
 mod endpoints;
 mod engine;
 mod events;
@@ -47,6 +50,7 @@ mod services;
 mod status;
 mod usage;
 
+pub use audit::AuditOptions;
 pub use authentication::InProcessUser;
 pub use body::{ApiBody, BoxError};
 pub use config::{ApiServerConfig, Clock, Limits, VersionInfo};

@@ -1,6 +1,6 @@
 //! The TLS listener: HTTP/1.1 and HTTP/2, client certificates optional but verified.
 
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt as _};
 use hyper_util::{
@@ -138,6 +138,10 @@ impl ApiServer {
     }
 }
 
+/// Where a request's connection comes from, put into the request's extensions.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PeerAddress(pub(crate) SocketAddr);
+
 impl ApiServer {
     /// Serves connections that somebody else has accepted, until `shutdown` or their end. What
     /// comes with a connection is dropped when it ends.
@@ -190,6 +194,7 @@ struct Connection {
 
 impl Connection {
     async fn run(self, stream: TcpStream, acceptor: TlsAcceptor) {
+        let address = stream.peer_addr().ok();
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
@@ -210,6 +215,9 @@ impl Connection {
         let service = self
             .service
             .map_request(move |mut request: http::Request<_>| {
+                if let Some(address) = address {
+                    request.extensions_mut().insert(PeerAddress(address));
+                }
                 if let Some(peer) = &peer {
                     request.extensions_mut().insert(peer.clone());
                 }

@@ -29,15 +29,29 @@ const PATCH_TYPES: [&str; 3] = [
     "application/strategic-merge-patch+json",
 ];
 
+/// Where the scale of the built-in kinds is.
+const REPLICAS: [&str; 2] = ["/spec/replicas", "/status/replicas"];
+
+/// JSON pointers of the wanted number and of the number that there are.
+fn pointers(call: &Call) -> [&str; 2] {
+    let custom = call
+        .custom
+        .as_ref()
+        .and_then(|custom| custom.scale.as_ref());
+    custom.map_or(REPLICAS, |scale| [&scale.spec, &scale.status])
+}
+
 /// The scale of an object.
-fn scale_of(object: &Value) -> Value {
+fn scale_of(call: &Call, object: &Value) -> Value {
     let metadata = &object["metadata"];
+    let [wanted, there] = pointers(call);
+    let number = |pointer: &str| object.pointer(pointer).and_then(Value::as_i64);
     let mut out = json!({
         "kind": "Scale",
         "apiVersion": "autoscaling/v1",
         "metadata": {},
         "spec": {},
-        "status": {"replicas": object["status"]["replicas"].as_i64().unwrap_or_default()},
+        "status": {"replicas": number(there).unwrap_or_default()},
     });
     for field in [
         "name",
@@ -50,14 +64,38 @@ fn scale_of(object: &Value) -> Value {
             meta::set(&mut out, field, value.clone());
         }
     }
-    let replicas = object["spec"]["replicas"].as_i64().unwrap_or_default();
+    let replicas = number(wanted).unwrap_or_default();
     if replicas != 0 {
         out["spec"]["replicas"] = replicas.into();
     }
-    if let Ok(selector) = LabelSelector::from_json(&object["spec"]["selector"]) {
-        out["status"]["selector"] = selector.to_string().into();
+    match &call.custom {
+        // Custom resources keep their selector as text.
+        Some(custom) => {
+            let pointer = custom.scale.as_ref().and_then(|s| s.selector.as_deref());
+            let selector = pointer.and_then(|pointer| object.pointer(pointer)?.as_str());
+            if let Some(selector) = selector.filter(|text| !text.is_empty()) {
+                out["status"]["selector"] = selector.into();
+            }
+        }
+        None => {
+            if let Ok(selector) = LabelSelector::from_json(&object["spec"]["selector"]) {
+                out["status"]["selector"] = selector.to_string().into();
+            }
+        }
     }
     out
+}
+
+/// Sets a number at a JSON pointer, with the objects that lead to it.
+fn set_number(object: &mut Value, pointer: &str, number: i64) {
+    let mut at = object;
+    for name in pointer.split('/').filter(|name| !name.is_empty()) {
+        if !at.is_object() {
+            *at = json!({});
+        }
+        at = &mut at[name];
+    }
+    *at = number.into();
 }
 
 /// Serves `scale`.
@@ -71,13 +109,16 @@ pub(crate) async fn serve(
     if info.verb == "get" {
         let (entry, mut object) = engine.find(call.kind, &info.namespace, &info.name)?;
         meta::set_resource_version(&mut object, entry.mod_revision);
-        return Ok(body::json_value(200, &scale_of(&object)));
+        return Ok(body::json_value(200, &scale_of(call, &object)));
+    }
+    if info.verb == "patch" && is_apply(call) {
+        return apply(engine, call, bytes).await;
     }
     let dry_run = call.is_dry_run()?;
     for _ in 0..ATTEMPTS {
         let (entry, mut object) = engine.find(call.kind, &info.namespace, &info.name)?;
         meta::set_resource_version(&mut object, entry.mod_revision);
-        let old = scale_of(&object);
+        let old = scale_of(call, &object);
         let wanted = match info.verb {
             "update" => decode_body(bytes, &call.headers, &call.query, EXPECTED)?.0,
             _ => patched(call, &old, bytes)?,
@@ -96,12 +137,12 @@ pub(crate) async fn serve(
             ));
         }
         let replicas = wanted["spec"]["replicas"].as_i64().unwrap_or_default();
-        object["spec"]["replicas"] = replicas.into();
+        set_number(&mut object, pointers(call)[0], replicas);
         let written = engine
             .replace(call, Part::Main, &entry, object, dry_run)
             .await?;
         if let Some(written) = written {
-            return Ok(body::json_value(200, &scale_of(&written.object)));
+            return Ok(body::json_value(200, &scale_of(call, &written.object)));
         }
         if conditional {
             break;
@@ -112,6 +153,42 @@ pub(crate) async fn serve(
         call.kind.plural,
         &info.name,
     ))
+}
+
+fn is_apply(call: &Call) -> bool {
+    let content_type = call.headers.get(header::CONTENT_TYPE);
+    content_type
+        .and_then(|value| value.to_str().ok())
+        .and_then(PatchType::from_content_type)
+        == Some(PatchType::Apply)
+}
+
+/// Server-side apply of a scale: of the one field of the object behind it.
+async fn apply(engine: &Engine, call: &Call, bytes: &Bytes) -> Result<Response<ApiBody>> {
+    let json = [(
+        header::CONTENT_TYPE,
+        http::HeaderValue::from_static("application/yaml"),
+    )];
+    let headers = json.into_iter().collect();
+    let (wanted, _) = decode_body(bytes, &headers, &call.query, EXPECTED)?;
+    let errors = validation::validate_scale(&wanted);
+    if !errors.is_empty() {
+        let name = &call.info.name;
+        return Err(Status::invalid("autoscaling", "Scale", name, &errors));
+    }
+    let mut config = json!({
+        "apiVersion": call.kind.api_version(),
+        "kind": call.kind.kind,
+        "metadata": {"name": call.info.name},
+    });
+    if let Some(version) = meta::resource_version(&wanted) {
+        meta::set(&mut config, "resourceVersion", version);
+    }
+    if let Some(replicas) = wanted["spec"]["replicas"].as_i64() {
+        set_number(&mut config, pointers(call)[0], replicas);
+    }
+    let written = engine.apply_config(call, Part::Main, &config).await?;
+    Ok(body::json_value(200, &scale_of(call, &written.object)))
 }
 
 fn patched(call: &Call, old: &Value, bytes: &Bytes) -> Result<Value> {

@@ -7,9 +7,12 @@ use hypernetes_streaming::PodStreams;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    audit::AuditLog,
     authorizer::Authorizer,
     bootstrap,
     config::{ApiServerConfig, VersionInfo},
+    customs::Customs,
+    definitions,
     engine::Engine,
     flow::Flow,
     metrics::Metrics,
@@ -22,6 +25,9 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
+    /// The audit log could not be opened.
+    #[error("cannot open the audit log")]
+    Audit(#[source] std::io::Error),
     /// The objects that every cluster has could not be made.
     #[error("cannot make {object}: {message}")]
     Bootstrap {
@@ -45,6 +51,7 @@ pub(crate) struct Inner {
     pub(crate) streams: Option<Arc<dyn PodStreams>>,
     pub(crate) flow: Flow,
     pub(crate) metrics: Metrics,
+    pub(crate) audit: Option<AuditLog>,
     pub(crate) version: VersionInfo,
     pub(crate) server_address: String,
 }
@@ -69,8 +76,15 @@ impl ApiServer {
     /// [`StartError::Bootstrap`] if these cannot be made.
     pub async fn new(config: ApiServerConfig) -> Result<Self, StartError> {
         let shutdown = CancellationToken::new();
+        let audit = config
+            .audit
+            .map(|options| AuditLog::open(options, config.clock.clone()))
+            .transpose()
+            .map_err(StartError::Audit)?;
         let engine = Engine {
             authorizer: Authorizer::new(config.store.clone()),
+            customs: Customs::new(config.store.clone()),
+            naming: tokio::sync::Mutex::new(()),
             store: config.store,
             clock: config.clock,
             node_name: config.node_name,
@@ -86,7 +100,7 @@ impl ApiServer {
             engine.store.clone(),
             engine.clock.clone(),
             engine.limits.event_life,
-            shutdown,
+            shutdown.clone(),
         ));
         let service_accounts = config.service_account_key.as_ref().map(|key| {
             ServiceAccounts::new(
@@ -106,12 +120,17 @@ impl ApiServer {
             streams: config.streams,
             flow: Flow::default(),
             metrics: Metrics::new(),
+            audit,
             version: config.version,
             server_address: config.server_address,
         };
-        Ok(Self {
-            inner: Arc::new(inner),
-        })
+        let inner = Arc::new(inner);
+        inner.engine.tasks.spawn(definitions::run(
+            Arc::downgrade(&inner),
+            inner.engine.store.clone(),
+            shutdown,
+        ));
+        Ok(Self { inner })
     }
 
     /// The server as a service. The caller of a request is told by the extensions

@@ -13,16 +13,20 @@ use futures::{FutureExt, future::BoxFuture};
 use http::{Request, Response, header};
 use http_body::Body;
 use http_body_util::BodyExt;
-use hypernetes_apimachinery::{ResourceKind, Status, kinds, selector::FieldSelector};
+use hypernetes_apimachinery::{
+    ResourceKind, Status, crd::CustomKind, kinds, selector::FieldSelector,
+};
 use hypernetes_identity::User;
 use tokio::time::{Instant, timeout};
 use tower::Service;
 
 use crate::{
+    audit::Record,
     authentication::{self, InProcessUser},
     body::{self, ApiBody, BoxError},
+    customs::Customs,
     endpoints::Endpoints,
-    engine::{Call, Part},
+    engine::{self, Call, Part},
     flow::Place,
     metrics::StreamGuard,
     pods::{self, Pods},
@@ -71,14 +75,23 @@ struct Arrived {
     info: RequestInfo,
     query: Query,
     kind: Option<&'static ResourceKind>,
+    custom: Option<Arc<CustomKind>>,
 }
 
 impl Arrived {
-    fn new(request: &Request<ApiBody>) -> Self {
+    fn new(request: &Request<ApiBody>, customs: &Customs) -> Self {
         let query = Query::parse(request.uri().query().unwrap_or_default());
         let mut info = RequestInfo::new(request.method(), request.uri().path(), &query);
-        let kind = kinds::by_resource(&info.group, &info.version, &info.resource)
+        let mut kind = kinds::by_resource(&info.group, &info.version, &info.resource)
             .filter(|_| info.is_resource);
+        let mut custom = None;
+        if kind.is_none() && info.is_resource && !info.group.is_empty() {
+            // What cannot be read is as if it were not there; the store says why to whoever writes.
+            custom = customs
+                .find(&info.group, &info.version, &info.resource)
+                .unwrap_or_default();
+            kind = custom.as_ref().map(|custom| custom.kind);
+        }
         if let Some(kind) = kind
             && info.name.is_empty()
             && matches!(info.verb, "list" | "watch" | "deletecollection")
@@ -86,13 +99,19 @@ impl Arrived {
             // A selection of one name is authorized as that name. The parser must be the one that
             // selects: where two read a text differently, more is shown than was authorized.
             let selector = query.get("fieldSelector").unwrap_or_default();
-            if let Ok(selector) = FieldSelector::parse(selector, kind)
+            let more = engine::selectable(custom.as_deref());
+            if let Ok(selector) = FieldSelector::parse_with(selector, kind, more)
                 && let Some(name) = selector.pinned("metadata.name")
             {
                 info.name = name.to_owned();
             }
         }
-        Self { info, query, kind }
+        Self {
+            info,
+            query,
+            kind,
+            custom,
+        }
     }
 
     fn is_long_running(&self) -> bool {
@@ -119,16 +138,19 @@ impl Arrived {
 impl Inner {
     async fn serve(self: Arc<Self>, request: Request<ApiBody>) -> Response<ApiBody> {
         let started = Instant::now();
-        let arrived = Arrived::new(&request);
+        let arrived = Arrived::new(&request, &self.engine.customs);
         let long_running = arrived.is_long_running();
         let (verb, label) = (arrived.info.verb, arrived.label());
-        let handled = AssertUnwindSafe(self.handle(request, arrived)).catch_unwind();
+        let record = self.audit.as_ref().map(|audit| audit.record(&request));
+        let info = record.as_ref().map(|_| arrived.info.clone());
+        let handled = self.handle(request, arrived, record.as_ref());
+        let handled = AssertUnwindSafe(handled).catch_unwind();
         let result = if long_running {
             Ok(handled.await)
         } else {
             timeout(self.engine.limits.request_timeout, handled).await
         };
-        let response = match result {
+        let mut response = match result {
             Ok(Ok(Ok(response))) => response,
             Ok(Ok(Err(status))) => body::status(&status),
             Ok(Err(_panic)) => {
@@ -141,6 +163,11 @@ impl Inner {
                 "request did not complete within the allotted timeout",
             )),
         };
+        if let (Some(audit), Some(record), Some(info)) = (&self.audit, record, &info) {
+            audit
+                .answered(record, info, long_running, &mut response)
+                .await;
+        }
         let took = started.elapsed();
         let code = response.status().as_u16();
         self.metrics
@@ -160,13 +187,25 @@ impl Inner {
         &self,
         request: Request<ApiBody>,
         arrived: Arrived,
+        record: Option<&Record>,
     ) -> Result<Response<ApiBody>> {
         let long_running = arrived.is_long_running();
-        let Arrived { info, query, kind } = arrived;
+        let Arrived {
+            info,
+            query,
+            kind,
+            custom,
+        } = arrived;
         let (parts, body) = request.into_parts();
         let caller = authentication::authenticate(&self.authenticators, &parts).await?;
+        if let Some(record) = record {
+            record.called_by(&caller);
+        }
         let authorizer = &self.engine.authorizer;
         let user = authentication::impersonate(authorizer, caller, &parts.headers)?;
+        if let Some(record) = record {
+            record.acts_as(&user);
+        }
         let slot = Slot {
             _place: self.flow.enter(&user, long_running, &self.engine.limits)?,
             _stream: long_running.then(|| self.metrics.stream()),
@@ -178,6 +217,7 @@ impl Inner {
                 server_address: &self.server_address,
                 metrics: &self.metrics,
                 ready: !self.engine.shutdown.is_cancelled(),
+                customs: &self.engine.customs,
             };
             return endpoints.serve(&parts.method, parts.uri.path(), &query, &parts.headers);
         }
@@ -186,6 +226,7 @@ impl Inner {
         let headers = std::mem::take(&mut parts.headers);
         let call = Call {
             kind,
+            custom,
             info,
             query,
             headers,

@@ -38,7 +38,7 @@ pub(crate) fn serve(engine: &Engine, call: &Call) -> Result<Response<ApiBody>> {
         }
         "list" => {
             let view = negotiate::view(&call.headers, &call.query)?;
-            let options = ListOptions::parse(&call.query, call.kind)?;
+            let options = ListOptions::parse(&call.query, call.kind, None)?;
             let prefix = keys::prefix(of, &info.namespace);
             let page = engine
                 .store

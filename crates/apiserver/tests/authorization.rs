@@ -10,7 +10,7 @@
 mod common;
 
 use common::{Client, Cluster, config_map, pod};
-use hypernetes_apimachinery::kinds;
+use hypernetes_apimachinery::{crd, kinds};
 use hypernetes_identity::User;
 use serde_json::{Value, json};
 
@@ -61,7 +61,8 @@ async fn two_tenants() -> Cluster {
 /// Every request about the other tenant's namespace that the grammar of paths allows.
 fn requests() -> Vec<(&'static str, String)> {
     let mut out = Vec::new();
-    for kind in kinds::all() {
+    let own = crd::own_kinds().iter().map(|custom| custom.kind);
+    for kind in kinds::all().iter().chain(own) {
         let base = base(kind.group, kind.version);
         let plural = kind.plural;
         let collections = if kind.namespaced {

@@ -494,3 +494,316 @@ async fn certificates_of_another_authority_are_refused() {
     );
     served.stop().await;
 }
+
+const GADGETS: &str = r#"
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: gadgets.example.org}
+spec:
+  group: example.org
+  scope: Namespaced
+  names: {plural: gadgets, kind: Gadget, shortNames: [gd]}
+  versions:
+  - name: v1
+    served: true
+    storage: true
+    subresources:
+      status: {}
+      scale: {specReplicasPath: .spec.replicas, statusReplicasPath: .status.replicas}
+    selectableFields: [{jsonPath: .spec.colour}]
+    additionalPrinterColumns:
+    - {name: Colour, type: string, jsonPath: .spec.colour}
+    - {name: Replicas, type: integer, jsonPath: .spec.replicas}
+    schema:
+      openAPIV3Schema:
+        type: object
+        properties:
+          spec:
+            description: What the gadget shall be.
+            type: object
+            x-kubernetes-validations:
+            - {rule: 'self.replicas <= 5 || self.colour == "red"', message: only red gadgets are many}
+            properties:
+              colour: {type: string, description: Its colour., enum: [red, blue], default: blue}
+              replicas: {type: integer, minimum: 0, default: 1}
+          status:
+            type: object
+            properties: {replicas: {type: integer}}
+"#;
+
+async fn server_side_apply(k: &Kubectl) {
+    let map = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: shared}\ndata: {a: '1', b: '1'}\n";
+    let applied = ["apply", "--server-side", "-f", "-"];
+    assert_eq!(
+        k.ok_with(&applied, map).await,
+        "configmap/shared serverside-applied"
+    );
+    let as_other = ["apply", "--server-side", "--field-manager=other", "-f", "-"];
+    let changed = map.replace("b: '1'", "b: '2', c: '3'");
+    let refused = k.run_with(&as_other, &changed).await;
+    assert_eq!(refused.code, 1);
+    assert!(
+        refused
+            .err
+            .contains("Apply failed with 1 conflict: conflict with \"kubectl\": .data.b"),
+        "{}",
+        refused.err
+    );
+    let difference = k
+        .run_with(
+            &["diff", "--server-side", "--force-conflicts", "-f", "-"],
+            &changed,
+        )
+        .await;
+    assert_eq!(difference.code, 1, "{}", difference.err);
+    assert!(difference.out.contains("+  c: \"3\""), "{}", difference.out);
+    let forced = [
+        "apply",
+        "--server-side",
+        "--force-conflicts",
+        "--field-manager=other",
+        "-f",
+        "-",
+    ];
+    k.ok_with(&forced, &changed).await;
+    assert_eq!(
+        k.ok(&["get", "cm", "shared", "-o", "jsonpath={.data}"])
+            .await,
+        r#"{"a":"1","b":"2","c":"3"}"#
+    );
+    // What kubectl no longer applies goes, what the other has stays.
+    let less = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: shared}\ndata: {}\n";
+    k.ok_with(&["apply", "--server-side", "-f", "-"], less)
+        .await;
+    assert_eq!(
+        k.ok(&["get", "cm", "shared", "-o", "jsonpath={.data}"])
+            .await,
+        r#"{"a":"1","b":"2","c":"3"}"#,
+        "the other has applied a too"
+    );
+    let managers = k
+        .ok(&[
+            "get",
+            "cm",
+            "shared",
+            "--show-managed-fields",
+            "-o",
+            "jsonpath={.metadata.managedFields[*].manager}",
+        ])
+        .await;
+    assert!(managers.contains("other"), "{managers}");
+
+    // From client-side to server-side: kubectl takes over its own fields.
+    let before = map.replace("shared", "moved");
+    k.ok_with(&["apply", "-f", "-"], &before).await;
+    let after = before.replace("b: '1'", "b: '9'");
+    assert_eq!(
+        k.ok_with(&["apply", "--server-side", "-f", "-"], &after)
+            .await,
+        "configmap/moved serverside-applied"
+    );
+    let without = after.replace(", b: '9'", "");
+    k.ok_with(&["apply", "--server-side", "-f", "-"], &without)
+        .await;
+    assert_eq!(
+        k.ok(&["get", "cm", "moved", "-o", "jsonpath={.data}"])
+            .await,
+        r#"{"a":"1"}"#
+    );
+}
+
+async fn custom_resources(k: &Kubectl) {
+    k.ok_with(&["apply", "-f", "-"], GADGETS).await;
+    k.ok(&[
+        "wait",
+        "--for=condition=Established",
+        "crd/gadgets.example.org",
+        "--timeout=20s",
+    ])
+    .await;
+    let gadget =
+        "apiVersion: example.org/v1\nkind: Gadget\nmetadata: {name: one}\nspec: {replicas: 2}\n";
+    k.ok_with(&["apply", "-f", "-"], gadget).await;
+    k.ok_with(
+        &["apply", "--server-side", "-f", "-"],
+        &gadget
+            .replace("one", "two")
+            .replace("replicas: 2", "colour: red"),
+    )
+    .await;
+    let table = k.ok(&["get", "gd"]).await;
+    assert!(table.starts_with("NAME   COLOUR   REPLICAS"), "{table}");
+    assert!(table.contains("one    blue     2"), "{table}");
+    let red = k
+        .ok(&[
+            "get",
+            "gadgets",
+            "--field-selector",
+            "spec.colour=red",
+            "-o",
+            "name",
+        ])
+        .await;
+    assert_eq!(red, "gadget.example.org/two");
+    let refused = k
+        .run_with(
+            &["apply", "-f", "-"],
+            &gadget.replace("replicas: 2", "replicas: 7"),
+        )
+        .await;
+    assert!(
+        refused.err.contains("only red gadgets are many"),
+        "{}",
+        refused.err
+    );
+    let refused = k
+        .run_with(
+            &["apply", "-f", "-"],
+            &gadget.replace("replicas: 2", "sizes: 7"),
+        )
+        .await;
+    assert!(
+        refused.err.contains("unknown field \"spec.sizes\""),
+        "{}",
+        refused.err
+    );
+    k.ok(&["scale", "gadget/one", "--replicas=4"]).await;
+    assert_eq!(
+        k.ok(&["get", "gadget", "one", "-o", "jsonpath={.spec.replicas}"])
+            .await,
+        "4"
+    );
+    let explained = k.ok(&["explain", "gadget.spec.colour"]).await;
+    assert!(explained.contains("Its colour."), "{explained}");
+    k.ok(&[
+        "patch",
+        "gadget",
+        "one",
+        "--type=merge",
+        "-p",
+        r#"{"spec":{"colour":"red"}}"#,
+    ])
+    .await;
+    k.ok(&["label", "gadget", "one", "a=b"]).await;
+    k.ok(&["delete", "crd", "gadgets.example.org"]).await;
+    assert_eq!(k.run(&["get", "gadgets"]).await.code, 1);
+    let ours = k.ok(&["get", "crd", "-o", "name"]).await;
+    assert!(ours.contains("tenants.hypernetes.io"), "{ours}");
+}
+
+async fn deletion_policies(k: &Kubectl) {
+    for (policy, finalizer) in [("foreground", "foregroundDeletion"), ("orphan", "orphan")] {
+        k.ok(&["create", "cm", policy]).await;
+        k.ok(&[
+            "delete",
+            "cm",
+            policy,
+            &format!("--cascade={policy}"),
+            "--wait=false",
+        ])
+        .await;
+        // The garbage collector takes these off; here there is none.
+        assert_eq!(
+            k.ok(&[
+                "get",
+                "cm",
+                policy,
+                "-o",
+                "jsonpath={.metadata.finalizers[0]}"
+            ])
+            .await,
+            finalizer
+        );
+        k.ok(&[
+            "patch",
+            "cm",
+            policy,
+            "--type=merge",
+            "-p",
+            r#"{"metadata":{"finalizers":null}}"#,
+        ])
+        .await;
+        assert_eq!(k.run(&["get", "cm", policy]).await.code, 1);
+    }
+    k.ok(&["create", "cm", "background"]).await;
+    k.ok(&["delete", "cm", "background", "--cascade=background"])
+        .await;
+    assert_eq!(k.run(&["get", "cm", "background"]).await.code, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn apply_custom_resources_and_the_audit_log() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = directory.path().join("audit.log");
+    let path = log.clone();
+    let served = Served::start(move |config| {
+        config.audit = Some(hypernetes_apiserver::AuditOptions {
+            path,
+            max_size: 0,
+            max_backups: 0,
+            max_age: 0,
+        });
+    })
+    .await;
+    let Some(binary) = release(RELEASES[1]).await else {
+        return;
+    };
+    let k = served.kubectl(&binary, "root", "system:masters", "default");
+    server_side_apply(&k).await;
+    custom_resources(&k).await;
+    deletion_policies(&k).await;
+
+    let who = k
+        .ok(&[
+            "auth",
+            "whoami",
+            "--as=alice",
+            "--as-group=staff",
+            "-o",
+            "json",
+        ])
+        .await;
+    assert!(who.contains("alice") && who.contains("staff"), "{who}");
+    let refused = k.run(&["get", "secrets", "--as=alice"]).await;
+    assert!(
+        refused
+            .err
+            .contains("secrets is forbidden: User \"alice\" cannot list resource \"secrets\""),
+        "{}",
+        refused.err
+    );
+    let alice = served.kubectl(&binary, "alice", "staff", "default");
+    let refused = alice.run(&["get", "cm", "--as=root"]).await;
+    assert_eq!(refused.code, 1);
+    assert!(
+        refused.err.contains("Error from server (Forbidden)"),
+        "{}",
+        refused.err
+    );
+
+    // A line is on disk soon after its answer.
+    let found = tokio::time::timeout(Duration::from_secs(20), async {
+        loop {
+            let text = tokio::fs::read_to_string(&log).await.unwrap();
+            let events: Vec<serde_json::Value> = text
+                .lines()
+                .filter_map(|line| serde_json::from_str(line).ok())
+                .collect();
+            let event = events.into_iter().find(|event| {
+                event["impersonatedUser"]["username"] == "alice"
+                    && event["objectRef"]["resource"] == "secrets"
+            });
+            if let Some(event) = event {
+                return event;
+            }
+            tokio::task::yield_now().await;
+        }
+    });
+    let event = found.await.expect("the audit log has the request");
+    assert_eq!(event["user"]["username"], "root");
+    assert_eq!(event["verb"], "list");
+    assert_eq!(event["responseStatus"]["code"], 403);
+    assert_eq!(event["level"], "Metadata");
+    assert_eq!(event["sourceIPs"][0], "127.0.0.1");
+    served.stop().await;
+}

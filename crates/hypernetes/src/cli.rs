@@ -170,6 +170,22 @@ pub(crate) struct Up {
     #[arg(long, default_value_t = 0x7000_0000)]
     pub(crate) uid_base: u32,
 
+    /// File to log requests to the API in, as JSON lines of audit.k8s.io/v1; "-" is standard output
+    #[arg(long, value_name = "FILE")]
+    pub(crate) audit_log_path: Option<PathBuf>,
+
+    /// Megabytes after which the audit log is begun anew
+    #[arg(long, value_name = "MB", default_value_t = 100)]
+    pub(crate) audit_log_maxsize: u64,
+
+    /// How many old audit logs to keep; 0 keeps all
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pub(crate) audit_log_maxbackup: usize,
+
+    /// Days to keep old audit logs; 0 keeps them for ever
+    #[arg(long, value_name = "DAYS", default_value_t = 0)]
+    pub(crate) audit_log_maxage: u64,
+
     /// How many VM templates to keep, of some 50 MiB each: pods start from them instead of booting
     /// their kernel. 0 boots every pod
     #[arg(long, value_name = "COUNT", default_value_t = 4)]

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow};
 use futures::stream;
-use hypernetes_apiserver::{ApiServer, ApiServerConfig, tls_config};
+use hypernetes_apiserver::{ApiServer, ApiServerConfig, AuditOptions, tls_config};
 use hypernetes_controllers::ControllersConfig;
 use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User, WORKLOAD_CONTROLLERS};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
@@ -106,6 +106,12 @@ impl Node {
                 .service_account_key()
                 .context("cannot open the key of service account tokens")?,
         );
+        config.audit = options.audit_log_path.clone().map(|path| AuditOptions {
+            path,
+            max_size: options.audit_log_maxsize,
+            max_backups: options.audit_log_maxbackup,
+            max_age: options.audit_log_maxage,
+        });
         config.service_cidr = options.service_cidr;
         let server = ApiServer::new(config)
             .await

@@ -13,7 +13,7 @@ fn schema(name: &str) -> &'static Schema {
         "ours" => OURS.get_or_init(|| {
             let text = CASES.split("\n---\n").next().unwrap();
             let source = crate::strict::parse_yaml(text.as_bytes()).unwrap().value;
-            crate::definitions::compile_one(&source)
+            crate::definitions::compile_schema(&source)
         }),
         kind => {
             let (api_version, kind) = kind.split_once(' ').unwrap();

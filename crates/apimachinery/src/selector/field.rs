@@ -75,6 +75,18 @@ impl FieldSelector {
     /// # Errors
     /// [`SelectorError`].
     pub fn parse(text: &str, kind: &ResourceKind) -> Result<Self, SelectorError> {
+        Self::parse_with(text, kind, &[])
+    }
+
+    /// Parses a selector that may name more fields.
+    ///
+    /// # Errors
+    /// [`SelectorError`].
+    pub fn parse_with(
+        text: &str,
+        kind: &ResourceKind,
+        more: &[String],
+    ) -> Result<Self, SelectorError> {
         let mut requirements = Vec::new();
         for part in split(text) {
             if part.is_empty() {
@@ -91,7 +103,8 @@ impl FieldSelector {
                 .ok_or_else(broken)?;
             let known = field == "metadata.name"
                 || (field == "metadata.namespace" && (kind.namespaced || kind.group.is_empty()))
-                || fields(kind).contains(&field);
+                || fields(kind).contains(&field)
+                || more.iter().any(|known| known == field);
             if !known {
                 return Err(SelectorError::Field(field.to_owned()));
             }

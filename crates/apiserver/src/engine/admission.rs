@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{Call, Engine, strategy};
 use crate::{
     authorizer::escalation,
-    codec, keys,
+    codec, definitions, keys,
     rbac::{Action, RoleRef, Rule},
     status::Result,
 };
@@ -149,6 +149,18 @@ impl Engine {
 
     /// Refuses the deletion of what must stay.
     pub(crate) fn check_deletable(&self, call: &Call, name: &str) -> Result<()> {
+        let group = hypernetes_types::kinds::GROUP;
+        if definitions::is_definition(call.kind)
+            && name.strip_suffix(group).is_some_and(|n| n.ends_with('.'))
+        {
+            let why = "the definitions of this server's own kinds may not be deleted";
+            return Err(Status::forbidden(
+                call.kind.group,
+                call.kind.plural,
+                name,
+                why,
+            ));
+        }
         if call.kind.kind == "Namespace" && PERMANENT.contains(&name) {
             return Err(Status::forbidden(
                 "",

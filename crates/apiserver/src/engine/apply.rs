@@ -5,8 +5,7 @@ use http::Response;
 use hypernetes_apimachinery::{
     Status,
     managed::{self, ApplyError, Writer},
-    meta,
-    strict::{self, FieldValidation, Parsed},
+    meta, strict,
     validation::{ErrorKind, FieldError},
 };
 use serde_json::Value;
@@ -34,40 +33,9 @@ impl Engine {
         part: Part,
         bytes: &Bytes,
     ) -> Result<Response<ApiBody>> {
-        if call.query.text("fieldManager").is_none() {
-            let error = FieldError {
-                kind: ErrorKind::Required,
-                field: "fieldManager".into(),
-                value: Value::Null,
-                detail: "is required for apply patch".into(),
-            };
-            return Err(managers::invalid_option(OPTIONS, error));
-        }
-        managers::check_options(call, OPTIONS)?;
         let mode = decode::field_validation(&call.query)?;
-        let dry_run = call.is_dry_run()?;
         let parsed = strict::parse_yaml(bytes)
             .map_err(|error| Status::bad_request(format!("error decoding YAML: {error}")))?;
-        for _ in 0..ATTEMPTS {
-            let done = self.try_apply(call, part, &parsed, mode, dry_run).await?;
-            if let Some((written, warnings)) = done {
-                let mut written: Written = written;
-                written.warnings.splice(0..0, warnings);
-                return self.answer(call, written);
-            }
-        }
-        Err(modified(call.kind, &call.info.name))
-    }
-
-    /// One attempt. `None`: the object has changed meanwhile.
-    async fn try_apply(
-        &self,
-        call: &Call,
-        part: Part,
-        parsed: &Parsed,
-        mode: FieldValidation,
-        dry_run: bool,
-    ) -> Result<Option<(Written, Vec<String>)>> {
         let expected = Expected::of(call.kind);
         if let Some(given) = meta::api_version(&parsed.value)
             && given != expected.api_version()
@@ -78,15 +46,55 @@ impl Engine {
                 expected.api_version()
             )));
         }
-        let (config, warnings) = decode::reviewed(parsed.clone(), expected, call.schema()?, mode)?;
-        let mut config = decode::stored(call.kind, config);
+        let (config, warnings) = decode::reviewed_for(call, parsed, mode)?;
+        let config = decode::stored(call.kind, config);
+        let mut written = self.apply_config(call, part, &config).await?;
+        written.warnings.splice(0..0, warnings);
+        self.answer(call, written)
+    }
+
+    /// Applies a configuration that has been decoded.
+    pub(crate) async fn apply_config(
+        &self,
+        call: &Call,
+        part: Part,
+        config: &Value,
+    ) -> Result<Written> {
+        if call.query.text("fieldManager").is_none() {
+            let error = FieldError {
+                kind: ErrorKind::Required,
+                field: "fieldManager".into(),
+                value: Value::Null,
+                detail: "is required for apply patch".into(),
+            };
+            return Err(managers::invalid_option(OPTIONS, error));
+        }
+        managers::check_options(call, OPTIONS)?;
+        let dry_run = call.is_dry_run()?;
         if !config["metadata"]["managedFields"].is_null() {
             return Err(Status::bad_request("metadata.managedFields must be nil"));
         }
+        let mut config = config.clone();
         if meta::name(&config).is_none() {
             meta::set(&mut config, "name", call.info.name.as_str());
         }
         self.check_name(call, &config)?;
+        for _ in 0..ATTEMPTS {
+            if let Some(written) = self.try_apply(call, part, &config, dry_run).await? {
+                return Ok(written);
+            }
+        }
+        Err(modified(call.kind, &call.info.name))
+    }
+
+    /// One attempt. `None`: the object has changed meanwhile.
+    async fn try_apply(
+        &self,
+        call: &Call,
+        part: Part,
+        config: &Value,
+        dry_run: bool,
+    ) -> Result<Option<Written>> {
         let entry = self.store.get(&call.key());
         let live = entry.as_ref().map(|entry| codec::decode(&entry.value));
         let (api_version, time) = (
@@ -97,16 +105,16 @@ impl Engine {
         let writer = Writer {
             manager: &name,
             api_version: &api_version,
-            subresource: managers::subresource_of(part),
+            subresource: managers::subresource_of(call, part),
             time: &time,
             ignored: managers::ignored(call, part),
         };
         let force = call.query.flag("force");
         let schema = call.stored_schema()?;
-        let mut applied = managed::apply(schema, live.as_ref(), &config, &writer, force)
+        let mut applied = managed::apply(schema, live.as_ref(), config, &writer, force)
             .map_err(|error| refusal(call, &error))?;
         if part == Part::Main
-            && let Some(text) = managed::last_applied(live.as_ref(), &config, &name)
+            && let Some(text) = managed::last_applied(live.as_ref(), config, &name)
         {
             meta::set_annotation(
                 &mut applied.object,
@@ -115,10 +123,10 @@ impl Engine {
             );
         }
         let Some(entry) = entry else {
-            if part != Part::Main {
+            if part != Part::Main || !call.info.subresource.is_empty() {
                 return Err(call.not_found());
             }
-            if let Some(uid) = meta::uid(&config) {
+            if let Some(uid) = meta::uid(config) {
                 let why = format!(
                     "uid mismatch: the provided object specified uid {uid}, and no existing \
                      object was found"
@@ -135,7 +143,7 @@ impl Engine {
                 .create_managed(call, applied.object, Some(&applied.managers))
                 .await;
             return match made {
-                Ok(written) => Ok(Some((written, warnings))),
+                Ok(written) => Ok(Some(written)),
                 // Somebody was faster: it is a change now.
                 Err(status) if status.reason == "AlreadyExists" => Ok(None),
                 Err(status) => Err(status),
@@ -151,7 +159,7 @@ impl Engine {
                 dry_run,
             )
             .await?;
-        Ok(written.map(|written| (written, warnings)))
+        Ok(written)
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     body::ApiBody,
     codec::{self, Encoded},
-    keys, negotiate,
+    definitions, keys, negotiate,
     status::{self, Result},
 };
 
@@ -86,6 +86,25 @@ impl Engine {
         defaults::apply(kind, &mut object);
         self.admit_account(kind, namespace, &mut object).await?;
         strategy::finish_create(kind, &mut object);
+        self.complete(call, &mut object);
+        if call
+            .custom
+            .as_ref()
+            .is_some_and(|custom| custom.terminating)
+        {
+            let mut status = Status::method_not_allowed();
+            status.message =
+                "create not allowed while custom resource definition is terminating".into();
+            return Err(status);
+        }
+        let is_definition = definitions::is_definition(kind);
+        let _naming = match is_definition {
+            true => Some(self.naming.lock().await),
+            false => None,
+        };
+        if is_definition {
+            self.settle_names(&mut object)?;
+        }
         let mut common = managers::dedup_owners(&mut object);
         match managers {
             Some(managers) => managers.write(&mut object),
@@ -97,7 +116,8 @@ impl Engine {
             let mut warnings = std::mem::take(&mut common);
             warnings.extend(self.admit_create(call, &mut object, home.as_ref())?);
             self.bind_to_node(kind, &mut object);
-            let errors = validation::validate_create(kind, &object);
+            let mut errors = validation::validate_create(kind, &object);
+            self.validate_custom(call, &object, None, &mut errors);
             if !errors.is_empty() {
                 return Err(Status::invalid(
                     call.kind.group,

@@ -72,7 +72,7 @@ pub(crate) fn object(bytes: &[u8], call: &Call) -> Result<(Value, Vec<String>)> 
     let mode = field_validation(&call.query)?;
     let expected = Expected::of(call.kind);
     let parsed = parsed(bytes, &call.headers, expected)?;
-    let (object, warnings) = reviewed(parsed, expected, call.schema()?, mode)?;
+    let (object, warnings) = reviewed_for(call, parsed, mode)?;
     Ok((stored(call.kind, object), warnings))
 }
 
@@ -106,6 +106,24 @@ pub(crate) fn parsed(bytes: &[u8], headers: &HeaderMap, expected: Expected<'_>) 
     Ok(parsed)
 }
 
+/// Checks type and fields of what was parsed for a call's kind.
+pub(crate) fn reviewed_for(
+    call: &Call,
+    mut parsed: Parsed,
+    mode: FieldValidation,
+) -> Result<(Value, Vec<String>)> {
+    let expected = Expected::of(call.kind);
+    let Some(custom) = &call.custom else {
+        return reviewed(parsed, expected, call.schema()?, mode);
+    };
+    identify(&mut parsed, expected)?;
+    let (object, mut warnings) = custom
+        .review(parsed, mode)
+        .map_err(|error| status::of_decode(&error, expected.kind, &expected.api_version()))?;
+    warnings.extend(custom.deprecated.clone());
+    Ok((object, warnings))
+}
+
 /// Checks type and fields of what was parsed.
 pub(crate) fn reviewed(
     mut parsed: Parsed,
@@ -113,6 +131,13 @@ pub(crate) fn reviewed(
     schema: &Schema,
     mode: FieldValidation,
 ) -> Result<(Value, Vec<String>)> {
+    identify(&mut parsed, expected)?;
+    strict::check(parsed, schema, mode)
+        .map_err(|error| status::of_decode(&error, expected.kind, &expected.api_version()))
+}
+
+/// Checks, or fills in, the type of what was parsed.
+fn identify(parsed: &mut Parsed, expected: Expected<'_>) -> Result<()> {
     let api_version = expected.api_version();
     if !parsed.value.is_object() {
         return Err(Status::bad_request(format!(
@@ -140,6 +165,5 @@ pub(crate) fn reviewed(
             )));
         }
     }
-    strict::check(parsed, schema, mode)
-        .map_err(|error| status::of_decode(&error, expected.kind, &api_version))
+    Ok(())
 }

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     body::{self, ApiBody},
     codec::{self, Encoded},
-    keys, negotiate,
+    definitions, keys, negotiate,
     query::Query,
     status::Result,
 };
@@ -182,7 +182,7 @@ impl Engine {
     ) -> Result<Response<ApiBody>> {
         negotiate::view(&call.headers, &call.query)?;
         let options = DeleteOptions::parse(bytes, call)?;
-        let list = ListOptions::parse(&call.query, call.kind)?;
+        let list = ListOptions::parse(&call.query, call.kind, call.custom.as_deref())?;
         let page = self.page(call, &list).await?;
         let mut items = Vec::new();
         for entry in page.entries {
@@ -299,6 +299,9 @@ impl Engine {
             meta::set(&mut next, "deletionTimestamp", meta::format_time(end));
             meta::set(&mut next, "deletionGracePeriodSeconds", grace);
             return Some(next);
+        }
+        if definitions::is_definition(kind) {
+            self.end_definition(&mut next);
         }
         let end = (self.clock)() + SignedDuration::from_secs(grace);
         meta::set(&mut next, "deletionTimestamp", meta::format_time(end));

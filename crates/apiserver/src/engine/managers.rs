@@ -128,7 +128,7 @@ impl Engine {
         let writer = Writer {
             manager: &manager,
             api_version: &api_version,
-            subresource: subresource_of(part),
+            subresource: subresource_of(call, part),
             time: &time,
             ignored: ignored(call, part),
         };
@@ -151,9 +151,10 @@ impl Engine {
     }
 }
 
-pub(super) fn subresource_of(part: Part) -> &'static str {
+/// The subresource under which fields are noted.
+pub(super) fn subresource_of(call: &Call, part: Part) -> &str {
     match part {
-        Part::Main => "",
+        Part::Main => call.info.subresource.as_str(),
         Part::Status => "status",
         Part::Finalize => "finalize",
         Part::Ephemeral => "ephemeralcontainers",

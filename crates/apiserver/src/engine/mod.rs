@@ -20,10 +20,16 @@ mod update;
 mod watch;
 mod workloads;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use http::{HeaderMap, Response};
-use hypernetes_apimachinery::{ResourceKind, Schema, Status, definitions, meta, usage::UsageBoard};
+use hypernetes_apimachinery::{
+    ResourceKind, Schema, Status,
+    crd::CustomKind,
+    definitions, kinds, meta,
+    table::{self, IncludeObject},
+    usage::UsageBoard,
+};
 use hypernetes_identity::User;
 use hypernetes_store::{Durability, Entry, Store, StoreError};
 use serde_json::Value;
@@ -31,7 +37,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use decode::{Expected, body as decode_body};
 pub(crate) use delete::{DeleteOptions, Deleted};
-pub(crate) use options::ListOptions;
+pub(crate) use options::{ListOptions, selectable};
 pub(crate) use strategy::Part;
 
 use crate::{
@@ -39,6 +45,7 @@ use crate::{
     body::ApiBody,
     codec,
     config::{Clock, Limits},
+    customs::Customs,
     events, keys,
     query::Query,
     request_info::RequestInfo,
@@ -50,6 +57,10 @@ pub(crate) struct Engine {
     pub(crate) store: Store,
     pub(crate) authorizer: Authorizer,
     pub(crate) clock: Clock,
+    /// The custom resources that are served.
+    pub(crate) customs: Customs,
+    /// Held while a definition's names are settled and stored.
+    pub(crate) naming: tokio::sync::Mutex<()>,
     pub(crate) node_name: Option<String>,
     pub(crate) usage: UsageBoard,
     /// Pods are given the token of their service account.
@@ -73,6 +84,8 @@ impl std::fmt::Debug for Engine {
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) kind: &'static ResourceKind,
+    /// Set for custom resources.
+    pub(crate) custom: Option<Arc<CustomKind>>,
     pub(crate) info: RequestInfo,
     pub(crate) query: Query,
     pub(crate) headers: HeaderMap,
@@ -90,6 +103,9 @@ impl Call {
 
     /// The schema of the kind's objects, in the form in which clients know them.
     pub(crate) fn schema(&self) -> Result<&Schema> {
+        if let Some(custom) = &self.custom {
+            return Ok(&custom.schema);
+        }
         definitions()
             .of(self.kind)
             .ok_or_else(|| Status::internal("there is no schema for the kind"))
@@ -105,9 +121,49 @@ impl Call {
         self.schema()
     }
 
+    /// Whether stored bytes are not what clients see.
+    pub(crate) fn is_view(&self) -> bool {
+        is_view(self.kind, self.custom.as_deref())
+    }
+
     /// Whether nothing is to be stored.
     pub(crate) fn is_dry_run(&self) -> Result<bool> {
         dry_run(self.query.all("dryRun"))
+    }
+}
+
+/// Whether the stored bytes of a kind are not what its clients see.
+fn is_view(kind: &ResourceKind, custom: Option<&CustomKind>) -> bool {
+    events::is_view(kind) || custom.is_some_and(|custom| custom.has_versions)
+}
+
+/// The columns of a list.
+#[derive(Debug, Clone, Copy)]
+struct TableForm<'a> {
+    include: IncludeObject,
+    /// Metadata of the list.
+    metadata: &'a Value,
+    headers: bool,
+    now: jiff::Timestamp,
+}
+
+fn table_of(
+    kind: &ResourceKind,
+    custom: Option<&CustomKind>,
+    objects: &[&Value],
+    form: TableForm<'_>,
+) -> Value {
+    let TableForm {
+        include,
+        metadata,
+        headers,
+        now,
+    } = form;
+    // The columns of our own kinds say more than JSON paths can.
+    let ours = kind.group == hypernetes_types::kinds::GROUP;
+    match custom.filter(|_| !ours) {
+        Some(custom) => custom.table(objects, include, metadata, headers, now),
+        None => table::table(kind, objects, include, metadata, headers, now),
     }
 }
 
@@ -166,12 +222,14 @@ impl Engine {
     }
 
     /// The stored object of a kind in the form in which its clients know it.
-    pub(crate) fn present(kind: &ResourceKind, object: Value) -> Value {
+    pub(crate) fn present(kind: &ResourceKind, mut object: Value) -> Value {
         if events::is_view(kind) {
-            events::to_view(object)
-        } else {
-            object
+            return events::to_view(object);
         }
+        if kinds::is_custom(kind) {
+            object["apiVersion"] = kind.api_version().into();
+        }
+        object
     }
 
     /// Waits a little for a revision that may be on its way.

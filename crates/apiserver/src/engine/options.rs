@@ -3,6 +3,7 @@
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hypernetes_apimachinery::{
     ResourceKind, Status,
+    crd::CustomKind,
     selector::{FieldSelector, LabelSelector},
     validation::{ErrorKind, FieldError},
 };
@@ -11,6 +12,11 @@ use serde_json::Value;
 
 use super::{parse_revision, strategy};
 use crate::{events, query::Query, status::Result};
+
+/// Fields of a custom resource that selectors may name.
+pub(crate) fn selectable(custom: Option<&CustomKind>) -> &[String] {
+    custom.map_or(&[], |custom| &custom.selectable)
+}
 
 /// Which objects are meant.
 #[derive(Debug, Clone, Default)]
@@ -22,7 +28,11 @@ pub(crate) struct Selection {
 }
 
 impl Selection {
-    pub(crate) fn parse(query: &Query, kind: &'static ResourceKind) -> Result<Self> {
+    pub(crate) fn parse(
+        query: &Query,
+        kind: &'static ResourceKind,
+        custom: Option<&CustomKind>,
+    ) -> Result<Self> {
         let bad = |error: hypernetes_apimachinery::selector::SelectorError| {
             Status::bad_request(error.to_string())
         };
@@ -33,7 +43,7 @@ impl Selection {
             // Objects are selected in the form in which they are stored.
             FieldSelector::parse(&events::stored_fields(text), strategy::stored_kind(kind))
         } else {
-            FieldSelector::parse(text, kind)
+            FieldSelector::parse_with(text, kind, selectable(custom))
         };
         let fields = fields.map_err(bad)?;
         let name = fields.pinned("metadata.name").map(str::to_owned);
@@ -116,8 +126,12 @@ fn invalid_options(errors: &[FieldError]) -> Status {
 }
 
 impl ListOptions {
-    pub(crate) fn parse(query: &Query, kind: &'static ResourceKind) -> Result<Self> {
-        let selection = Selection::parse(query, kind)?;
+    pub(crate) fn parse(
+        query: &Query,
+        kind: &'static ResourceKind,
+        custom: Option<&CustomKind>,
+    ) -> Result<Self> {
+        let selection = Selection::parse(query, kind, custom)?;
         let limit: Option<usize> =
             match query.number::<i64>("limit").map_err(Status::bad_request)? {
                 Some(limit) => usize::try_from(limit).ok().filter(|limit| *limit > 0),
@@ -221,8 +235,13 @@ pub(crate) struct WatchOptions {
 }
 
 impl WatchOptions {
-    pub(crate) fn parse(query: &Query, kind: &'static ResourceKind, name: &str) -> Result<Self> {
-        let mut selection = Selection::parse(query, kind)?;
+    pub(crate) fn parse(
+        query: &Query,
+        kind: &'static ResourceKind,
+        custom: Option<&CustomKind>,
+        name: &str,
+    ) -> Result<Self> {
+        let mut selection = Selection::parse(query, kind, custom)?;
         if !name.is_empty() {
             selection.name = Some(name.to_owned());
         }
@@ -289,12 +308,13 @@ mod tests {
         ListOptions::parse(
             &Query::parse(query),
             kinds::by_resource("", "v1", "pods").unwrap(),
+            None,
         )
     }
 
     fn watch(query: &str) -> Result<WatchOptions> {
         let kind = kinds::by_resource("", "v1", "pods").unwrap();
-        WatchOptions::parse(&Query::parse(query), kind, "")
+        WatchOptions::parse(&Query::parse(query), kind, None, "")
     }
 
     #[test]

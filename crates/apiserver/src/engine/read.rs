@@ -8,13 +8,13 @@ use hypernetes_store::{Entry, ListPage, StoreError};
 use serde_json::{Value, json};
 
 use super::{
-    Call, Engine,
+    Call, Engine, TableForm,
     options::{At, ListOptions, continue_token},
-    parse_revision,
+    parse_revision, table_of,
 };
 use crate::{
     body::{self, ApiBody, ListBody},
-    codec, events, keys,
+    codec, keys,
     negotiate::{self, View},
     status::{self, Result},
 };
@@ -45,17 +45,26 @@ impl Engine {
                 let revision = json!({
                     "resourceVersion": meta::resource_version(object).unwrap_or_default(),
                 });
-                table::table(
-                    call.kind,
-                    &[object],
-                    include,
-                    &revision,
-                    true,
-                    (self.clock)(),
-                )
+                self.table(call, &[object], include, &revision)
             }
         };
         Ok(body::json_value(code, &value))
+    }
+
+    fn table(
+        &self,
+        call: &Call,
+        objects: &[&Value],
+        include: table::IncludeObject,
+        metadata: &Value,
+    ) -> Value {
+        let form = TableForm {
+            include,
+            metadata,
+            headers: true,
+            now: (self.clock)(),
+        };
+        table_of(call.kind, call.custom.as_deref(), objects, form)
     }
 
     /// `get`.
@@ -70,7 +79,7 @@ impl Engine {
             .store
             .get(&call.key())
             .ok_or_else(|| call.not_found())?;
-        if view == View::Object && !events::is_view(call.kind) {
+        if view == View::Object && !call.is_view() {
             return Ok(body::json(200, entry.value));
         }
         let object = Self::present(call.kind, codec::decode(&entry.value));
@@ -80,7 +89,7 @@ impl Engine {
     /// `list`.
     pub(crate) async fn list(&self, call: &Call) -> Result<Response<ApiBody>> {
         let view = negotiate::view(&call.headers, &call.query)?;
-        let options = ListOptions::parse(&call.query, call.kind)?;
+        let options = ListOptions::parse(&call.query, call.kind, call.custom.as_deref())?;
         let page = match self.page(call, &options).await {
             Ok(page) => page,
             Err(status) if status.reason == "Expired" && options.continued => {
@@ -100,7 +109,7 @@ impl Engine {
                 metadata["remainingItemCount"] = remaining.into();
             }
         }
-        if view == View::Object && !events::is_view(call.kind) {
+        if view == View::Object && !call.is_view() {
             return Ok(self.list_of_bytes(call, &metadata, page.entries));
         }
         let objects: Vec<Value> = page
@@ -117,14 +126,7 @@ impl Engine {
                 "items": objects,
             }),
             View::Metadata => table::partial_object_metadata_list(&objects, &metadata),
-            View::Table(include) => table::table(
-                call.kind,
-                &objects,
-                include,
-                &metadata,
-                true,
-                (self.clock)(),
-            ),
+            View::Table(include) => self.table(call, &objects, include, &metadata),
         };
         Ok(body::json_value(200, &value))
     }

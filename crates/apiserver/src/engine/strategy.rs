@@ -41,16 +41,18 @@ pub(crate) fn stored_kind(kind: &'static ResourceKind) -> &'static ResourceKind 
     }
 }
 
+/// Whether the kind's objects have a status that only its subresource writes.
 pub(crate) fn has_status(kind: &ResourceKind) -> bool {
     kind.subresource("status").is_some()
 }
 
 fn has_generation(kind: &ResourceKind) -> bool {
-    has_status(kind)
-        && !matches!(
-            kind.kind,
-            "Namespace" | "Node" | "ResourceQuota" | "HorizontalPodAutoscaler" | "Service"
-        )
+    kinds::is_custom(kind)
+        || has_status(kind)
+            && !matches!(
+                kind.kind,
+                "Namespace" | "Node" | "ResourceQuota" | "HorizontalPodAutoscaler" | "Service"
+            )
 }
 
 /// Whether `PUT` makes an object that is not there.
@@ -124,7 +126,7 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
             if services::is_service(kind) {
                 services::prepare_update(new, old);
             }
-            if has_generation(kind) && differs_in_spec(new, old) {
+            if has_generation(kind) && differs_in_spec(kind, new, old) {
                 meta::set(new, "generation", meta::generation(old) + 1);
             }
         }
@@ -136,7 +138,7 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
             if !list.is_null() {
                 new["spec"]["ephemeralContainers"] = list;
             }
-            count(new, old);
+            count(kind, new, old);
         }
         Part::Resize => {
             let asked = new["spec"].take();
@@ -147,14 +149,14 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
             if !asked["resources"].is_null() {
                 new["spec"]["resources"] = asked["resources"].clone();
             }
-            count(new, old);
+            count(kind, new, old);
         }
     }
 }
 
 /// A changed spec is a new generation.
-fn count(new: &mut Value, old: &Value) {
-    if differs_in_spec(new, old) {
+fn count(kind: &ResourceKind, new: &mut Value, old: &Value) {
+    if differs_in_spec(kind, new, old) {
         meta::set(new, "generation", meta::generation(old) + 1);
     }
 }
@@ -209,13 +211,17 @@ fn restore_field(new: &mut Value, old: &Value, field: &str) {
     }
 }
 
-/// Whether anything but type, metadata and status differs.
-fn differs_in_spec(new: &Value, old: &Value) -> bool {
+/// Whether anything but type, metadata and status differs
+/// (of a kind without a status subresource: anything but type and metadata).
+fn differs_in_spec(kind: &ResourceKind, new: &Value, old: &Value) -> bool {
     let empty = Map::new();
     let rest = |value: &Value| {
         let mut fields = value.as_object().unwrap_or(&empty).clone();
-        for field in ["apiVersion", "kind", "metadata", "status"] {
+        for field in ["apiVersion", "kind", "metadata"] {
             fields.remove(field);
+        }
+        if has_status(kind) {
+            fields.remove("status");
         }
         fields
     };

@@ -18,15 +18,13 @@ use serde_json::Value;
 use super::{
     Call, Engine, Written,
     bounds::Charge,
-    conflict_of,
-    decode::{self, Expected},
-    managers, modified, revision_of,
+    conflict_of, decode, managers, modified, revision_of,
     strategy::{self, Part},
 };
 use crate::{
     body::ApiBody,
     codec::{self, Encoded},
-    keys, negotiate,
+    definitions, keys, negotiate,
     services::Allocation,
     status::{self, Result},
 };
@@ -147,6 +145,13 @@ impl Engine {
         let old = Self::present(call.kind, codec::decode(&entry.value));
         let schema = call.schema()?;
         let failed = |error| status::of_patch(&error, call.kind, &call.info.name);
+        if patch_type == PatchType::StrategicMerge && call.custom.is_some() {
+            return Err(Status::unsupported_media_type(&[
+                PATCH_TYPES[0],
+                PATCH_TYPES[1],
+                PATCH_TYPES[3],
+            ]));
+        }
         let value = match patch_type {
             PatchType::Json => patch::json_patch(&old, &parsed.value).map_err(failed)?,
             PatchType::Merge => patch::merge_patch(&old, &parsed.value),
@@ -156,7 +161,7 @@ impl Engine {
             value,
             duplicates: parsed.duplicates.clone(),
         };
-        let (object, warnings) = decode::reviewed(parsed, Expected::of(call.kind), schema, mode)?;
+        let (object, warnings) = decode::reviewed_for(call, parsed, mode)?;
         Ok((decode::stored(call.kind, object), warnings))
     }
 
@@ -219,6 +224,14 @@ impl Engine {
         if matches!(part, Part::Main | Part::Ephemeral | Part::Resize) {
             defaults::apply(kind, &mut new);
         }
+        self.complete(call, &mut new);
+        let _naming = match definitions::is_definition(kind) {
+            true => Some(self.naming.lock().await),
+            false => None,
+        };
+        if definitions::is_definition(kind) {
+            self.settle_names(&mut new)?;
+        }
         meta::set_resource_version(&mut new, entry.mod_revision);
         let mut warnings = managers::dedup_owners(&mut new);
         match managers {
@@ -235,12 +248,13 @@ impl Engine {
         if matches!(part, Part::Main | Part::Ephemeral | Part::Resize) {
             warnings.extend(self.admit_update(call, &mut new, &old)?);
         }
-        let errors = match part {
+        let mut errors = match part {
             Part::Main => validation::validate_update(kind, &new, &old),
             Part::Ephemeral => validation::validate_ephemeral_update(kind, &new, &old),
             Part::Resize => validation::validate_resize(kind, &new, &old),
             Part::Status | Part::Finalize => validation::validate_status_update(kind, &new, &old),
         };
+        self.validate_custom(call, &new, Some(&old), &mut errors);
         if !errors.is_empty() {
             return Err(Status::invalid(
                 call.kind.group,
@@ -294,6 +308,53 @@ impl Engine {
 }
 
 impl Engine {
+    /// Fills in the defaults of a custom resource, in the version in which it is stored.
+    pub(super) fn complete(&self, call: &Call, object: &mut Value) {
+        if let Some(custom) = &call.custom {
+            custom.complete(object);
+            object["apiVersion"] = custom.stored_as.as_str().into();
+        }
+    }
+
+    /// Checks a custom resource against its definition.
+    pub(super) fn validate_custom(
+        &self,
+        call: &Call,
+        new: &Value,
+        old: Option<&Value>,
+        errors: &mut Vec<FieldError>,
+    ) {
+        let Some(custom) = &call.custom else { return };
+        // Our own kinds are checked beside: what is found there need not be said twice.
+        let ours = call.kind.group == hypernetes_types::kinds::GROUP;
+        if !ours || errors.is_empty() {
+            errors.extend(custom.validate(new, old));
+        }
+    }
+
+    /// Writes an object, or removes it if nothing holds it any more. `false`: it has changed
+    /// meanwhile.
+    pub(crate) async fn put_or_remove(
+        &self,
+        call: &Call,
+        entry: &Entry,
+        object: &Value,
+    ) -> Result<bool> {
+        if !strategy::is_finished(call.kind, object) {
+            return self.overwrite(call, entry, object, false).await;
+        }
+        let op = Op::Delete(entry.key.clone());
+        let compares = vec![Compare::ModRevision(entry.key.clone(), entry.mod_revision)];
+        match self
+            .store
+            .txn(compares, vec![op], Self::durability(call.kind))
+            .await
+        {
+            Ok(_) => Ok(true),
+            Err(error) => conflict_of(error).map(|_current| false),
+        }
+    }
+
     /// Writes an object that a subresource has changed. `false`: it has changed meanwhile.
     pub(crate) async fn overwrite(
         &self,

@@ -1,27 +1,28 @@
 //! Watches: one JSON object a line, for as long as the client stays.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::stream;
 use http::Response;
 use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
-use hypernetes_apimachinery::{ResourceKind, Status, table};
+use hypernetes_apimachinery::{ResourceKind, Status, crd::CustomKind, table};
 use hypernetes_store::{Change, Entry, StoreError, Watch};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Call, Engine,
+    Call, Engine, TableForm, is_view,
     options::{Begin, Selection, WatchOptions},
+    table_of,
 };
 use crate::{
     body::{self, ApiBody, BoxError},
     codec,
     config::Clock,
-    events, keys,
+    keys,
     negotiate::{self, View},
     status::{self, Result},
 };
@@ -50,6 +51,7 @@ impl Kind {
 
 struct Watcher {
     kind: &'static ResourceKind,
+    custom: Option<Arc<CustomKind>>,
     view: View,
     clock: Clock,
     selection: Selection,
@@ -73,7 +75,12 @@ impl Engine {
     /// `watch`.
     pub(crate) async fn watch(&self, call: &Call) -> Result<Response<ApiBody>> {
         let view = negotiate::view(&call.headers, &call.query)?;
-        let options = WatchOptions::parse(&call.query, call.kind, &call.info.name)?;
+        let options = WatchOptions::parse(
+            &call.query,
+            call.kind,
+            call.custom.as_deref(),
+            &call.info.name,
+        )?;
         let prefix = keys::prefix(call.kind, &call.info.namespace);
         let key = match &options.selection.name {
             Some(name) if !call.kind.namespaced || !call.info.namespace.is_empty() => {
@@ -110,6 +117,7 @@ impl Engine {
             .map_or_else(random_life, Duration::from_secs);
         let watcher = Watcher {
             kind: call.kind,
+            custom: call.custom.clone(),
             view,
             clock: self.clock.clone(),
             selection: options.selection,
@@ -272,7 +280,7 @@ impl Watcher {
 
     fn put(&mut self, out: &mut BytesMut, kind: Kind, bytes: &Bytes) {
         out.put_slice(kind.head());
-        if self.view == View::Object && !events::is_view(self.kind) {
+        if self.view == View::Object && !is_view(self.kind, self.custom.as_deref()) {
             out.put_slice(bytes);
         } else {
             let object = Engine::present(self.kind, codec::decode(bytes));
@@ -289,16 +297,25 @@ impl Watcher {
             View::Table(include) => {
                 let revision = json!({"resourceVersion": object["metadata"]["resourceVersion"]});
                 let headers = !std::mem::replace(&mut self.headers_sent, true);
-                table::table(
-                    self.kind,
-                    &[&object],
-                    include,
-                    &revision,
-                    headers,
-                    (self.clock)(),
-                )
+                self.table(&[&object], include, &revision, headers)
             }
         }
+    }
+
+    fn table(
+        &self,
+        objects: &[&Value],
+        include: table::IncludeObject,
+        metadata: &Value,
+        headers: bool,
+    ) -> Value {
+        let form = TableForm {
+            include,
+            metadata,
+            headers,
+            now: (self.clock)(),
+        };
+        table_of(self.kind, self.custom.as_deref(), objects, form)
     }
 
     fn put_bookmark(&mut self, out: &mut BytesMut, revision: u64, initial_end: bool) {
@@ -317,8 +334,7 @@ impl Watcher {
             View::Table(include) => {
                 let headers = !std::mem::replace(&mut self.headers_sent, true);
                 let list = json!({"resourceVersion": revision.to_string()});
-                let mut table =
-                    table::table(self.kind, &[], include, &list, headers, (self.clock)());
+                let mut table = self.table(&[], include, &list, headers);
                 if initial_end {
                     // Clients of tables look for the mark in the row's object.
                     table["rows"] = json!([{
