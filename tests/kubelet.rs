@@ -66,6 +66,36 @@ spec:
           - {path: memory, resourceFieldRef: {containerName: main, resource: limits.memory, divisor: 1Mi}}
 "#;
 
+/// What a pod may be and do: users of its own, a filter of the node's, one size for all of it. The other one
+/// must not run as root, and would.
+const STRICT: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: strict}
+spec:
+  hostUsers: false
+  resources: {limits: {memory: 160Mi, cpu: 1}}
+  terminationGracePeriodSeconds: 0
+  containers:
+  - name: a
+    image: IMAGE
+    command: [sleep, infinity]
+    securityContext:
+      procMount: Unmasked
+      seccompProfile: {type: Localhost, localhostProfile: no-mkdir.json}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: rootless}
+spec:
+  securityContext: {runAsNonRoot: true}
+  terminationGracePeriodSeconds: 0
+  containers: [{name: a, image: IMAGE, command: [sleep, infinity]}]
+"#;
+
+const NO_MKDIR: &str = r#"{"defaultAction": "SCMP_ACT_ALLOW",
+    "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}"#;
+
 struct Tenant<'a> {
     daemon: &'a Daemon,
     kubeconfig: PathBuf,
@@ -135,6 +165,37 @@ impl Tenant<'_> {
     }
 }
 
+/// The pods that ask for security.
+fn strict(tenant: &Tenant<'_>) {
+    tenant.k(&[
+        "wait",
+        "--for=condition=Ready",
+        "pod/strict",
+        "--timeout=120s",
+    ]);
+    let script =
+        "cat /proc/self/uid_map /sys/fs/cgroup/memory.max; nproc; mkdir /tmp/x 2>&1 || true";
+    let seen = tenant.k(&["exec", "strict", "--", "sh", "-c", script]);
+    let mut lines = seen.lines();
+    let map = lines.next().unwrap().split_whitespace().collect::<Vec<_>>();
+    assert_eq!(map, ["0", "65536", "65536"]);
+    assert_eq!(lines.next(), Some("167772160"));
+    assert_eq!(lines.next(), Some("1"));
+    assert!(seen.contains("Permission denied"), "{seen}");
+    assert_eq!(
+        tenant.k(&["get", "pod", "strict", "-o", "jsonpath={.status.qosClass}"]),
+        "Guaranteed"
+    );
+    let path = "jsonpath={.status.containerStatuses[0].state.waiting}";
+    let waiting = eventually("a refusal", LIMIT, || {
+        let waiting = tenant.k(&["get", "pod", "rootless", "-o", path]);
+        let refused = waiting.contains("CreateContainerConfigError");
+        if refused { Ok(waiting) } else { Err(waiting) }
+    });
+    let said = "container has runAsNonRoot and image will run as root (pod: ";
+    assert!(waiting.contains(said), "{waiting}");
+}
+
 /// When a line was written, by the log's own clock.
 fn time_of(log: &str, text: &str) -> String {
     let line = log.lines().find(|line| line.ends_with(text));
@@ -148,7 +209,12 @@ fn a_pod_behaves_as_under_a_kubelet() {
         return;
     }
     let registry = Registry::start();
-    let daemon = Daemon::start(DaemonOptions::default());
+    let profiles = tempfile::tempdir().unwrap();
+    std::fs::write(profiles.path().join("no-mkdir.json"), NO_MKDIR).unwrap();
+    let daemon = Daemon::start(DaemonOptions {
+        args: vec!["--seccomp-profiles".into(), profiles.path().into()],
+        ..DaemonOptions::default()
+    });
     let tenant = Tenant {
         daemon: &daemon,
         kubeconfig: daemon.tenant("acme", "10.96.0.0/24"),
@@ -162,6 +228,10 @@ fn a_pod_behaves_as_under_a_kubelet() {
     ]);
     let file = daemon.dir().join("app.yaml");
     std::fs::write(&file, POD.replace("IMAGE", &image)).unwrap();
+    tenant.create(&file);
+
+    let file = daemon.dir().join("strict.yaml");
+    std::fs::write(&file, STRICT.replace("IMAGE", &image)).unwrap();
     tenant.create(&file);
 
     // Readiness is the probe's and the gate's to say.
@@ -312,6 +382,8 @@ fn a_pod_behaves_as_under_a_kubelet() {
         events.contains("Container main failed liveness probe, will be restarted"),
         "{events}"
     );
+
+    strict(&tenant);
 
     // preStop, then the main container, then the sidecar.
     let (main, proxy) = (tenant.follow("main"), tenant.follow("proxy"));

@@ -3,7 +3,7 @@
 //! `start`: request → first byte of a container's output, beside the bare boot of the same kernel in
 //! the same VMM. `memory`: host memory a pod, beside that bare VMM. `api`: rates and latencies of the
 //! API server and what it holds in memory. `runtime`: the runtime interface beside containerd with
-//! runc. Raw samples go to a JSON file.
+//! runc. `network`: throughput between pods, beside a veth pair. Raw samples go to a JSON file.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::print_stdout,
@@ -16,6 +16,7 @@ mod api;
 mod bare;
 mod client;
 mod memory;
+mod network;
 mod runtime;
 mod start;
 mod stats;
@@ -37,6 +38,8 @@ enum What {
     Api,
     /// The runtime interface, beside containerd and runc
     Runtime,
+    /// Throughput between pods, beside a veth pair
+    Network,
 }
 
 /// Benchmarks of Hypernetes
@@ -60,7 +63,13 @@ fn main() -> Result<()> {
     {
         anyhow::bail!("a TLS provider is installed already");
     }
-    let all = [What::Start, What::Memory, What::Api, What::Runtime];
+    let all = [
+        What::Start,
+        What::Memory,
+        What::Api,
+        What::Runtime,
+        What::Network,
+    ];
     let wanted = if options.what.is_empty() {
         &all[..]
     } else {
@@ -77,6 +86,7 @@ fn main() -> Result<()> {
             What::Start => ("start", runtime.block_on(start::measure(options.starts))?),
             What::Memory => ("memory", runtime.block_on(memory::measure())?),
             What::Api => ("api", runtime.block_on(api::measure())?),
+            What::Network => ("network", runtime.block_on(network::measure())?),
             What::Runtime => (
                 "runtime",
                 runtime.block_on(runtime::measure(options.starts))?,

@@ -3,9 +3,12 @@
 #
 #   netprobe udp-echo PORT NAME    answers each datagram with NAME and what it said
 #   netprobe tcp-echo PORT NAME    answers each line with NAME and the line
-#   netprobe udp HOST PORT TEXT    prints the answer; exit 1 without one
-#   netprobe tcp HOST PORT TEXT    the same
+#   netprobe udp HOST PORT TEXT [COUNT]    prints the answer; exit 1 without one. COUNT times, each
+#                                          from a port of its own
+#   netprobe tcp HOST PORT TEXT [COUNT]    the same
 #   netprobe hold HOST PORT        one connection for ever: prints each answer to a counted line
+#   netprobe sink PORT             reads what comes
+#   netprobe source HOST PORT SECONDS    one connection as fast as it goes: prints bytes and seconds
 #   netprobe dns TYPE NAME         prints the code and the records of an answer (A, SRV, PTR, CNAME)
 use strict;
 use warnings;
@@ -38,16 +41,20 @@ if ($what eq 'udp-echo') {
         close $client;
     }
 } elsif ($what eq 'udp') {
-    my ($host, $port, $text) = @args;
-    my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Proto => 'udp') or die "connect: $!";
-    $socket->send($text) or die "send: $!";
-    print answer($socket), "\n";
+    my ($host, $port, $text, $count) = @args;
+    for (1 .. $count // 1) {
+        my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Proto => 'udp') or die "connect: $!";
+        $socket->send($text) or die "send: $!";
+        print answer($socket), "\n";
+    }
 } elsif ($what eq 'tcp') {
-    my ($host, $port, $text) = @args;
-    my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Timeout => 5) or die "connect: $!\n";
-    $socket->autoflush(1);
-    print $socket "$text\n";
-    print answer($socket);
+    my ($host, $port, $text, $count) = @args;
+    for (1 .. $count // 1) {
+        my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Timeout => 5) or die "connect: $!\n";
+        $socket->autoflush(1);
+        print $socket "$text\n";
+        print answer($socket);
+    }
 } elsif ($what eq 'hold') {
     my ($host, $port) = @args;
     my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Timeout => 5) or die "connect: $!\n";
@@ -58,10 +65,37 @@ if ($what eq 'udp-echo') {
         print $line;
         select undef, undef, undef, 0.3;
     }
+} elsif ($what eq 'sink') {
+    $SIG{CHLD} = 'IGNORE';
+    my $listener = IO::Socket::INET->new(LocalPort => $args[0], Listen => 64, ReuseAddr => 1) or die "bind: $!";
+    while (1) {
+        my $client = $listener->accept or next;
+        if (fork == 0) {
+            1 while sysread $client, my $buffer, 262144;
+            exit 0;
+        }
+        close $client;
+    }
+} elsif ($what eq 'source') {
+    my ($host, $port, $seconds) = @args;
+    my $socket = IO::Socket::INET->new(PeerAddr => $host, PeerPort => $port, Timeout => 5) or die "connect: $!\n";
+    my ($block, $sum, $start) = ("x" x 262144, 0, clock());
+    while (clock() - $start < $seconds) {
+        for (1 .. 4) {
+            $sum += syswrite($socket, $block) // die "write: $!\n";
+        }
+    }
+    printf "%d %.3f\n", $sum, clock() - $start;
 } elsif ($what eq 'dns') {
     dns(@args);
 } else {
     die "netprobe: what?\n";
+}
+
+# Seconds, in fractions, without a module that perl-base has not.
+sub clock {
+    open my $file, '<', '/proc/uptime' or die "uptime: $!";
+    return (split ' ', <$file>)[0];
 }
 
 sub answer {

@@ -67,12 +67,11 @@ pub fn usage(kind: &ResourceKind, object: &Value) -> Amounts {
         return out;
     }
     match kind.plural {
+        // What a pod that has ended had is free again.
+        "pods" if has_ended(object) => {}
         "pods" => {
-            // What a pod that has ended had is free again.
-            if !has_ended(object) {
-                out.insert("pods".into(), one);
-                compute(&object["spec"], &mut out);
-            }
+            out.insert("pods".into(), one);
+            compute(&object["spec"], &mut out);
         }
         "services" => {
             out.insert("services".into(), one);

@@ -4,6 +4,7 @@
 //! called again when something changes: so that a restart at any point, a lost event or a write
 //! of somebody else leads to the same end.
 
+mod autoscaler;
 mod budget;
 mod cluster;
 mod collector;
@@ -83,6 +84,9 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
             vec![cluster::jobs()],
             |cluster, cron| Box::pin(async move { cron_job::reconcile(&cluster, cron).await }),
         ),
+        simple(cluster::autoscalers(), Vec::new(), |cluster, scaler| {
+            Box::pin(async move { autoscaler::reconcile(&cluster, scaler).await })
+        }),
         Box::pin(daemon_set::run(&cluster, stop)),
         Box::pin(budget::run(&cluster, stop)),
         Box::pin(quota::run(&cluster, stop)),

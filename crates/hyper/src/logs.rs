@@ -115,7 +115,7 @@ pub(crate) async fn print(
     query: &Query,
 ) -> Result<()> {
     let empty = || futures::stream::empty().boxed();
-    let (mut out, mut error) = if query.split && query.tail.is_none() {
+    let (out, error) = if query.split && query.tail.is_none() {
         tokio::try_join!(
             open(cluster, pod, container, query, Some(false)),
             open(cluster, pod, container, query, Some(true))
@@ -123,50 +123,69 @@ pub(crate) async fn print(
     } else {
         (open(cluster, pod, container, query, None).await?, empty())
     };
+    merge(out, error, |line| emit(line, query)).await
+}
+
+/// Gives lines of two streams in the order of their times, as far as that can be known: a line waits a
+/// moment for an earlier one of the other stream, unless that has just had nothing to say.
+async fn merge(
+    mut out: BoxStream<'static, std::io::Result<Line>>,
+    mut error: BoxStream<'static, std::io::Result<Line>>,
+    mut emit: impl FnMut(&Line) -> Result<bool>,
+) -> Result<()> {
     let (mut next_out, mut next_error) = (None::<Line>, None::<Line>);
     let (mut out_ended, mut error_ended) = (false, false);
-    loop {
+    let (mut out_quiet, mut error_quiet) = (false, false);
+    while !(out_ended && error_ended && next_out.is_none() && next_error.is_none()) {
+        let waits = next_out.is_some() || next_error.is_some();
+        let both = next_out.is_some() && next_error.is_some();
+        let quiet = both
+            || (next_out.is_none() || error_quiet || error_ended)
+                && (next_error.is_none() || out_quiet || out_ended);
+        let moment = async {
+            if !quiet {
+                tokio::time::sleep(ORDER).await;
+            }
+        };
         tokio::select! {
             biased;
-            line = out.next(), if next_out.is_none() && !out_ended => match line.transpose()? {
-                Some(line) => next_out = Some(line),
-                None => out_ended = true,
-            },
-            line = error.next(), if next_error.is_none() && !error_ended => match line.transpose()? {
-                Some(line) => next_error = Some(line),
-                None => error_ended = true,
-            },
-            () = tokio::time::sleep(ORDER), if next_out.is_some() || next_error.is_some() => {
-                // The other stream has nothing now.
-                if !emit_one(&mut next_out, &mut next_error, query)? {
-                    return Ok(());
-                }
+            line = out.next(), if next_out.is_none() && !out_ended => {
+                next_out = line.transpose()?;
+                out_ended = next_out.is_none();
+                out_quiet = false;
                 continue;
             }
-            else => {}
+            line = error.next(), if next_error.is_none() && !error_ended => {
+                next_error = line.transpose()?;
+                error_ended = next_error.is_none();
+                error_quiet = false;
+                continue;
+            }
+            () = moment, if waits => {
+                out_quiet |= next_out.is_none();
+                error_quiet |= next_error.is_none();
+            }
         }
-        let complete = (next_out.is_some() || out_ended) && (next_error.is_some() || error_ended);
-        if complete
-            && (next_out.is_some() || next_error.is_some())
-            && !emit_one(&mut next_out, &mut next_error, query)?
+        let error_first = match (&next_out, &next_error) {
+            (Some(out), Some(error)) => error.time < out.time,
+            (out, _) => out.is_none(),
+        };
+        let line = if error_first {
+            next_error.take()
+        } else {
+            next_out.take()
+        };
+        if let Some(line) = line
+            && !emit(&line)?
         {
             return Ok(());
         }
-        if out_ended && error_ended && next_out.is_none() && next_error.is_none() {
-            return Ok(());
-        }
     }
+    Ok(())
 }
 
-/// Prints the earlier of two lines. `false`: nothing more is wanted, or nobody reads.
-fn emit_one(out: &mut Option<Line>, error: &mut Option<Line>, query: &Query) -> Result<bool> {
-    let take_error = match (&*out, &*error) {
-        (Some(out), Some(error)) => error.time < out.time,
-        (None, Some(_)) => true,
-        _ => false,
-    };
-    let line = if take_error { error.take() } else { out.take() };
-    let Some(line) = line else { return Ok(true) };
+/// Prints a line. `false`: nothing more is wanted, or nobody reads.
+fn emit(line: &Line, query: &Query) -> Result<bool> {
     if query
         .until
         .is_some_and(|until| line.time.is_some_and(|time| time > until))
@@ -189,6 +208,56 @@ fn emit_one(out: &mut Option<Line>, error: &mut Option<Line>, query: &Query) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn stream(error: bool, lines: &[&str]) -> BoxStream<'static, std::io::Result<Line>> {
+        let lines: Vec<_> = lines
+            .iter()
+            .map(|line| Ok(parse(error, line.as_bytes().to_vec())))
+            .collect();
+        futures::stream::iter(lines).boxed()
+    }
+
+    async fn merged(
+        out: BoxStream<'static, std::io::Result<Line>>,
+        error: BoxStream<'static, std::io::Result<Line>>,
+        most: usize,
+    ) -> Vec<String> {
+        let mut seen = Vec::new();
+        merge(out, error, |line| {
+            seen.push(String::from_utf8_lossy(&line.text).into_owned());
+            Ok(seen.len() < most)
+        })
+        .await
+        .unwrap();
+        seen
+    }
+
+    #[tokio::test]
+    async fn two_streams_come_in_the_order_of_their_times() {
+        let out = stream(
+            false,
+            &["2026-01-01T00:00:01Z a\n", "2026-01-01T00:00:04Z d\n"],
+        );
+        let error = stream(
+            true,
+            &["2026-01-01T00:00:02Z b\n", "2026-01-01T00:00:03Z c\n"],
+        );
+        assert_eq!(merged(out, error, 99).await.concat(), "a\nb\nc\nd\n");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_stream_does_not_hold_the_other_up() {
+        let line = "2026-01-01T00:00:01Z x\n";
+        let begun = tokio::time::Instant::now();
+        let seen = merged(
+            stream(false, &vec![line; 10_000]),
+            futures::stream::pending().boxed(),
+            10_000,
+        )
+        .await;
+        assert_eq!(seen.len(), 10_000);
+        assert!(begun.elapsed() < ORDER * 3, "{:?}", begun.elapsed());
+    }
 
     #[test]
     fn lines_have_times_or_are_taken_as_they_are() {

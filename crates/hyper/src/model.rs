@@ -126,6 +126,15 @@ pub(crate) fn containers(pods: Vec<Pod>) -> Vec<Container> {
     found
 }
 
+/// A text as it was given: Kubernetes' `$$` is `$`.
+pub(crate) fn unescaped(text: &str) -> String {
+    if text.contains("$$") {
+        text.replace("$$", "$")
+    } else {
+        text.to_owned()
+    }
+}
+
 fn container_names(pod: &Pod) -> Vec<String> {
     let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
     containers.map(|container| container.name.clone()).collect()
@@ -344,6 +353,9 @@ impl Container {
         let spec = self.spec();
         let mut command = spec.command.unwrap_or_default();
         command.extend(spec.args.unwrap_or_default());
+        for word in &mut command {
+            *word = unescaped(word);
+        }
         command
     }
 

@@ -40,7 +40,7 @@ pub(crate) enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run everything on this machine: API server, controllers, node
-    Up(Up),
+    Up(Box<Up>),
     /// Run this machine's pods for a kubelet: the Container Runtime Interface on a unix socket
     Node(Node),
     /// Tenants: create, list, delete, hand out kubeconfigs
@@ -128,6 +128,10 @@ pub(crate) struct Up {
     /// Name of this node; by default the host name
     #[arg(long)]
     pub(crate) node_name: Option<String>,
+
+    /// Directory of the system call filters that pods can name (seccompProfile of type Localhost)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) seccomp_profiles: Option<PathBuf>,
 
     /// More names or addresses in the API server's certificate
     #[arg(long = "tls-san", value_name = "NAME")]

@@ -172,6 +172,9 @@ impl Node {
             ipnet::IpNet::V4(options.pod_cidr),
         );
         config.service_cidr = options.service_cidr;
+        config
+            .seccomp_profiles
+            .clone_from(&options.seccomp_profiles);
         // Named like everything else that this daemon makes on the host.
         config.cgroup_root = format!("hypernetes-{}", self.parts.instance);
         let nodelet = Nodelet::new(

@@ -41,6 +41,8 @@ pub struct NodeletConfig {
     pub overhead_mib: u32,
     /// Memory of a container that names neither limit nor request.
     pub default_memory_mib: u32,
+    /// Directory of the system call filters that pods can name (seccomp `Localhost`).
+    pub seccomp_profiles: Option<PathBuf>,
     /// cgroup below which each pod's VMM gets one of its own, relative to each hierarchy's root.
     pub cgroup_root: String,
 }
@@ -66,6 +68,7 @@ impl NodeletConfig {
             scratch_mib: 10 * 1024,
             overhead_mib: OVERHEAD_MIB,
             default_memory_mib: DEFAULT_MEMORY_MIB,
+            seccomp_profiles: None,
             cgroup_root: "hypernetes".to_owned(),
         }
     }

@@ -1,8 +1,11 @@
 //! A container of a pod as the runtime takes it.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path, PathBuf},
+};
 
-use hypernetes_runtime::{ContainerConfig, MountConfig, SecurityConfig};
+use hypernetes_runtime::{ContainerConfig, MountConfig, SeccompProfile, SecurityConfig};
 use hypernetes_types::ContainerId;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext, SecurityContext};
 
@@ -32,6 +35,8 @@ pub(crate) struct Parts {
     pub(crate) images: BTreeMap<String, String>,
     /// Whose processes it sees.
     pub(crate) target: Option<ContainerId>,
+    /// The system call filter of the node's that it names.
+    pub(crate) seccomp: Option<SeccompProfile>,
 }
 
 /// What the runtime shall create.
@@ -66,8 +71,11 @@ pub(crate) fn config(
         tty: flag(container.tty),
         stdin: flag(container.stdin),
         stdin_once: flag(container.stdin_once),
-        security: security(pod_context, container.security_context.as_ref())?,
-        resources: resources::container_resources(container),
+        security: SecurityConfig {
+            seccomp: parts.seccomp.clone(),
+            ..security(pod_context, container.security_context.as_ref())?
+        },
+        resources: resources::container_resources(container, pod.spec.as_ref()),
         stop_signal: stop_signal.and_then(hypernetes_runtime::signal_number),
         termination_path: container
             .termination_message_path
@@ -126,6 +134,41 @@ fn sub_path(expression: &str, environment: &[(String, String)]) -> Result<String
         return Err(ConfigError::Outside(path));
     }
     Ok(path)
+}
+
+/// The file of a system call filter that a container names, if it does. A privileged one has none.
+pub(crate) fn seccomp_file(
+    pod: &Pod,
+    container: &Container,
+    root: Option<&Path>,
+) -> Result<Option<PathBuf>, String> {
+    let own = container.security_context.as_ref();
+    if own.and_then(|context| context.privileged) == Some(true) {
+        return Ok(None);
+    }
+    let of_pod = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.security_context.as_ref());
+    let profile = own
+        .and_then(|context| context.seccomp_profile.as_ref())
+        .or(of_pod.and_then(|context| context.seccomp_profile.as_ref()));
+    let Some(profile) = profile.filter(|profile| profile.type_ == "Localhost") else {
+        return Ok(None);
+    };
+    let root = root.ok_or(
+        "securityContext.seccompProfile.type: Localhost needs a node with a directory of profiles",
+    )?;
+    let name = Path::new(profile.localhost_profile.as_deref().unwrap_or_default());
+    let mut parts = name.components().peekable();
+    let inside = parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)));
+    if !inside {
+        return Err(
+            "securityContext.seccompProfile.localhostProfile: must be a relative path without .."
+                .to_owned(),
+        );
+    }
+    Ok(Some(root.join(name)))
 }
 
 /// Refuses a container that must not run as root and would, in a kubelet's words.
@@ -282,6 +325,28 @@ mod tests {
         assert_eq!(mounted("d/$(A)").as_deref(), Ok("d/x"));
         for bad in ["$(NONE)", "$(UP)", "/$(A)"] {
             assert!(mounted(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn filters_of_the_node_stay_in_their_directory() {
+        let of = |profile: serde_json::Value, own: serde_json::Value| {
+            let pod: Pod = serde_json::from_value(json!({"metadata": {}, "spec": {
+                "securityContext": {"seccompProfile": profile},
+                "containers": [{"name": "c", "securityContext": own}]}}))
+            .unwrap();
+            let container = pod.spec.as_ref().unwrap().containers[0].clone();
+            seccomp_file(&pod, &container, Some(Path::new("/profiles")))
+        };
+        let named = |name: &str| json!({"type": "Localhost", "localhostProfile": name});
+        let found = of(named("a/b.json"), json!({}));
+        assert_eq!(found, Ok(Some("/profiles/a/b.json".into())));
+        assert_eq!(of(named("a"), json!({"privileged": true})), Ok(None));
+        let plain = json!({"seccompProfile": {"type": "Unconfined"}});
+        assert_eq!(of(named("a"), plain), Ok(None));
+        assert_eq!(of(json!({"type": "RuntimeDefault"}), json!({})), Ok(None));
+        for bad in ["", "/etc/passwd", "../x", "a/../../x"] {
+            assert!(of(named(bad), json!({})).is_err(), "{bad}");
         }
     }
 

@@ -130,7 +130,9 @@ pub(crate) fn resource(
         _ => return Err(unknown()),
     };
     let amount = match kind {
-        "limits" => resources::limit(container, name).unwrap_or(node),
+        "limits" => resources::limit(container, name)
+            .or_else(|| resources::pod_limit(facts.pod.spec.as_ref(), name))
+            .unwrap_or(node),
         "requests" => resources::request(container, name).unwrap_or_default(),
         _ => return Err(unknown()),
     };

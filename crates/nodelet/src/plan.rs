@@ -125,6 +125,8 @@ pub(crate) struct Memory {
     pub(crate) log_tails: BTreeMap<ContainerId, String>,
     /// What probes have found of the containers that run.
     pub(crate) health: BTreeMap<ContainerId, Health>,
+    /// Containers whose start is under way: one with a postStart hook does not run before it is done.
+    pub(crate) starting: BTreeSet<String>,
     /// Containers that were ended so that they run again.
     pub(crate) killed: BTreeSet<ContainerId>,
     /// What came of the last resize.
@@ -291,6 +293,15 @@ impl View<'_> {
             "Always" if role == Role::Main => true,
             _ => exit_code != 0,
         }
+    }
+
+    /// The container's program runs, but its postStart hook has not ended.
+    pub(crate) fn is_hooked(&self, container: &Container) -> bool {
+        self.memory.starting.contains(&container.name)
+            && container
+                .lifecycle
+                .as_ref()
+                .is_some_and(|lifecycle| lifecycle.post_start.is_some())
     }
 
     /// What is known of a running container.

@@ -274,7 +274,7 @@ impl Node {
                 restarts.push((container.name.clone(), record.id.clone()));
                 continue;
             }
-            let resources = resources::container_resources(&container);
+            let resources = resources::container_resources(&container, pod.spec.as_ref());
             let limit = u64::try_from(resources.memory_limit).unwrap_or(0);
             let used = usage.containers.iter().find(|stats| stats.id == record.id);
             let used = used.map_or(0, |stats| stats.memory_working_set);

@@ -61,11 +61,24 @@ pub(crate) fn request(container: &Container, name: &str) -> Option<Quantity> {
     amount(requests(container), name).or_else(|| limit(container, name))
 }
 
-/// Limits that hold inside the VM.
-pub(crate) fn container_resources(container: &Container) -> ResourceConfig {
+/// Limit of the whole pod, if it has one.
+pub(crate) fn pod_limit(spec: Option<&PodSpec>, name: &str) -> Option<Quantity> {
+    let resources = spec?.resources.as_ref()?;
+    amount(Some(&resources.limits), name)
+}
+
+/// Request of the whole pod, if it has one.
+pub(crate) fn pod_request(spec: Option<&PodSpec>, name: &str) -> Option<Quantity> {
+    let resources = spec?.resources.as_ref()?;
+    amount(Some(&resources.requests), name)
+}
+
+/// Limits that hold inside the VM: the container's own, else the whole pod's, which the VM around it holds.
+pub(crate) fn container_resources(container: &Container, spec: Option<&PodSpec>) -> ResourceConfig {
+    let limit = |name| limit(container, name).or_else(|| pod_limit(spec, name));
     ResourceConfig {
-        memory_limit: limit(container, "memory").map_or(0, Quantity::value),
-        cpu_limit_milli: limit(container, "cpu").map_or(0, Quantity::milli_value),
+        memory_limit: limit("memory").map_or(0, Quantity::value),
+        cpu_limit_milli: limit("cpu").map_or(0, Quantity::milli_value),
         cpu_request_milli: request(container, "cpu").map_or(0, Quantity::milli_value),
         ..ResourceConfig::default()
     }
@@ -97,8 +110,12 @@ pub(crate) fn vm_needs(spec: &PodSpec, config: &NodeletConfig) -> VmSize {
         let main = spec.containers.iter().map(of);
         main.fold(sidecars, i64::saturating_add).max(most)
     };
-    let vcpus = u32::try_from(sum(&cpu).saturating_add(999) / 1000).unwrap_or(u32::MAX);
-    let memory_mib = u32::try_from(sum(&memory).saturating_add(MIB - 1) / MIB).unwrap_or(u32::MAX);
+    // What the whole pod is given is more than any of its containers needs.
+    let whole = |name: &str| pod_limit(Some(spec), name);
+    let cpus = whole("cpu").map_or_else(|| sum(&cpu), Quantity::milli_value);
+    let memory = whole("memory").map_or_else(|| sum(&memory), Quantity::value);
+    let vcpus = u32::try_from(cpus.max(0).saturating_add(999) / 1000).unwrap_or(u32::MAX);
+    let memory_mib = u32::try_from(memory.max(0).saturating_add(MIB - 1) / MIB).unwrap_or(u32::MAX);
     VmSize {
         vcpus: vcpus.max(1),
         memory_mib: memory_mib.saturating_add(config.overhead_mib),
@@ -127,6 +144,18 @@ pub(crate) fn qos_class(spec: &PodSpec) -> &'static str {
     let positive = |amount: Option<Quantity>| amount.filter(|value| *value > Quantity::default());
     let mut any = false;
     let mut guaranteed = true;
+    // What is said of the whole pod is what counts.
+    let of_pod = |name| (pod_limit(Some(spec), name), pod_request(Some(spec), name));
+    let pod = ["cpu", "memory"].map(of_pod);
+    if pod
+        .iter()
+        .any(|(limit, request)| limit.is_some() || request.is_some())
+    {
+        let all = pod
+            .iter()
+            .all(|(limit, request)| limit.is_some() && (request.is_none() || limit == request));
+        return if all { "Guaranteed" } else { "Burstable" };
+    }
     for container in containers {
         for name in ["cpu", "memory"] {
             let (limit, request) = (
@@ -220,6 +249,20 @@ mod tests {
             let size = vm_size(&spec(containers.clone(), init), &config(), NODE);
             assert_eq!(size, VmSize { vcpus, memory_mib }, "{containers}");
         }
+        let mut whole = spec(json!([mem("64Mi"), c(json!({}))]), json!([]));
+        whole.resources =
+            serde_json::from_value(json!({"limits": {"cpu": "2", "memory": "1Gi"}})).ok();
+        let size = vm_size(&whole, &config(), NODE);
+        let expected = VmSize {
+            vcpus: 2,
+            memory_mib: 1024 + 64,
+        };
+        assert_eq!(size, expected, "the whole pod's");
+        let free = container_resources(&whole.containers[1], Some(&whole));
+        assert_eq!((free.memory_limit, free.cpu_limit_milli), (1 << 30, 2000));
+        let own = container_resources(&whole.containers[0], Some(&whole));
+        assert_eq!(own.memory_limit, 64 << 20);
+        assert_eq!(qos_class(&whole), "Guaranteed");
     }
 
     #[test]

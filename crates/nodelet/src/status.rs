@@ -43,6 +43,11 @@ pub(crate) fn build(view: &View<'_>, plan: &Plan, host: IpAddr) -> PodStatus {
         observed_generation: view.pod.metadata.generation,
         ..old.clone()
     };
+    let whole = view.spec().and_then(|spec| spec.resources.clone());
+    if let (Some(whole), true) = (whole, view.ready().is_some()) {
+        status.allocated_resources.clone_from(&whole.requests);
+        status.resources = Some(whole);
+    }
     if let Some((reason, message)) = &view.memory.failed {
         status.reason = Some(reason.clone());
         status.message = Some(message.clone());
@@ -160,6 +165,7 @@ fn container_status(
         _ => None,
     };
     match record.state {
+        State::Running if view.is_hooked(container) => status.state = Some(waiting()),
         State::Running | State::Unknown => {
             let health = view.health(container, record);
             status.ready = match role {

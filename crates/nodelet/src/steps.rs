@@ -3,7 +3,9 @@
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 use hypernetes_network::{NetworkDriver, NetworkError};
-use hypernetes_runtime::{ContainerState, PodRuntime, SandboxState, VolumeConfig, VolumeKind};
+use hypernetes_runtime::{
+    ContainerState, PodRuntime, SandboxState, SeccompProfile, VolumeConfig, VolumeKind,
+};
 use hypernetes_telemetry::chain;
 use hypernetes_types::{ContainerId, NetworkId, SandboxId};
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
@@ -303,7 +305,12 @@ impl Node {
         } else if let Err(message) = self.make_room(pod, &sandbox).await {
             return trouble("CreateContainerError", message);
         }
+        let seccomp = match self.seccomp(pod, container, &sandbox).await {
+            Ok(seccomp) => seccomp,
+            Err(message) => return trouble("CreateContainerConfigError", message),
+        };
         let parts = container::Parts {
+            seccomp,
             attempt,
             image_id: image.id.to_string(),
             environment,
@@ -379,6 +386,30 @@ impl Node {
             reason: "PostStartHookError",
             message,
         }
+    }
+
+    /// The system call filter of the node's that a container names.
+    async fn seccomp(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        sandbox: &SandboxId,
+    ) -> Result<Option<SeccompProfile>, String> {
+        let root = self.config.seccomp_profiles.as_deref();
+        let Some(path) = container::seccomp_file(pod, container, root)? else {
+            return Ok(None);
+        };
+        let kernel = self.runtime.sandbox(sandbox).await;
+        let kernel = kernel
+            .and_then(|sandbox| sandbox.kernel_release)
+            .unwrap_or_default();
+        let read = move || hypernetes_runtime::read_seccomp_profile(&path, &kernel);
+        let read = tokio::task::spawn_blocking(read).await;
+        let profile = read.map_err(|_panic| "reading the file was lost".to_owned());
+        profile
+            .and_then(|profile| profile)
+            .map(Some)
+            .map_err(|why| format!("securityContext.seccompProfile.localhostProfile: {why}"))
     }
 
     /// The running container that an ephemeral one looks into.

@@ -306,7 +306,8 @@ impl Worker {
             let Some((container, _)) = roles::find(pod, &record.config.name) else {
                 continue;
             };
-            if !prober::is_probed(&container) {
+            let starting = self.memory.starting.contains(&container.name);
+            if !prober::is_probed(&container) || starting {
                 continue;
             }
             lock(&self.health)
@@ -617,6 +618,8 @@ impl Worker {
                     .max();
                 let memory = self.memory.container(&container);
                 let again = memory.trouble.is_some();
+                self.memory.starting.insert(container.clone());
+                let memory = self.memory.container(&container);
                 if let (Some(ended), false) = (ended, again) {
                     memory.restart.next(instant(ended), now);
                 }
@@ -716,6 +719,9 @@ impl Worker {
         let slot = self.slots.remove(&id).map(|(slot, _handle)| slot);
         if let Some(slot) = &slot {
             self.busy.remove(slot);
+            if let Slot::Container(name) = slot {
+                self.memory.starting.remove(name);
+            }
         }
         match outcome {
             None | Some(Outcome::Done) => {

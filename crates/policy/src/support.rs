@@ -85,10 +85,13 @@ const POD: &[(&str, Support)] = &[
         "resourceClaims",
         No("dynamic resource allocation is not supported by this node"),
     ),
+    ("resources", Inside),
     (
-        "resources",
-        No("pod-level resources are not supported; set them on the containers"),
+        "resources.claims",
+        No("dynamic resource allocation is not supported by this node"),
     ),
+    ("resources.limits", Rule(pod_limits)),
+    ("resources.requests", Rule(pod_resource_names)),
     ("restartPolicy", Only(&["Always", "OnFailure", "Never"])),
     ("runtimeClassName", Only(&[crate::RUNTIME_CLASS])),
     ("schedulerName", Only(&["default-scheduler"])),
@@ -107,9 +110,10 @@ const POD: &[(&str, Support)] = &[
     ("securityContext.runAsNonRoot", Yes),
     ("securityContext.runAsUser", Yes),
     ("securityContext.seccompProfile", Inside),
+    ("securityContext.seccompProfile.localhostProfile", Yes),
     (
         "securityContext.seccompProfile.type",
-        Only(&["RuntimeDefault", "Unconfined"]),
+        Only(&["Localhost", "RuntimeDefault", "Unconfined"]),
     ),
     (
         "securityContext.seLinuxChangePolicy",
@@ -251,9 +255,10 @@ const CONTAINER: &[(&str, Support)] = &[
     ("securityContext.runAsNonRoot", Yes),
     ("securityContext.runAsUser", Yes),
     ("securityContext.seccompProfile", Inside),
+    ("securityContext.seccompProfile.localhostProfile", Yes),
     (
         "securityContext.seccompProfile.type",
-        Only(&["RuntimeDefault", "Unconfined"]),
+        Only(&["Localhost", "RuntimeDefault", "Unconfined"]),
     ),
     (
         "securityContext.seLinuxOptions",
@@ -508,6 +513,26 @@ fn probe(value: &Value) -> Option<String> {
     host.map(|handler| format!("{handler}.host: {OWN_ADDRESS}"))
 }
 
+fn pod_resource_names(value: &Value) -> Option<String> {
+    value
+        .as_object()?
+        .keys()
+        .find(|name| !matches!(name.as_str(), "cpu" | "memory"))
+        .map(|name| format!("{name} is not a resource of a whole pod on this node"))
+}
+
+/// A pod's CPUs are those of its VM, which are whole ones.
+fn pod_limits(value: &Value) -> Option<String> {
+    let cpu = match &value["cpu"] {
+        Value::String(text) => text.parse::<Quantity>().ok(),
+        Value::Number(number) => number.to_string().parse().ok(),
+        _ => None,
+    };
+    let whole = cpu.is_none_or(|cpu| cpu.milli_value() % 1000 == 0);
+    pod_resource_names(value)
+        .or_else(|| (!whole).then(|| "cpu must be a number of whole CPUs on this node".to_owned()))
+}
+
 fn resource_names(value: &Value) -> Option<String> {
     value
         .as_object()?
@@ -599,7 +624,9 @@ mod tests {
             ("os.name", json!("windows")),
             ("overhead", json!({"cpu": "1"})),
             ("resourceClaims", json!([{"name": "x"}])),
-            ("resources", json!({"limits": {"cpu": "1"}})),
+            ("resources.limits", json!({"cpu": "1500m"})),
+            ("resources.limits", json!({"hugepages-2Mi": "2Mi"})),
+            ("resources.requests", json!({"ephemeral-storage": "1Gi"})),
             ("runtimeClassName", json!("runc")),
             ("schedulerName", json!("mine")),
             (
@@ -607,7 +634,7 @@ mod tests {
                 json!("RuntimeDefault"),
             ),
             ("securityContext.seLinuxOptions", json!({"level": "x"})),
-            ("securityContext.seccompProfile.type", json!("Localhost")),
+            ("securityContext.seccompProfile.type", json!("Other")),
             (
                 "securityContext.sysctls",
                 json!([{"name": "kernel.msgmax", "value": "1"}]),
@@ -722,7 +749,7 @@ mod tests {
             ),
             (
                 "securityContext.seccompProfile.type",
-                json!({"securityContext": {"seccompProfile": {"type": "Localhost"}}}),
+                json!({"securityContext": {"seccompProfile": {"type": "Other"}}}),
             ),
             (
                 "startupProbe",

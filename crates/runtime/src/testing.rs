@@ -19,8 +19,8 @@ use hypernetes_agent_api::{
 };
 use hypernetes_image::{Credentials, Image, ImageConfig, ImageError, Layer};
 use hypernetes_network::{
-    Attachment, FakeDriver, Lease, NameRecord, NetworkDriver, NetworkError, NetworkSpec,
-    PodNetworkRequest,
+    Attachment, FakeDriver, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
+    NetworkSpec, PodNetworkRequest,
 };
 use hypernetes_store::{Store, StoreConfig};
 use hypernetes_types::{ContainerId, Digest, ImageReference, KernelName, NetworkId, SandboxId};
@@ -635,6 +635,14 @@ impl NetworkDriver for GatedNetwork {
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {
         self.inner.set_names(id, names).await
+    }
+
+    async fn set_services(
+        &self,
+        id: &NetworkId,
+        services: NetworkServices,
+    ) -> Result<(), NetworkError> {
+        self.inner.set_services(id, services).await
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {

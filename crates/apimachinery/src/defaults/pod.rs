@@ -33,12 +33,36 @@ pub(super) fn apply(spec: &mut Map<String, Value>) {
             container(entry, host_network, field != "ephemeralContainers");
         }
     }
+    pod_requests(spec);
     for entry in objects_in(spec, "volumes") {
         volume(entry);
     }
     for constraint in objects_in(spec, "topologySpreadConstraints") {
         fill(constraint, "nodeAffinityPolicy", "Honor");
         fill(constraint, "nodeTaintsPolicy", "Ignore");
+    }
+}
+
+/// What a whole pod is limited to is also its request, unless its containers say what they need.
+fn pod_requests(spec: &mut Map<String, Value>) {
+    let limits = spec
+        .get("resources")
+        .and_then(|resources| resources["limits"].as_object())
+        .cloned()
+        .unwrap_or_default();
+    for (name, limit) in limits {
+        let asked = ["containers", "initContainers"].iter().any(|field| {
+            let containers = spec.get(*field).and_then(Value::as_array);
+            let mut containers = containers.into_iter().flatten();
+            containers.any(|container| !container["resources"]["requests"][&name].is_null())
+        });
+        let Some(resources) = object_in(spec, "resources") else {
+            return;
+        };
+        let requests = resources.entry("requests").or_insert_with(|| json!({}));
+        if let (false, Some(requests)) = (asked, requests.as_object_mut()) {
+            fill(requests, &name, limit);
+        }
     }
 }
 

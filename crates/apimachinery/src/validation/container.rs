@@ -390,7 +390,7 @@ fn mounts(mounts: &Value, path: &Path, volumes: &HashSet<String>, found: &mut Fo
     }
 }
 
-fn resources(resources: &Value, path: &Path, found: &mut Found) {
+pub(super) fn resources(resources: &Value, path: &Path, found: &mut Found) {
     let limits = meta::quantity_map(&resources["limits"], &path.field("limits"), found);
     let requests = meta::quantity_map(&resources["requests"], &path.field("requests"), found);
     for (part, names) in [("limits", &limits), ("requests", &requests)] {

@@ -102,6 +102,56 @@ pub(super) fn ephemeral_update(new: &Value, old: &Value, found: &mut Found) {
     }
 }
 
+/// Rules of the resources of a whole pod.
+pub(super) fn pod_resources(spec: &Value, path: &Path, found: &mut Found) {
+    if !spec["resources"].is_object() {
+        return;
+    }
+    let at = path.field("resources");
+    container::resources(&spec["resources"], &at, found);
+    for name in ["cpu", "memory"] {
+        let limit = amount(spec, "limits", name);
+        let request = amount(spec, "requests", name);
+        let mut sum = 0i64;
+        for field in ["containers", "initContainers"] {
+            for (container, at) in items(&spec[field], &path.field(field)) {
+                let own = amount(container, "limits", name);
+                if let (Some(own), Some(limit)) = (own, limit)
+                    && own > limit
+                {
+                    found.invalid(
+                        &at.field("resources").field("limits"),
+                        &container["resources"]["limits"][name],
+                        format!(
+                            "must be less than or equal to pod limits of {}",
+                            shown(&spec["resources"]["limits"][name])
+                        ),
+                    );
+                }
+                let lasts = field == "containers" || text(container, "restartPolicy") == "Always";
+                if let (Some(own), true) = (amount(container, "requests", name), lasts) {
+                    sum = sum.saturating_add(own.milli_value());
+                }
+            }
+        }
+        if let Some(request) = request
+            && request.milli_value() < sum
+        {
+            found.invalid(
+                &at.field("requests").key(name),
+                &spec["resources"]["requests"][name],
+                format!("must be greater than or equal to aggregate container requests of {sum}m"),
+            );
+        }
+    }
+}
+
+fn shown(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
 fn amount(container: &Value, list: &str, name: &str) -> Option<Quantity> {
     match &container["resources"][list][name] {
         Value::String(text) => text.parse().ok(),
@@ -113,6 +163,12 @@ fn amount(container: &Value, list: &str, name: &str) -> Option<Quantity> {
 /// Rules of a resize: amounts may change, what they are of may not, and neither may the quality of service.
 pub(super) fn resize_update(new: &Value, old: &Value, found: &mut Found) {
     let path = Path::root("spec");
+    if new["spec"]["resources"] != old["spec"]["resources"] {
+        found.forbidden(
+            &path.field("resources"),
+            "the resources of a whole pod cannot be resized on this node",
+        );
+    }
     for field in ["containers", "initContainers"] {
         for (container, at) in items(&new["spec"][field], &path.field(field)) {
             let before = old["spec"][field]
@@ -177,6 +233,14 @@ pub fn quality_of_service(spec: &Value) -> &'static str {
     let containers = ["containers", "initContainers"]
         .into_iter()
         .flat_map(|field| spec[field].as_array().into_iter().flatten());
+    // What is said of the whole pod is what counts.
+    let whole = spec["resources"]
+        .as_object()
+        .is_some_and(|fields| fields.values().any(|list| !list.is_null()));
+    let containers: Vec<&Value> = match whole {
+        true => vec![spec],
+        false => containers.collect(),
+    };
     let (mut any, mut all) = (false, true);
     for container in containers {
         for name in ["cpu", "memory"] {
@@ -242,6 +306,36 @@ mod tests {
         let mut changed = debug.clone();
         changed["image"] = "other".into();
         assert_eq!(update(json!([changed]), json!([debug])), 1);
+    }
+
+    #[test]
+    fn a_whole_pods_resources_hold_those_of_its_containers() {
+        let spec = |limits: Value, requests: Value| {
+            json!({"resources": {"limits": limits, "requests": requests}, "containers": [
+                {"name": "a", "resources": {"limits": {"memory": "64Mi"}, "requests": {"cpu": "100m"}}},
+                {"name": "b", "resources": {"requests": {"cpu": "200m"}}}]})
+        };
+        let check = |spec: &Value| details(|found| pod_resources(spec, &Path::root("spec"), found));
+        let good = spec(json!({"cpu": "1", "memory": "1Gi"}), json!({"cpu": "300m"}));
+        assert_eq!(check(&good), Vec::<String>::new());
+        assert_eq!(quality_of_service(&good), "Burstable");
+        let small = check(&spec(json!({"memory": "32Mi"}), json!({})));
+        assert_eq!(
+            small,
+            [
+                "spec.containers[0].resources.limits: must be less than or equal to pod limits of 32Mi"
+            ]
+        );
+        let little = check(&spec(json!({}), json!({"cpu": "250m"})));
+        assert_eq!(
+            little,
+            [
+                "spec.resources.requests[cpu]: must be greater than or equal to aggregate container \
+              requests of 300m"
+            ]
+        );
+        let both = json!({"cpu": "1", "memory": "1Gi"});
+        assert_eq!(quality_of_service(&spec(both.clone(), both)), "Guaranteed");
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub(super) fn validate_spec(spec: &Value, path: &Path, found: &mut Found) {
     let volumes = volume::validate(&spec["volumes"], &path.field("volumes"), found);
     containers(spec, path, &volumes, found);
     parts::ephemeral(spec, path, &volumes, found);
+    parts::pod_resources(spec, path, found);
     gates(spec, path, found);
 
     found.one_of(

@@ -146,6 +146,9 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
             for field in ["containers", "initContainers"] {
                 take_resources(&mut new["spec"][field], &asked[field]);
             }
+            if !asked["resources"].is_null() {
+                new["spec"]["resources"] = asked["resources"].clone();
+            }
             count(kind, new, old);
         }
     }

@@ -3,11 +3,14 @@
 //! A list from the API server is of one moment and newer than every write that it has
 //! acknowledged: nothing need be expected that was written before, and a restart loses nothing.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use hypernetes_apimachinery::meta;
 use jiff::Timestamp;
 use kube::Client;
 use serde_json::{Value, json};
 
+use super::autoscaler::Memory;
 use crate::error::{ReconcileError, code};
 
 /// A kind, as paths name it.
@@ -103,6 +106,14 @@ pub(crate) fn budgets() -> Kind {
 pub(crate) fn quotas() -> Kind {
     Kind::new("", "v1", "ResourceQuota", "resourcequotas")
 }
+pub(crate) fn autoscalers() -> Kind {
+    Kind::new(
+        "autoscaling",
+        "v2",
+        "HorizontalPodAutoscaler",
+        "horizontalpodautoscalers",
+    )
+}
 pub(crate) fn nodes() -> Kind {
     Kind {
         namespaced: false,
@@ -123,14 +134,22 @@ pub(crate) enum Propagation {
 }
 
 /// The API server.
-#[derive(Clone)]
 pub(crate) struct Cluster {
     client: Client,
+    memory: Mutex<Memory>,
 }
 
 impl Cluster {
     pub(crate) fn new(client: Client) -> Self {
-        Self { client }
+        Self {
+            client,
+            memory: Mutex::default(),
+        }
+    }
+
+    /// What autoscalers have done lately.
+    pub(super) fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn client(&self) -> Client {
@@ -182,7 +201,24 @@ impl Cluster {
 
     /// All objects of a kind, in a namespace or (empty) in all.
     pub(crate) async fn list(&self, kind: &Kind, namespace: &str) -> Done<Vec<Value>> {
-        let mut list = self.read(&kind.path(namespace, "")).await?;
+        self.list_selected(kind, namespace, "").await
+    }
+
+    /// The scale of an object.
+    pub(crate) async fn get_scale(&self, kind: &Kind, namespace: &str, name: &str) -> Done<Value> {
+        self.read(&format!("{}/scale", kind.path(namespace, name)))
+            .await
+    }
+
+    /// The objects that a query selects.
+    pub(crate) async fn list_selected(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        query: &str,
+    ) -> Done<Vec<Value>> {
+        let path = format!("{}{query}", kind.path(namespace, ""));
+        let mut list = self.read(&path).await?;
         let Value::Array(mut items) = list["items"].take() else {
             return Ok(Vec::new());
         };

@@ -249,9 +249,9 @@ async fn watch_all(cluster: Arc<Cluster>, changes: mpsc::Sender<Change>, stop: C
 }
 
 /// Kinds that can be watched and deleted, each once.
-async fn kinds(cluster: &Cluster) -> Result<HashSet<Kind>, ReconcileError> {
+pub(super) async fn kinds(cluster: &Cluster) -> Result<HashSet<Kind>, ReconcileError> {
     let discovery = Discovery::new(cluster.client())
-        .run()
+        .run_aggregated()
         .await
         .map_err(ReconcileError::api("find out which kinds there are"))?;
     let mut kinds = HashSet::new();

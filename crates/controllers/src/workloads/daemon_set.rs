@@ -74,12 +74,18 @@ async fn reconcile(cluster: &Cluster, set: Value) -> Result<Action, ReconcileErr
         .filter(|node| fits(&set, node))
         .map(name)
         .collect();
-    let only = every.len() == 1;
+    let only = match every.as_slice() {
+        [only] => Some(name(only)),
+        _ => None,
+    };
     let mut unwanted = Vec::new();
     let mut missing = Vec::new();
     let mut serving: Vec<&Value> = Vec::new();
     for node in &fitting {
-        let mut here: Vec<&Value> = claimed.iter().filter(|pod| node_of(pod) == *node).collect();
+        let mut here: Vec<&Value> = claimed
+            .iter()
+            .filter(|pod| node_of(pod, only) == *node)
+            .collect();
         // What has ended makes room for another.
         unwanted.extend(
             here.iter().copied().filter(|pod| {
@@ -91,7 +97,7 @@ async fn reconcile(cluster: &Cluster, set: Value) -> Result<Action, ReconcileErr
         here.sort_by_key(|pod| meta::creation_timestamp(pod));
         match here.split_first() {
             None if ending => {}
-            None => missing.push(pod(&set, &hash, (!only).then_some(*node))),
+            None => missing.push(pod(&set, &hash, only.is_none().then_some(*node))),
             Some((first, more)) => {
                 serving.push(*first);
                 unwanted.extend(more);
@@ -99,7 +105,7 @@ async fn reconcile(cluster: &Cluster, set: Value) -> Result<Action, ReconcileErr
         }
     }
     unwanted.extend(claimed.iter().filter(|pod| {
-        is_active(pod) && !node_of(pod).is_empty() && !fitting.contains(&node_of(pod))
+        is_active(pod) && !node_of(pod, only).is_empty() && !fitting.contains(&node_of(pod, only))
     }));
     let (_, failure) = create_pods(cluster, &set, &missing).await;
     if set["spec"]["updateStrategy"]["type"] != "OnDelete" {
@@ -120,8 +126,12 @@ async fn reconcile(cluster: &Cluster, set: Value) -> Result<Action, ReconcileErr
     }
 }
 
-fn node_of(pod: &Value) -> &str {
-    pod["spec"]["nodeName"].as_str().unwrap_or_default()
+/// The node that a pod is on or is meant for: one that waits for a place waits for the only node.
+fn node_of<'a>(pod: &'a Value, only: Option<&'a str>) -> &'a str {
+    match pod["spec"]["nodeName"].as_str() {
+        Some(node) if !node.is_empty() => node,
+        _ => only.unwrap_or_default(),
+    }
 }
 
 /// Whether the set wants a pod on the node. A node that is not ready or cordoned still has one.

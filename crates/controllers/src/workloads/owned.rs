@@ -64,7 +64,7 @@ async fn adopt(
 ) -> Result<Option<Value>, ReconcileError> {
     let mut references = meta::owner_references(object).to_vec();
     references.push(controller_reference(owner));
-    let patch = references_patch(object, references);
+    let patch = references_patch(object, &references);
     cluster
         .patch(kind, (namespace(object), name(object)), "", &patch)
         .await
@@ -78,7 +78,7 @@ async fn release(
 ) -> Result<(), ReconcileError> {
     let mut references = meta::owner_references(object).to_vec();
     references.retain(|reference| reference["uid"] != owner["metadata"]["uid"]);
-    let patch = references_patch(object, references);
+    let patch = references_patch(object, &references);
     cluster
         .patch(kind, (namespace(object), name(object)), "", &patch)
         .await
@@ -86,7 +86,7 @@ async fn release(
 }
 
 /// With version and id: what was read is replaced, or nothing.
-fn references_patch(object: &Value, references: Vec<Value>) -> Value {
+fn references_patch(object: &Value, references: &[Value]) -> Value {
     json!({"metadata": {
         "uid": uid(object),
         "resourceVersion": meta::resource_version(object),

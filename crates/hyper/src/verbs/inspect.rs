@@ -7,7 +7,7 @@ use crate::{
     cluster::{self, Cluster},
     error::{Failure, Result},
     format::render,
-    model::{Container, State},
+    model::{Container, State, unescaped},
     terminal,
 };
 
@@ -163,15 +163,6 @@ pub(crate) fn object(container: &Container) -> Value {
         },
         "Pod": {"Name": container.pod_name(), "Namespace": container.pod.metadata.namespace, "Node": pod.node_name, "Uid": container.pod.metadata.uid},
     })
-}
-
-/// A text as it was given: Kubernetes' `$$` is `$`.
-pub(crate) fn unescaped(text: &str) -> String {
-    if text.contains("$$") {
-        text.replace("$$", "$")
-    } else {
-        text.to_owned()
-    }
 }
 
 fn nano_cpus(quantity: &str) -> i64 {

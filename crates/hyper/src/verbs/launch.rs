@@ -79,7 +79,11 @@ async fn make(cluster: &Cluster, options: &Create, launch: &Launch) -> Result<Co
             "the cluster's nodes do not count restarts; use on-failure",
         ));
     }
-    publish::check(cluster, &plan.ports, &identity.name).await?;
+    let way = publish::way(cluster, &plan.ports).await?;
+    if way == publish::Way::HostPort && !plan.ports.is_empty() {
+        publish::take_host_ports(&mut plan.pod, &mut plan.ports);
+        plan.pod["metadata"]["annotations"][meta::PORTS] = json!(plan.ports).to_string().into();
+    }
     claims(cluster, &plan).await?;
     if launch.gated {
         plan.pod["spec"]["schedulingGates"] = json!([{"name": meta::GATE}]);
@@ -95,11 +99,15 @@ async fn make(cluster: &Cluster, options: &Create, launch: &Launch) -> Result<Co
     if !secrets.is_empty() {
         plan.pod["spec"]["imagePullSecrets"] = secrets.into();
     }
-    let pod = post(cluster, plan.pod, &identity.name).await?;
+    let pod = post(cluster, plan.pod, &identity.name)
+        .await
+        .map_err(|error| publish::explain(error, &plan.ports, &identity.name))?;
     let container = model::containers(vec![pod])
         .pop()
         .ok_or_else(|| Failure::plain("the server answered without a container"))?;
-    if let Err(error) = publish::publish(cluster, &container, &plan.ports).await {
+    if way == publish::Way::LoadBalancer
+        && let Err(error) = publish::publish(cluster, &container, &plan.ports).await
+    {
         cluster.remove(&container, Some(0)).await?;
         return Err(error);
     }

@@ -20,7 +20,7 @@ pub(crate) async fn until<T>(
         let pod = match change {
             Ok(pod) => pod,
             // The watch starts again by itself; what stays wrong, a request says.
-            Err(_) => Some(cluster.pods().get(container.pod_name()).await?),
+            Err(_) => cluster.pods().get_opt(container.pod_name()).await?,
         };
         let pod = pod.filter(|pod| pod.metadata.uid == container.pod.metadata.uid);
         let now = pod.map(|pod| Container {

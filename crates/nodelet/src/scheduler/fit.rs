@@ -301,6 +301,12 @@ pub(crate) fn request(spec: &PodSpec, name: &str) -> i64 {
         }
         .max(0)
     };
+    if let Some(whole) = resources::pod_request(Some(spec), name) {
+        return match name {
+            "cpu" => whole.milli_value(),
+            _ => whole.value(),
+        };
+    }
     let (mut sidecars, mut most) = (0i64, 0i64);
     for container in spec.init_containers.iter().flatten() {
         let own = amount(container);

@@ -285,6 +285,23 @@ fn probes_decide_whether_a_container_is_ready() {
 }
 
 #[test]
+fn a_container_runs_when_its_post_start_hook_has_ended() {
+    let spec = json!({"containers": [{"name": "c", "image": "busybox",
+        "lifecycle": {"postStart": {"sleep": {"seconds": 1}}}}]});
+    let mut world = World::new(spec)
+        .sandbox(Ready, None)
+        .container("c", Running, None);
+    world.memory.starting.insert("c".into());
+    let hooked = status(&world);
+    assert_eq!(hooked.phase.as_deref(), Some("Pending"));
+    let container = &hooked.container_statuses.as_ref().unwrap()[0];
+    let state = container.state.as_ref().unwrap();
+    assert!(state.waiting.is_some() && !container.ready, "{container:?}");
+    world.memory.starting.clear();
+    assert_eq!(status(&world).phase.as_deref(), Some("Running"));
+}
+
+#[test]
 fn readiness_gates_are_conditions_of_others() {
     let mut world = World::new(json!({"readinessGates": [{"conditionType": "x.io/up"}]}))
         .sandbox(Ready, None)

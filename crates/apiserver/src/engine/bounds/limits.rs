@@ -159,7 +159,7 @@ fn one(item: &Value, requests: &Value, limits: &Value, errors: &mut Vec<String>)
 mod tests {
     use super::*;
 
-    fn range(item: Value) -> Vec<Value> {
+    fn range(item: &Value) -> Vec<Value> {
         vec![json!({"spec": {"limits": [item]}})]
     }
 
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn containers_get_what_they_do_not_name() {
         let ranges = range(
-            json!({"type": "Container", "default": {"cpu": "1"}, "defaultRequest": {"cpu": "100m"}}),
+            &json!({"type": "Container", "default": {"cpu": "1"}, "defaultRequest": {"cpu": "100m"}}),
         );
         let mut empty = pod(&json!({}));
         complete(&ranges, &mut empty);
@@ -219,10 +219,10 @@ mod tests {
         ];
         for (mut item, resources, expected) in cases {
             item["type"] = "Container".into();
-            let error = check(&range(item), &pod(&resources)).unwrap_err();
+            let error = check(&range(&item), &pod(&resources)).unwrap_err();
             assert_eq!(error, expected);
         }
-        let whole = range(json!({"type": "Pod", "max": {"cpu": "1"}}));
+        let whole = range(&json!({"type": "Pod", "max": {"cpu": "1"}}));
         let two = json!({"spec": {"containers": [{"resources": {"limits": {"cpu": "600m"}}}, {"resources": {"limits": {"cpu": "600m"}}}]}});
         assert_eq!(
             check(&whole, &two).unwrap_err(),
