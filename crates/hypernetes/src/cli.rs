@@ -40,7 +40,7 @@ pub(crate) enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Run everything on this machine: API server, controllers, node
-    Up(Up),
+    Up(Box<Up>),
     /// Run this machine's pods for a kubelet: the Container Runtime Interface on a unix socket
     Node(Node),
     /// Tenants: create, list, delete, hand out kubeconfigs

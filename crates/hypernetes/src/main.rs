@@ -67,7 +67,7 @@ fn main() -> ExitCode {
 async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let paths = Paths::new(std::path::absolute(&cli.state_dir)?);
     match cli.command {
-        Command::Up(options) => up::run(&paths, options).await?,
+        Command::Up(options) => up::run(&paths, *options).await?,
         Command::Node(options) => node::run(&paths, options).await?,
         Command::Tenant(command) => tenant::run(&paths, command).await?,
         Command::Kernel(command) => return kernel::run(&paths, command).await,

@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn containers_get_what_they_do_not_name() {
         let ranges = range(
-            json!({"type": "Container", "default": {"cpu": "1"}, "defaultRequest": {"cpu": "100m"}}),
+            &json!({"type": "Container", "default": {"cpu": "1"}, "defaultRequest": {"cpu": "100m"}}),
         );
         let mut empty = pod(&json!({}));
         complete(&ranges, &mut empty);
