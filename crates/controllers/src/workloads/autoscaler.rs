@@ -18,7 +18,7 @@ use super::{
         Cluster, Kind, autoscalers, deployments, name, namespace, pods, replica_sets,
         stateful_sets, uid,
     },
-    owned::{number, set_condition},
+    owned::{is_true, number, set_condition},
 };
 use crate::error::ReconcileError;
 pub(super) use behavior::Memory;
@@ -166,6 +166,15 @@ pub(super) async fn reconcile(cluster: &Cluster, scaler: Value) -> Result<Action
         let mut memory = cluster.memory();
         let memory = memory.entry(uid(&scaler).to_owned()).or_default();
         memory.scaled(current, desired, now);
+    } else if is_true(&status, "ScalingActive") {
+        set_condition(
+            &mut status,
+            "AbleToScale",
+            true,
+            "ReadyForNewScale",
+            "recommended size matches current size",
+            now,
+        );
     }
     status["desiredReplicas"] = desired.into();
     cluster
@@ -288,7 +297,7 @@ async fn recommend(
                 }
             }
             Err(why) => {
-                failure = Some(("FailedGetResourceMetric", why.replace("RESOURCE", resource)))
+                failure = Some(("FailedGetResourceMetric", why.replace("RESOURCE", resource)));
             }
         }
     }
