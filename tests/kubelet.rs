@@ -279,6 +279,20 @@ fn a_pod_behaves_as_under_a_kubelet() {
         "true"
     );
 
+    // The pod has the token of its service account, and who it may trust.
+    let account = "/var/run/secrets/kubernetes.io/serviceaccount";
+    let identity = tenant.exec(&[
+        "sh",
+        "-c",
+        &format!("cd {account}; cat namespace ca.crt token"),
+    ]);
+    assert!(
+        identity.starts_with("acme-----BEGIN CERTIFICATE"),
+        "{identity}"
+    );
+    let token = identity.lines().last().unwrap();
+    assert_eq!(token.split('.').count(), 3, "{token}");
+
     // Projected volumes follow their sources.
     let content = ["cat", "/all/conf/colour", "/all/labels", "/all/memory"];
     assert_eq!(tenant.exec(&content), "bluetier=\"first\"64");
