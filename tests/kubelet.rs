@@ -217,7 +217,7 @@ fn a_pod_behaves_as_under_a_kubelet() {
     });
     let tenant = Tenant {
         daemon: &daemon,
-        kubeconfig: daemon.tenant("acme", "10.96.0.0/24"),
+        kubeconfig: daemon.tenant("acme", "10.89.0.0/24"),
     };
     let image = registry.image("busybox:1");
     tenant.k(&[
