@@ -217,7 +217,7 @@ fn a_pod_behaves_as_under_a_kubelet() {
     });
     let tenant = Tenant {
         daemon: &daemon,
-        kubeconfig: daemon.tenant("acme", "10.96.0.0/24"),
+        kubeconfig: daemon.tenant("acme", "10.89.0.0/24"),
     };
     let image = registry.image("busybox:1");
     tenant.k(&[
@@ -278,6 +278,20 @@ fn a_pod_behaves_as_under_a_kubelet() {
         tenant.field(".status.initContainerStatuses[0].ready"),
         "true"
     );
+
+    // The pod has the token of its service account, and who it may trust.
+    let account = "/var/run/secrets/kubernetes.io/serviceaccount";
+    let identity = tenant.exec(&[
+        "sh",
+        "-c",
+        &format!("cd {account}; cat namespace ca.crt token"),
+    ]);
+    assert!(
+        identity.starts_with("acme-----BEGIN CERTIFICATE"),
+        "{identity}"
+    );
+    let token = identity.lines().last().unwrap();
+    assert_eq!(token.split('.').count(), 3, "{token}");
 
     // Projected volumes follow their sources.
     let content = ["cat", "/all/conf/colour", "/all/labels", "/all/memory"];

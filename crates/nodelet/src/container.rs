@@ -76,7 +76,7 @@ pub(crate) fn config(
             ..security(pod_context, container.security_context.as_ref())?
         },
         resources: resources::container_resources(container, pod.spec.as_ref()),
-        stop_signal: stop_signal.and_then(hypernetes_runtime::signal_number),
+        stop_signal: stop_signal.and_then(signal_number),
         termination_path: container
             .termination_message_path
             .clone()
@@ -92,6 +92,16 @@ pub(crate) fn config(
         host: None,
         env: parts.environment,
         pid_target: parts.target,
+    })
+}
+
+/// The number of a signal; the runtime knows each by one name.
+fn signal_number(name: &str) -> Option<u32> {
+    hypernetes_runtime::signal_number(match name {
+        "SIGCLD" => "SIGCHLD",
+        "SIGIOT" => "SIGABRT",
+        "SIGPOLL" => "SIGIO",
+        name => name,
     })
 }
 

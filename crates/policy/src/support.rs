@@ -218,7 +218,7 @@ const CONTAINER: &[(&str, Support)] = &[
     ("lifecycle.preStop.httpGet.scheme", Only(&["HTTP", "HTTPS"])),
     ("lifecycle.preStop.sleep", Yes),
     ("lifecycle.preStop.tcpSocket", No(NO_TCP_HOOK)),
-    ("lifecycle.stopSignal", Yes),
+    ("lifecycle.stopSignal", Rule(stop_signal)),
     ("livenessProbe", Rule(probe)),
     ("name", Yes),
     ("ports", Inside),
@@ -465,6 +465,24 @@ fn termination_path(value: &Value) -> Option<String> {
             "{path:?} is not the absolute path of a file that can be made: use /dev/termination-log"
         )
     })
+}
+
+/// A signal by the names that Kubernetes has for those of Linux.
+fn stop_signal(value: &Value) -> Option<String> {
+    const NAMES: [&str; 36] = [
+        "ABRT", "ALRM", "BUS", "CHLD", "CLD", "CONT", "FPE", "HUP", "ILL", "INT", "IO", "IOT",
+        "KILL", "PIPE", "POLL", "PROF", "PWR", "QUIT", "RTMAX", "RTMIN", "SEGV", "STKFLT", "STOP",
+        "SYS", "TERM", "TRAP", "TSTP", "TTIN", "TTOU", "URG", "USR1", "USR2", "VTALRM", "WINCH",
+        "XCPU", "XFSZ",
+    ];
+    let text = value.as_str().unwrap_or_default();
+    let offset = |prefix: &str| text.strip_prefix(prefix)?.parse::<u8>().ok();
+    let known = text
+        .strip_prefix("SIG")
+        .is_some_and(|name| NAMES.contains(&name))
+        || offset("SIGRTMIN+").is_some_and(|offset| offset <= 15)
+        || offset("SIGRTMAX-").is_some_and(|offset| offset <= 14);
+    (!known && !text.is_empty()).then(|| format!("{text:?} is no signal, such as SIGTERM"))
 }
 
 /// What of an affinity this node does not do.
@@ -718,6 +736,14 @@ mod tests {
             (
                 "lifecycle.preStop.httpGet.host",
                 json!({"lifecycle": {"preStop": {"httpGet": {"port": 1, "host": "192.0.2.1"}}}}),
+            ),
+            (
+                "lifecycle.stopSignal",
+                json!({"lifecycle": {"stopSignal": "TERM"}}),
+            ),
+            (
+                "lifecycle.stopSignal",
+                json!({"lifecycle": {"stopSignal": "SIGRTMIN+16"}}),
             ),
             (
                 "livenessProbe",

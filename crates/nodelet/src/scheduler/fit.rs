@@ -64,6 +64,17 @@ pub(crate) fn check(pod: &Pod, node: &Node, others: &[&Pod]) -> Result<(), Misfi
         .copied()
         .filter(|other| is_on(other, name) && !is_finished(other))
         .collect();
+    let wanted = host_ports(spec);
+    let taken = here.iter().filter_map(|other| other.spec.as_ref());
+    if taken
+        .flat_map(host_ports)
+        .any(|taken| wanted.iter().any(|port| port.meets(&taken)))
+    {
+        return Err(Misfit {
+            reasons: vec!["node(s) didn't have free ports for the requested pod ports".to_owned()],
+            preemption_helps: true,
+        });
+    }
     if let Some(reason) = spread(pod, spec, node, &here) {
         return Err(Misfit {
             preemption_helps: !reason.contains("missing"),
@@ -291,6 +302,39 @@ fn spread(pod: &Pod, spec: &PodSpec, node: &Node, here: &[&Pod]) -> Option<Strin
     None
 }
 
+/// A port of the node that a pod wants.
+struct HostPort {
+    protocol: String,
+    number: i32,
+    address: String,
+}
+
+impl HostPort {
+    fn meets(&self, other: &Self) -> bool {
+        let any = |address: &str| matches!(address, "" | "0.0.0.0" | "::");
+        self.number == other.number
+            && self.protocol == other.protocol
+            && (any(&self.address) || any(&other.address) || self.address == other.address)
+    }
+}
+
+fn host_ports(spec: &PodSpec) -> Vec<HostPort> {
+    let sidecars = spec.init_containers.iter().flatten();
+    let sidecars = sidecars.filter(|container| roles::of_init(container) == Role::Sidecar);
+    spec.containers
+        .iter()
+        .chain(sidecars)
+        .flat_map(|container| container.ports.iter().flatten())
+        .filter_map(|port| {
+            Some(HostPort {
+                number: port.host_port.filter(|number| *number > 0)?,
+                protocol: port.protocol.clone().unwrap_or_else(|| "TCP".to_owned()),
+                address: port.host_ip.clone().unwrap_or_default(),
+            })
+        })
+        .collect()
+}
+
 /// What a pod asks for of a resource: thousandths of CPUs, or bytes.
 pub(crate) fn request(spec: &PodSpec, name: &str) -> i64 {
     let amount = |container: &k8s_openapi::api::core::v1::Container| {
@@ -478,6 +522,25 @@ mod tests {
             reasons(json!({}), &[small.clone(), small.clone(), small]),
             ["Too many pods"]
         );
+    }
+
+    #[test]
+    fn ports_of_the_node_are_had_once() {
+        let port = |number: i32, protocol: &str, address: &str| {
+            json!({"containers": [{"name": "c", "ports": [{"containerPort": 80, "hostPort": number,
+                "protocol": protocol, "hostIP": address}]}]})
+        };
+        let taken = [placed(port(80, "TCP", "127.0.0.1"), json!({}))];
+        for (wanted, fits) in [
+            (port(80, "TCP", ""), false),
+            (port(80, "TCP", "127.0.0.1"), false),
+            (port(80, "TCP", "127.0.0.2"), true),
+            (port(80, "UDP", ""), true),
+            (port(81, "TCP", ""), true),
+            (port(0, "TCP", ""), true),
+        ] {
+            assert_eq!(reasons(wanted.clone(), &taken).is_empty(), fits, "{wanted}");
+        }
     }
 
     #[test]
