@@ -307,6 +307,7 @@ impl Foreground {
         let split = cluster.is_hypernetes().await?;
         let output = async {
             let since = (!self.from_start).then(jiff::Timestamp::now);
+            let mut followed = run_of(container);
             loop {
                 let query = Query {
                     follow: true,
@@ -321,17 +322,23 @@ impl Foreground {
                     &query,
                 )
                 .await;
-                // With a restart policy the container comes back, and its output with it.
-                let over =
-                    watch::until(cluster, container, |now| match now.map(Container::state) {
-                        None | Some(State::Exited | State::Dead | State::Removing) => Some(true),
-                        Some(State::Running) => Some(false),
-                        Some(State::Created | State::Restarting) => None,
-                    })
-                    .await?;
-                if over {
-                    drop(done);
-                    return printed;
+                // With a restart policy the container comes back, and its output with it. The log
+                // ends before the status says so: only another run is followed again.
+                let next = watch::until(cluster, container, |now| {
+                    let run = now.and_then(run_of);
+                    match now.map(Container::state) {
+                        None | Some(State::Exited | State::Dead | State::Removing) => Some(None),
+                        Some(State::Running) if run != followed => Some(Some(run)),
+                        Some(State::Running | State::Created | State::Restarting) => None,
+                    }
+                })
+                .await?;
+                match next {
+                    Some(run) => followed = run,
+                    None => {
+                        drop(done);
+                        return printed;
+                    }
                 }
             }
         };
@@ -365,6 +372,11 @@ impl Foreground {
             }
         }
     }
+}
+
+/// Which run of the container's program it is.
+fn run_of(container: &Container) -> Option<String> {
+    container.status()?.container_id.clone()
 }
 
 /// Signals to pass on.
