@@ -109,6 +109,7 @@ pub(crate) fn explain(error: &clap::Error) -> Option<String> {
                 None => None,
             }
         }
+        ErrorKind::MissingRequiredArgument | ErrorKind::TooFewValues => too_few(error),
         ErrorKind::InvalidSubcommand => {
             let verb = text(ContextKind::InvalidSubcommand)?;
             Some(match verb {
@@ -130,6 +131,27 @@ pub(crate) fn explain(error: &clap::Error) -> Option<String> {
         }
         _ => None,
     }
+}
+
+/// docker's words for arguments that are missing.
+fn too_few(error: &clap::Error) -> Option<String> {
+    let count = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::Strings(missing)) => missing.len(),
+        _ => 1,
+    };
+    let rendered = error.render().to_string();
+    let usage = rendered
+        .lines()
+        .find_map(|line| line.strip_prefix("Usage: "))?;
+    let verb: Vec<&str> = usage
+        .split(' ')
+        .take_while(|word| word.chars().all(|c| c.is_ascii_lowercase()))
+        .collect();
+    let verb = verb.join(" ");
+    let arguments = if count == 1 { "argument" } else { "arguments" };
+    Some(format!(
+        "hyper: '{verb}' requires at least {count} {arguments}\n\nUsage:  {usage}\n\nRun '{verb} --help' for more information"
+    ))
 }
 
 #[cfg(test)]
@@ -165,6 +187,18 @@ mod tests {
                 "hyper: swarm is not supported: the cluster is a Kubernetes",
             ),
             (&["dance"], "hyper: unknown command: hyper dance"),
+            (
+                &["rm"],
+                "hyper: 'hyper rm' requires at least 1 argument\n\nUsage:  hyper rm",
+            ),
+            (
+                &["rename", "a"],
+                "hyper: 'hyper rename' requires at least 1 argument",
+            ),
+            (
+                &["compose", "exec", "web"],
+                "hyper: 'hyper compose exec' requires at least 1 argument",
+            ),
         ] {
             let error = Cli::try_parse_from(["hyper"].iter().chain(args)).unwrap_err();
             let text = explain(&error).unwrap_or_else(|| panic!("{args:?}: {error}"));

@@ -1,5 +1,7 @@
 //! `run`, `create` and `attach`.
 
+use std::time::Duration;
+
 use kube::api::AttachParams;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -26,7 +28,7 @@ use crate::{
 const PATIENCE: u32 = 3;
 
 /// How long a container that runs may turn out to be none.
-const MOMENT: std::time::Duration = std::time::Duration::from_millis(120);
+const MOMENT: Duration = Duration::from_millis(250);
 
 /// `create`.
 pub(crate) async fn create(cluster: &Cluster, options: &Create) -> Result<()> {
@@ -66,6 +68,13 @@ pub(crate) async fn run(cluster: &Cluster, options: &Run) -> Result<()> {
             return Err(failure);
         }
     };
+    if options.detach
+        && let Some(failure) = late_failure(cluster, &container, MOMENT).await?
+    {
+        publish::withdraw(cluster, &container).await?;
+        cluster.remove(&container, Some(0)).await?;
+        return Err(failure);
+    }
     if options.timing {
         timing(cluster, &container, accepted, begun.elapsed()).await?;
     }
@@ -82,11 +91,15 @@ pub(crate) async fn run(cluster: &Cluster, options: &Run) -> Result<()> {
     };
     match Box::pin(foreground.follow(cluster, &container)).await? {
         Some(code) => {
+            let failure = match code {
+                126 | 127 => late_failure(cluster, &container, Duration::ZERO).await?,
+                _ => None,
+            };
             if create.rm {
                 publish::withdraw(cluster, &container).await?;
                 cluster.remove(&container, Some(0)).await?;
             }
-            finish(code)
+            failure.map_or_else(|| finish(code), Err)
         }
         None => Ok(()),
     }
@@ -113,7 +126,7 @@ pub(crate) async fn start(
     let spinner = pulling.then(|| {
         let spinner = indicatif::ProgressBar::new_spinner()
             .with_message(format!("starting {}", container.name));
-        spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+        spinner.enable_steady_tick(Duration::from_millis(100));
         spinner
     });
     let started = tokio::select! {
@@ -124,26 +137,33 @@ pub(crate) async fn start(
         spinner.finish_and_clear();
     }
     Ok(match started {
-        Started::Yes(container) => {
-            // A program that is not there is known a moment after the start.
-            let failure = match start_error(&container) {
-                Some(failure) => Some(failure),
-                None => {
-                    let look = |now: Option<&Container>| now.and_then(start_error);
-                    let found = watch::until(cluster, &container, look);
-                    match tokio::time::timeout(MOMENT, found).await {
-                        Ok(failure) => Some(failure?),
-                        Err(_elapsed) => None,
-                    }
-                }
-            };
-            match failure {
-                Some(failure) => Err(failure),
-                None => Ok(*container),
-            }
-        }
+        Started::Yes(container) => match start_error(&container) {
+            Some(failure) => Err(failure),
+            None => Ok(*container),
+        },
         Started::No(reason, message) => Err(not_started(container, &reason, &message)),
     })
+}
+
+/// A program that is not there is known a moment after the start.
+async fn late_failure(
+    cluster: &Cluster,
+    container: &Container,
+    moment: Duration,
+) -> Result<Option<Failure>> {
+    if moment.is_zero() {
+        let pod = cluster.pods().get_opt(container.pod_name()).await?;
+        let now = pod.map(|pod| Container {
+            pod,
+            ..container.clone()
+        });
+        return Ok(now.as_ref().and_then(start_error));
+    }
+    let found = watch::until(cluster, container, |now| now.and_then(start_error));
+    match tokio::time::timeout(moment, found).await {
+        Ok(failure) => failure.map(Some),
+        Err(_elapsed) => Ok(None),
+    }
 }
 
 /// Kubelets say of a program that could not be started that it has ended.
@@ -182,8 +202,8 @@ fn not_started(container: &Container, reason: &str, message: &str) -> Failure {
 async fn timing(
     cluster: &Cluster,
     container: &Container,
-    accepted: std::time::Duration,
-    running: std::time::Duration,
+    accepted: Duration,
+    running: Duration,
 ) -> Result<()> {
     terminal::note(&format!(
         "{:>7} ms  accepted by the API server",
@@ -287,6 +307,7 @@ impl Foreground {
         let split = cluster.is_hypernetes().await?;
         let output = async {
             let since = (!self.from_start).then(jiff::Timestamp::now);
+            let mut followed = run_of(container);
             loop {
                 let query = Query {
                     follow: true,
@@ -301,17 +322,23 @@ impl Foreground {
                     &query,
                 )
                 .await;
-                // With a restart policy the container comes back, and its output with it.
-                let over =
-                    watch::until(cluster, container, |now| match now.map(Container::state) {
-                        None | Some(State::Exited | State::Dead | State::Removing) => Some(true),
-                        Some(State::Running) => Some(false),
-                        Some(State::Created | State::Restarting) => None,
-                    })
-                    .await?;
-                if over {
-                    drop(done);
-                    return printed;
+                // With a restart policy the container comes back, and its output with it. The log
+                // ends before the status says so: only another run is followed again.
+                let next = watch::until(cluster, container, |now| {
+                    let run = now.and_then(run_of);
+                    match now.map(Container::state) {
+                        None | Some(State::Exited | State::Dead | State::Removing) => Some(None),
+                        Some(State::Running) if run != followed => Some(Some(run)),
+                        Some(State::Running | State::Created | State::Restarting) => None,
+                    }
+                })
+                .await?;
+                match next {
+                    Some(run) => followed = run,
+                    None => {
+                        drop(done);
+                        return printed;
+                    }
                 }
             }
         };
@@ -345,6 +372,11 @@ impl Foreground {
             }
         }
     }
+}
+
+/// Which run of the container's program it is.
+fn run_of(container: &Container) -> Option<String> {
+    container.status()?.container_id.clone()
 }
 
 /// Signals to pass on.
