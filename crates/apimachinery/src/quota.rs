@@ -39,7 +39,7 @@ pub fn to_value(amounts: &Amounts) -> Value {
     Value::Object(fields.collect::<Map<_, _>>())
 }
 
-/// An amount as people write it: bytes in powers of two where they are whole.
+/// An amount as people write it: bytes in powers of two where they are whole, else in powers of ten.
 pub fn show(name: &str, amount: Quantity) -> String {
     let bytes = ["memory", "storage", "hugepages"]
         .iter()
@@ -51,6 +51,12 @@ pub fn show(name: &str, amount: Quantity) -> String {
     let suffixes = ["Ei", "Pi", "Ti", "Gi", "Mi", "Ki"];
     for (power, suffix) in (1..=6).rev().zip(suffixes) {
         let unit = 1024_i64.pow(power);
+        if units % unit == 0 {
+            return format!("{}{suffix}", units / unit);
+        }
+    }
+    for (power, suffix) in (1..=4).rev().zip(["T", "G", "M", "k"]) {
+        let unit = 1000_i64.pow(power);
         if units % unit == 0 {
             return format!("{}{suffix}", units / unit);
         }
