@@ -32,7 +32,7 @@ fn a_pod_may_name_a_distribution_kernel() {
         "{verdict}"
     );
 
-    let acme = daemon.tenant("acme", "10.96.0.0/24");
+    let acme = daemon.tenant("acme", "10.66.0.0/24");
     let manifest = |name: &str, annotations: &str| {
         format!(
             "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, annotations: {{{annotations}}}}}, \

@@ -387,7 +387,7 @@ fn ports_of_the_node() {
         ];
         eventually("the conflict is told", PATIENCE, || {
             let text = stdout(&mut admin.kubectl(&events));
-            match text.contains("host port 28088/tcp cannot be had") {
+            match text.contains("didn't have free ports for the requested pod ports") {
                 true => Ok(()),
                 false => Err(text),
             }

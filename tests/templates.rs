@@ -32,8 +32,8 @@ fn pods_of_one_template_have_nothing_in_common() {
     }
     let registry = Registry::start();
     let mut daemon = Daemon::start(DaemonOptions::default());
-    let acme = daemon.tenant("acme", "10.96.0.0/24");
-    let globex = daemon.tenant("globex", "10.96.0.0/24");
+    let acme = daemon.tenant("acme", "10.66.0.0/24");
+    let globex = daemon.tenant("globex", "10.66.0.0/24");
     daemon.wait_template();
     let image = registry.image("busybox:1");
     let pods = [(&acme, "one"), (&acme, "two"), (&globex, "one")];

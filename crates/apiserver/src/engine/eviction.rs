@@ -15,7 +15,8 @@ use crate::{
 
 /// A budget that has more under way than this is taken for stuck.
 const MAX_DISRUPTED: usize = 2000;
-/// When to try again, as upstream says it.
+/// When to try again where the server is only behind. Where the budget is used up nobody knows when, and
+/// clients have a patience of their own.
 const RETRY_SECONDS: u32 = 10;
 
 impl Engine {
@@ -93,14 +94,15 @@ fn is_ready(pod: &Value) -> bool {
 /// Counts the pod as disrupted.
 fn take(budget: &mut Value, pod: &str, now: &str) -> Result<()> {
     let name = meta::name(budget).unwrap_or_default().to_owned();
-    let refuse = |why: String| {
+    let refuse_for = |why: String, seconds: u32| {
         let mut status = Status::too_many_requests(
             "Cannot evict pod as it would violate the pod's disruption budget.",
-            RETRY_SECONDS,
+            seconds,
         );
         status = status.with_cause("DisruptionBudget", &why, "");
         Err(status)
     };
+    let refuse = |why: String| refuse_for(why, 0);
     let status = &mut budget["status"];
     let generation = status["observedGeneration"].as_i64().unwrap_or_default();
     let allowed = status["disruptionsAllowed"].as_i64().unwrap_or_default();
@@ -114,9 +116,8 @@ fn take(budget: &mut Value, pod: &str, now: &str) -> Result<()> {
             .as_i64()
             .unwrap_or_default()
     {
-        return refuse(format!(
-            "The disruption budget {name} is still being processed by the server."
-        ));
+        let why = format!("The disruption budget {name} is still being processed by the server.");
+        return refuse_for(why, RETRY_SECONDS);
     }
     if allowed < 0 {
         return refuse("pdb disruptions allowed is negative".into());
