@@ -40,7 +40,9 @@ impl HostPicture {
         }
         for mount in fs::read_to_string("/proc/self/mounts").unwrap().lines() {
             let target = mount.split(' ').nth(1).unwrap_or(mount);
-            if mine(target) || target.starts_with(&*run_dir.to_string_lossy()) {
+            // Four hex digits alone are in many a temporary name.
+            let ours = target.contains(&format!("-{instance}"));
+            if ours || target.starts_with(&*run_dir.to_string_lossy()) {
                 lines.insert(format!("mount {target}"));
             }
         }
