@@ -8,6 +8,8 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Write},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
@@ -108,6 +110,7 @@ fn services_of_two_tenants_with_the_same_addresses() {
     let [acme, globex] = &tenants;
     names(&daemon, acme, globex);
     addresses(&daemon, acme);
+    node_ports(&daemon, acme, globex);
     api_server(&daemon, acme);
     changes(&mut daemon, acme);
     for name in ["acme", "globex"] {
@@ -244,7 +247,7 @@ fn addresses(daemon: &Daemon, acme: &Path) {
         ),
         (
             "{type: NodePort, ports: [{port: 80}]}".to_owned(),
-            "spec.type: NodePort is not supported",
+            "spec.type: NodePort: the tenant may not have ports of the node",
         ),
         (
             "{externalIPs: [192.0.2.1], ports: [{port: 80}]}".to_owned(),
@@ -259,6 +262,73 @@ fn addresses(daemon: &Daemon, acme: &Path) {
     let shown = stdout(&mut acme.kubectl(&["get", "service", "more", "--no-headers"]));
     assert!(shown.contains("<pending>"), "{shown}");
     run(&mut acme.kubectl(&["delete", "service", "more"]));
+}
+
+/// What a service says at a port of the node; empty if nobody is there.
+fn at_node(port: &str) -> String {
+    let Ok(mut stream) = TcpStream::connect(format!("127.0.0.1:{port}")) else {
+        return String::new();
+    };
+    stream
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let mut line = String::new();
+    let said = stream.write_all(b"x\n").and_then(|()| {
+        let mut reader = BufReader::new(&stream);
+        reader.read_line(&mut line)
+    });
+    said.map_or(String::new(), |_length| line.trim().to_owned())
+}
+
+fn node_ports(daemon: &Daemon, acme: &Path, globex: &Path) {
+    let (acme, globex) = (member(daemon, acme), member(daemon, globex));
+    let service = |name: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Service, metadata: {{name: {name}}}, spec: {{type: NodePort, \
+             selector: {{app: echo}}, ports: [{{port: 80, targetPort: line}}]}}}}"
+        )
+    };
+    let allow = |count: &str| {
+        let patch = format!("{{\"spec\":{{\"nodePorts\":{count}}}}}");
+        run(&mut daemon.kubectl(&["patch", "tenant", "acme", "--type=merge", "-p", &patch]));
+    };
+    allow("1");
+    eventually("the tenant may", PATIENCE, || {
+        let output = acme.create("door.yaml", &service("door"));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        output.status.success().then_some(()).ok_or(text)
+    });
+    let second = acme.create("more.yaml", &service("more"));
+    let text = String::from_utf8_lossy(&second.stderr);
+    assert!(text.contains("exceeded quota: node-ports"), "{text}");
+    let foreign = globex.create("door.yaml", &service("door"));
+    let text = String::from_utf8_lossy(&foreign.stderr);
+    assert!(text.contains("spec.nodePorts"), "{text}");
+
+    let shown = |path: &str| stdout(&mut acme.kubectl(&["get", "service", "door", "-o", path]));
+    let port = shown("jsonpath={.spec.ports[0].nodePort}");
+    let listed = stdout(&mut acme.kubectl(&["get", "service", "door", "--no-headers"]));
+    assert!(listed.contains(&format!("80:{port}/TCP")), "{listed}");
+    for who in ["one x", "two x"] {
+        eventually(&format!("{who} at the node"), PATIENCE, || {
+            let text = at_node(&port);
+            (text == who).then_some(()).ok_or(text)
+        });
+    }
+    run(&mut acme.kubectl(&["delete", "service", "door"]));
+    eventually("the port is closed", PATIENCE, || {
+        TcpStream::connect(format!("127.0.0.1:{port}"))
+            .map_or(Ok(()), |_stream| Err("it is open".to_owned()))
+    });
+    allow("null");
+    eventually("the tenant may not", PATIENCE, || {
+        let output = acme.create("door.yaml", &service("door"));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (!output.status.success()).then_some(()).ok_or_else(|| {
+            run(&mut acme.kubectl(&["delete", "service", "door"]));
+            text
+        })
+    });
 }
 
 fn api_server(daemon: &Daemon, acme: &Path) {

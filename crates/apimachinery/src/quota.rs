@@ -87,7 +87,8 @@ pub fn usage(kind: &ResourceKind, object: &Value) -> Amounts {
             if kind == "LoadBalancer" {
                 out.insert("services.loadbalancers".into(), one);
             }
-            if matches!(kind, "LoadBalancer" | "NodePort") {
+            // Those of type LoadBalancer get none here.
+            if kind == "NodePort" {
                 out.insert("services.nodeports".into(), ports);
             }
         }

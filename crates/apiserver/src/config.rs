@@ -1,6 +1,6 @@
 //! What a server is made from.
 
-use std::{fmt, net::Ipv4Addr, sync::Arc, time::Duration};
+use std::{fmt, net::Ipv4Addr, ops::RangeInclusive, sync::Arc, time::Duration};
 
 use hypernetes_apimachinery::usage::UsageBoard;
 use hypernetes_identity::{Authenticator, CertificateAuthenticator, SigningKey};
@@ -42,6 +42,8 @@ pub struct ApiServerConfig {
     pub limits: Limits,
     /// Addresses of services, the same in every network.
     pub service_cidr: Ipv4Net,
+    /// Ports of the node that services can have.
+    pub node_ports: RangeInclusive<u16>,
     /// Tells the time.
     pub clock: Clock,
 }
@@ -63,6 +65,7 @@ impl ApiServerConfig {
             audit: None,
             limits: Limits::default(),
             service_cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 96, 0, 0), 16),
+            node_ports: 30_000..=32_767,
             clock: Arc::new(Timestamp::now),
         }
     }

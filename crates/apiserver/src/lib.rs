@@ -36,6 +36,7 @@ mod keys;
 mod listener;
 mod metrics;
 mod negotiate;
+mod node_ports;
 mod pods;
 mod query;
 mod rbac;

@@ -92,6 +92,7 @@ impl ApiServer {
             mount_tokens: config.mount_tokens,
             limits: config.limits,
             service_range: config.service_cidr,
+            node_ports: config.node_ports,
             shutdown: shutdown.clone(),
             tasks: TaskTracker::new(),
         };

@@ -17,7 +17,7 @@ use ipnet::Ipv4Net;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::{codec, engine::Engine, keys, status::Result};
+use crate::{codec, engine::Engine, keys, node_ports, status::Result};
 
 /// Beginning of the keys of addresses.
 const ADDRESSES: &str = "service-addresses/";
@@ -61,6 +61,7 @@ fn needs_address(service: &Value) -> bool {
 /// Takes over from the old service what its author need not know, and drops what no longer fits
 /// the type.
 pub(crate) fn prepare_update(new: &mut Value, old: &Value) {
+    node_ports::prepare_update(new, old);
     let (was, Some(is)) = (
         &old["spec"],
         new.get_mut("spec").and_then(Value::as_object_mut),
@@ -144,6 +145,7 @@ impl Engine {
         let network = self.network_of(&namespace);
         let before = old.and_then(address_of).map(str::to_owned);
         let mut allocation = Allocation::default();
+        self.allocate_node_ports(object, old, &mut allocation)?;
         if needs_address(object) {
             families(object);
             let asked = address_of(object).map(str::to_owned);
@@ -169,16 +171,22 @@ impl Engine {
             && before.as_deref() != address_of(object)
             && let Some(old) = old
         {
-            allocation.ops.extend(self.release(kind, old));
+            allocation.ops.extend(self.release_address(old));
         }
         Ok(allocation)
     }
 
-    /// Gives back the service's address.
-    pub(crate) fn release(&self, kind: &ResourceKind, object: &Value) -> Option<Op> {
+    /// Gives back the service's address and ports. Other kinds have none.
+    pub(crate) fn release(&self, kind: &ResourceKind, object: &Value) -> Vec<Op> {
         if !is_service(kind) {
-            return None;
+            return Vec::new();
         }
+        let mut ops = self.release_node_ports(object);
+        ops.extend(self.release_address(object));
+        ops
+    }
+
+    fn release_address(&self, object: &Value) -> Option<Op> {
         let address = address_of(object)?.parse().ok()?;
         let network = self.network_of(meta::namespace(object).unwrap_or_default());
         let key = key(&network, address);
@@ -332,7 +340,7 @@ fn key(network: &str, address: Ipv4Addr) -> String {
 }
 
 /// Who has an address, as its key's value.
-fn holder(service: &Value) -> bytes::Bytes {
+pub(crate) fn holder(service: &Value) -> bytes::Bytes {
     let holder = json!({"metadata": {
         "namespace": meta::namespace(service),
         "name": meta::name(service),

@@ -126,6 +126,77 @@ async fn an_address_is_one_service_s_in_its_network() {
 }
 
 #[tokio::test]
+async fn a_port_of_the_node_is_one_service_s() {
+    let store = Store::in_memory(StoreConfig::default()).unwrap();
+    let client = self::client(&store).await;
+    for (name, tenant) in [("acme", true), ("one", false), ("two", false)] {
+        namespace(&client, name, tenant).await;
+    }
+    let want =
+        |number: u16| json!({"type": "NodePort", "ports": [{"port": 80, "nodePort": number}]});
+    create(&client, "one", "a", &want(30080)).await.unwrap();
+    for (namespace, spec, why) in [
+        (
+            "two",
+            want(30080),
+            "spec.ports[0].nodePort: Invalid value: 30080: provided port is already allocated",
+        ),
+        ("two", want(80), "The range of valid ports is 30000-32767"),
+        (
+            "two",
+            json!({"type": "LoadBalancer", "ports": [{"port": 80, "nodePort": 30081}]}),
+            "use type NodePort",
+        ),
+        (
+            "acme",
+            want(30081),
+            "its object says how many: spec.nodePorts",
+        ),
+    ] {
+        let message = create(&client, namespace, "b", &spec).await.unwrap_err();
+        assert!(message.contains(why), "{namespace} {spec}: {message}");
+    }
+    let services = Api::<Service>::namespaced(client.clone(), "one");
+    let node_ports = |service: &Service| -> Vec<Option<i32>> {
+        let ports = service.spec.as_ref().unwrap().ports.as_ref().unwrap();
+        ports.iter().map(|port| port.node_port).collect()
+    };
+    // Both protocols of a port have one number, another port another.
+    let both = json!({"type": "NodePort", "ports": [
+        {"name": "t", "port": 53, "protocol": "TCP"}, {"name": "u", "port": 53, "protocol": "UDP"},
+        {"name": "w", "port": 80}]});
+    create(&client, "one", "dns", &both).await.unwrap();
+    let made = node_ports(&services.get("dns").await.unwrap());
+    assert_eq!(made[0], made[1]);
+    assert!(made[2].is_some() && made[2] != made[0], "{made:?}");
+    // It stays over changes that do not know it, and is free when the type or the service goes.
+    let params = PatchParams::default();
+    let patch = |spec: Value| Patch::Merge(json!({"spec": spec}));
+    let patched = services
+        .patch(
+            "a",
+            &params,
+            &patch(json!({"ports": [{"port": 80, "targetPort": 8080}]})),
+        )
+        .await
+        .unwrap();
+    assert_eq!(node_ports(&patched), [Some(30080)]);
+    let patched = services
+        .patch("a", &params, &patch(json!({"type": "ClusterIP"})))
+        .await
+        .unwrap();
+    assert_eq!(node_ports(&patched), [None]);
+    create(&client, "two", "b", &want(30080)).await.unwrap();
+    let two = Api::<Service>::namespaced(client.clone(), "two");
+    two.delete("b", &DeleteParams::default()).await.unwrap();
+    let patched = services
+        .patch("a", &params, &patch(want(30080)))
+        .await
+        .unwrap();
+    assert_eq!(node_ports(&patched), [Some(30080)]);
+}
+
+#[tokio::test]
 async fn many_at_once_get_different_addresses_until_none_is_left() {
     let store = Store::in_memory(StoreConfig::default()).unwrap();
     let client = self::client(&store).await;

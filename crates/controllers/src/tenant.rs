@@ -9,7 +9,7 @@ use hypernetes_types::{
 };
 use ipnet::Ipv4Net;
 use k8s_openapi::api::{
-    core::v1::Namespace,
+    core::v1::{Namespace, ResourceQuota},
     rbac::v1::{ClusterRole, ClusterRoleBinding, RoleBinding},
 };
 use kube::{
@@ -29,6 +29,10 @@ use crate::{
 /// Address range of a tenant that names none.
 const DEFAULT_CIDR: &str = "10.244.0.0/16";
 const RBAC_GROUP: &str = "rbac.authorization.k8s.io";
+/// On a namespace: how many ports of the node its services may have; absent if none.
+const NODE_PORTS_ANNOTATION: &str = "hypernetes.io/node-ports";
+const NODE_PORTS_QUOTA: &str = "node-ports";
+const NODE_PORTS_RESOURCE: &str = "services.nodeports";
 /// On a namespace: kernels that its pods may name, as JSON; absent if any.
 pub(crate) const KERNELS_ANNOTATION: &str = "hypernetes.io/allowed-kernels";
 
@@ -65,6 +69,7 @@ pub(crate) async fn reconcile(
         conditions::write(&api, tenant, &[condition], json!({})).await?;
         return Ok(Action::requeue(Duration::from_secs(30)));
     }
+    ensure_node_ports(tenant, &namespace, &name, client).await?;
     let network = ensure_network(tenant, &name, client).await?;
     ensure_roles(&name, client).await?;
 
@@ -150,6 +155,48 @@ async fn ensure_namespace(
             .map_err(ReconcileError::api(format!("annotate namespace {name}")));
     }
     Ok(found)
+}
+
+/// Lets services of the namespace have ports of the node, as many as the tenant's object says. The
+/// quota is there before services may be of that type, and goes after them.
+async fn ensure_node_ports(
+    tenant: &DynamicObject,
+    namespace: &Namespace,
+    name: &TenantName,
+    client: &Client,
+) -> Result<(), ReconcileError> {
+    let count = tenant.data["spec"]["nodePorts"].as_u64().unwrap_or(0);
+    let annotation = (count > 0).then(|| count.to_string());
+    let quotas: Api<ResourceQuota> = Api::namespaced(client.clone(), name.as_str());
+    let shown = namespace.annotations().get(NODE_PORTS_ANNOTATION);
+    if annotation.is_some() || shown.is_some() {
+        let hard = json!({NODE_PORTS_RESOURCE: count.to_string()});
+        let wanted = json!({
+            "apiVersion": "v1",
+            "kind": "ResourceQuota",
+            "metadata": {"name": NODE_PORTS_QUOTA, "namespace": name.as_str()},
+            "spec": {"hard": hard},
+        });
+        let found = objects::ensure(&quotas, wanted).await?;
+        let is = serde_json::to_value(&found).unwrap_or_default()["spec"]["hard"].take();
+        if is != hard {
+            let patch = Patch::Merge(json!({"spec": {"hard": hard}}));
+            quotas
+                .patch(NODE_PORTS_QUOTA, &PatchParams::default(), &patch)
+                .await
+                .map_err(ReconcileError::api(format!(
+                    "bound the node ports of {name}"
+                )))?;
+        }
+    }
+    if shown != annotation.as_ref() {
+        let patch = json!({"metadata": {"annotations": {NODE_PORTS_ANNOTATION: annotation}}});
+        Api::<Namespace>::all(client.clone())
+            .patch(name.as_str(), &PatchParams::default(), &Patch::Merge(patch))
+            .await
+            .map_err(ReconcileError::api(format!("annotate namespace {name}")))?;
+    }
+    Ok(())
 }
 
 async fn ensure_network(

@@ -1,6 +1,6 @@
 //! The command line of the operator's binary.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -150,6 +150,10 @@ pub(crate) struct Up {
     #[arg(long, default_value = "10.96.0.0/16", value_parser = service_cidr)]
     pub(crate) service_cidr: ipnet::Ipv4Net,
 
+    /// Ports of the node that services of type NodePort can have
+    #[arg(long, value_name = "FIRST-LAST", default_value = "30000-32767", value_parser = port_range)]
+    pub(crate) service_node_port_range: RangeInclusive<u16>,
+
     /// DNS server that pods' queries are forwarded to; by default those of /etc/resolv.conf
     #[arg(long = "upstream-dns", value_name = "ADDRESS:PORT")]
     pub(crate) upstream_dns: Vec<SocketAddr>,
@@ -204,6 +208,16 @@ fn service_cidr(text: &str) -> Result<ipnet::Ipv4Net, String> {
     Ok(range)
 }
 
+/// Ports from the first to the last.
+fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
+    let parse = || {
+        let (first, last) = text.split_once('-')?;
+        let (first, last) = (first.parse::<u16>().ok()?, last.parse::<u16>().ok()?);
+        (first > 0 && first <= last).then_some(first..=last)
+    };
+    parse().ok_or_else(|| "must be two ports in order, such as 30000-32767".to_owned())
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Node {
     /// Configuration file, YAML; without it the defaults
@@ -233,6 +247,9 @@ pub(crate) enum Tenant {
         /// Kernel that its pods may name; repeatable. Without it any imported kernel
         #[arg(long = "allow-kernel", value_name = "NAME")]
         kernels: Vec<String>,
+        /// How many ports of the node its services may have (type NodePort)
+        #[arg(long, value_name = "COUNT")]
+        node_ports: Option<u16>,
     },
     /// List tenants
     #[command(visible_alias = "list")]

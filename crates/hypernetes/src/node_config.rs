@@ -354,6 +354,8 @@ impl NodeConfig {
             insecure_registries: self.registries.insecure.clone(),
             mirrors: self.registries.mirrors.clone(),
             upstream_dns: self.network.upstream_dns.clone(),
+            // Services of a cluster are kube-proxy's.
+            node_ports: 30_000..=32_767,
             cni: (self.network.driver == Driver::Cni).then(|| self.network.cni.clone()),
             hyperstart: some(&self.hyperstart),
             kernel_dir: some(&self.kernel_dir),

@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     fs,
     net::SocketAddr,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -44,6 +45,8 @@ pub(crate) struct PartsOptions {
     /// Per registry: places to ask before it.
     pub(crate) mirrors: BTreeMap<String, Vec<String>>,
     pub(crate) upstream_dns: Vec<SocketAddr>,
+    /// Ports of the node that services can have.
+    pub(crate) node_ports: RangeInclusive<u16>,
     /// The cluster's network, if pods are to join it.
     pub(crate) cni: Option<CniOptions>,
     pub(crate) hyperstart: Option<PathBuf>,
@@ -152,6 +155,7 @@ impl Parts {
         if !options.upstream_dns.is_empty() {
             network.upstream_dns.clone_from(&options.upstream_dns);
         }
+        network.node_ports.clone_from(&options.node_ports);
         let instance = network.instance.clone();
         fs::write(paths.instance(), &instance).context("cannot write the instance name")?;
         let own = BuiltinDriver::open(network)?;

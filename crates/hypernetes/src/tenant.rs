@@ -31,6 +31,7 @@ pub(crate) async fn run(paths: &Paths, command: Tenant) -> Result<()> {
             cidr,
             display_name,
             kernels,
+            node_ports,
         } => {
             let name = parse(&name)?;
             let mut spec = json!({"network": {"default": {"cidr": cidr.trunc().to_string()}}});
@@ -39,6 +40,9 @@ pub(crate) async fn run(paths: &Paths, command: Tenant) -> Result<()> {
             }
             if !kernels.is_empty() {
                 spec["kernels"] = kernels.into();
+            }
+            if let Some(count) = node_ports {
+                spec["nodePorts"] = count.into();
             }
             create(paths, &name, spec).await?;
             if let Some(path) = kubeconfig {

@@ -68,6 +68,7 @@ impl Node {
             insecure_registries: options.insecure_registries.clone(),
             mirrors: BTreeMap::new(),
             upstream_dns: options.upstream_dns.clone(),
+            node_ports: options.service_node_port_range.clone(),
             cni: None,
             hyperstart: options.hyperstart.clone(),
             kernel_dir: options.kernel_dir.clone(),
@@ -113,6 +114,9 @@ impl Node {
             max_age: options.audit_log_maxage,
         });
         config.service_cidr = options.service_cidr;
+        config
+            .node_ports
+            .clone_from(&options.service_node_port_range);
         let server = ApiServer::new(config)
             .await
             .context("cannot start the API server")?;

@@ -19,6 +19,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
     os::fd::OwnedFd,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -34,7 +35,7 @@ use crate::{
     Attachment, HeldPort, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
     NetworkSpec, PodNetworkRequest,
     netns::{self, Namespace},
-    plan::{Names, NetworkPlan, PodPlan, hex, namespace_prefix},
+    plan::{Names, NetworkPlan, PodPlan, hex, namespace_prefix, service_table},
     record::{NetworkRecord, Records},
     tap,
 };
@@ -53,6 +54,8 @@ pub struct BuiltinConfig {
     pub transit: Ipv4Net,
     /// Servers that resolve names for networks with egress, asked from the host.
     pub upstream_dns: Vec<SocketAddr>,
+    /// Ports of the node that services can have ([`crate::ServicePort::node_port`]).
+    pub node_ports: RangeInclusive<u16>,
 }
 
 impl BuiltinConfig {
@@ -67,6 +70,7 @@ impl BuiltinConfig {
             instance,
             transit: Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 16),
             upstream_dns: nameservers(&resolv_conf),
+            node_ports: 30_000..=32_767,
         }
     }
 }
@@ -103,6 +107,8 @@ struct Inner {
 struct Tables {
     networks: HashMap<NetworkId, Arc<Network>>,
     leases: BTreeMap<SandboxId, Lease>,
+    /// What services have of the node's ports.
+    node_ports: BTreeMap<NetworkId, BTreeSet<ports::NodePort>>,
 }
 
 /// A network and the lock that its operations hold.
@@ -165,6 +171,11 @@ impl BuiltinDriver {
         for record in records.networks().map_err(in_dir)? {
             let last = tables.taken(&record.spec.id).last().copied();
             let id = record.spec.id.clone();
+            if let Ok(plan) = NetworkPlan::new(&record.spec, config.transit, record.transit) {
+                let services = service_table(&plan, &record.services.ports);
+                let ports = ports::node_ports(&services);
+                tables.node_ports.insert(id.clone(), ports);
+            }
             let network = Network::new(&config.instance, Live::recorded(record, last));
             tables.networks.insert(id, Arc::new(network));
         }

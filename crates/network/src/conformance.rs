@@ -68,6 +68,7 @@ pub async fn check(driver: &dyn NetworkDriver) {
             port: 80,
             affinity: Some(60),
             backends: Backends::Endpoints(vec!["10.77.0.3:8080".parse().unwrap()]),
+            node_port: None,
         }],
         names: Vec::new(),
     };

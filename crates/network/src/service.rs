@@ -33,6 +33,10 @@ pub struct ServicePort {
     pub affinity: Option<u32>,
     /// Where connections go.
     pub backends: Backends,
+    /// Port of the node, on all its addresses, that leads there too. A pod's own port of the node
+    /// comes first; of two networks' services, the one of the first network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_port: Option<u16>,
 }
 
 /// Where connections to a service go.

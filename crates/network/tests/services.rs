@@ -68,6 +68,7 @@ fn services(affinity: Option<u32>, endpoints: &[&Guest]) -> NetworkServices {
             port: 80,
             affinity,
             backends: Backends::Endpoints(endpoints),
+            node_port: None,
         }],
         names: Vec::new(),
     }
@@ -188,6 +189,113 @@ fn ports_of_the_node_lead_to_pods_and_go_with_them() {
             driver.delete_network(&network.id).await.unwrap();
             ends_as(&before, dir.path()).await;
         }
+    });
+}
+
+/// Asks a service by `to`, and lets `pod` answer.
+async fn ask(socket: &UdpSocket, to: &str, pod: &mut Guest) -> SocketAddr {
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.send_to(b"ask", to).unwrap();
+    let (from, said) = take(pod, 9).await;
+    assert_eq!(said, b"ask");
+    answer(pod, from, 9, b"well").await;
+    let mut buffer = [0; 64];
+    let (length, source) = socket.recv_from(&mut buffer).unwrap();
+    assert_eq!(
+        (&buffer[..length], source.to_string()),
+        (&b"well"[..], to.to_owned())
+    );
+    from
+}
+
+#[test]
+fn ports_of_the_node_lead_to_services() {
+    on_own_host(|| async {
+        make_outside();
+        let dir = tempfile::tempdir().unwrap();
+        let mut driver = open(dir.path());
+        let before = host_state(dir.path());
+        let (red, blue) = (spec("red"), spec("blue"));
+        for network in [&red, &blue] {
+            driver.ensure_network(network).await.unwrap();
+        }
+        let mut one = boot(&driver, &red, &[]).await;
+        let mut two = boot(&driver, &blue, &[]).await;
+        let at = |port: Option<u16>, endpoints: &[&Guest]| {
+            let mut services = services(None, endpoints);
+            services.ports[0].node_port = port;
+            services
+        };
+        let outside = || inside("outside", || UdpSocket::bind("10.99.0.2:0").unwrap());
+        let node = || UdpSocket::bind("0.0.0.0:0").unwrap();
+        let listed = || sh("nft list ruleset; ip netns exec hn-t2-* nft list ruleset || true");
+
+        driver
+            .set_services(&red.id, at(Some(30_053), &[&one]))
+            .await
+            .unwrap();
+        // A second network's claim to it has to wait.
+        driver
+            .set_services(&blue.id, at(Some(30_053), &[&two]))
+            .await
+            .unwrap();
+        let alive = [one.lease.sandbox.clone(), two.lease.sandbox.clone()];
+        for restart in [false, true] {
+            if restart {
+                drop(driver);
+                driver = open(dir.path());
+                driver.recover(&alive).await.unwrap();
+            }
+            // blue comes before red.
+            let from = ask(&outside(), "10.99.0.1:30053", &mut two).await;
+            assert_eq!(from.ip().to_string(), "10.99.0.2");
+            ask(&node(), "127.0.0.1:30053", &mut two).await;
+            ask(&node(), "10.99.0.1:30053", &mut two).await;
+        }
+        driver
+            .set_services(&blue.id, at(None, &[&two]))
+            .await
+            .unwrap();
+        ask(&outside(), "10.99.0.1:30053", &mut one).await;
+
+        // Without an endpoint the node itself answers: nobody is there.
+        driver
+            .set_services(&red.id, at(Some(30_053), &[]))
+            .await
+            .unwrap();
+        let client = node();
+        client.connect("127.0.0.1:30053").unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.send(b"ask").unwrap();
+        let refused = client.recv(&mut [0; 8]).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+        assert!(!listed().contains("30053"), "{}", listed());
+
+        // A pod's own port comes first.
+        driver
+            .set_services(&red.id, at(Some(30_054), &[&one]))
+            .await
+            .unwrap();
+        let mut own = boot(&driver, &blue, &[port(30_054, None)]).await;
+        let client = node();
+        client.send_to(b"own", "127.0.0.1:30054").unwrap();
+        assert_eq!(take(&mut own, 53).await.1, b"own");
+        let sandbox = own.lease.sandbox.clone();
+        drop(own);
+        driver.detach(&sandbox).await.unwrap();
+        ask(&node(), "127.0.0.1:30054", &mut one).await;
+
+        for pod in [one, two] {
+            let sandbox = pod.lease.sandbox.clone();
+            drop(pod);
+            driver.detach(&sandbox).await.unwrap();
+        }
+        // With its services.
+        for network in [&red, &blue] {
+            driver.delete_network(&network.id).await.unwrap();
+        }
+        assert!(!listed().contains("30054"), "{}", listed());
+        ends_as(&before, dir.path()).await;
     });
 }
 
@@ -371,6 +479,7 @@ fn one_of_a_thousand_services_changes_quickly() {
                     "10.77.0.2:80".parse().unwrap(),
                     "10.77.0.3:80".parse().unwrap(),
                 ]),
+                node_port: Some(30_000 + index),
             });
         }
         driver.set_services(&red.id, all.clone()).await.unwrap();

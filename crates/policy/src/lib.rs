@@ -27,6 +27,9 @@ pub const RUNTIME_CLASS: &str = "hypernetes";
 /// Annotation of a namespace: kernels that its pods may name, separated by commas. Mirrored from
 /// the Tenant's `spec.kernels`; absent = every imported kernel.
 pub const ALLOWED_KERNELS_ANNOTATION: &str = "hypernetes.io/allowed-kernels";
+/// Annotation of a namespace: how many ports of the node its services may have. Mirrored from the
+/// Tenant's `spec.nodePorts`; absent = none.
+pub const NODE_PORTS_ANNOTATION: &str = "hypernetes.io/node-ports";
 /// Annotation of a pod: the network in its namespace that it joins, instead of the namespace's.
 pub const POD_NETWORK_ANNOTATION: &str = "hypernetes.io/network";
 /// Group of the project's own controllers where they do not run as `system:masters`.

@@ -2,16 +2,17 @@
 
 use serde_json::Value;
 
-use crate::{AdmissionRequest, FieldError};
+use crate::{AdmissionRequest, FieldError, NODE_PORTS_ANNOTATION, meta};
 
 pub(crate) fn check(request: &AdmissionRequest<'_>, object: &Value, causes: &mut Vec<FieldError>) {
     let spec = &object["spec"];
     let old = request.old_object.map(|old| &old["spec"]);
     let is_new = |field: &str| old.is_none_or(|old| old[field] != spec[field]);
-    if spec["type"] == "NodePort" && is_new("type") {
+    if spec["type"] == "NodePort" && is_new("type") && !may_have_node_ports(request) {
         causes.push(FieldError::new(
             "spec.type",
-            "NodePort is not supported: ports of the node are given to pods by hostPort only",
+            "NodePort: the tenant may not have ports of the node; its object says how many: \
+             spec.nodePorts",
         ));
     }
     let external = spec["externalIPs"].as_array();
@@ -22,11 +23,22 @@ pub(crate) fn check(request: &AdmissionRequest<'_>, object: &Value, causes: &mut
         ));
     }
     for (index, port) in spec["ports"].as_array().into_iter().flatten().enumerate() {
-        if port["nodePort"].as_i64().is_some_and(|port| port != 0) {
+        if spec["type"] == "LoadBalancer" && port["nodePort"].as_i64().is_some_and(|port| port != 0)
+        {
             causes.push(FieldError::new(
                 format!("spec.ports[{index}].nodePort"),
-                "is not supported: ports of the node are given to pods by hostPort only",
+                "is not supported for type LoadBalancer: use type NodePort",
             ));
         }
     }
+}
+
+/// Tenants only as far as their object says; how many is a matter of quota.
+fn may_have_node_ports(request: &AdmissionRequest<'_>) -> bool {
+    request.tenant().is_none()
+        || request
+            .namespace_object
+            .and_then(|namespace| meta::annotation(namespace, NODE_PORTS_ANNOTATION))
+            .and_then(|count| count.parse::<u16>().ok())
+            .is_some_and(|count| count > 0)
 }

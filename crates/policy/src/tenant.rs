@@ -24,7 +24,7 @@ pub(crate) fn check(object: &Value, causes: &mut Vec<FieldError>) {
         causes.push(FieldError::new("spec", "must be an object"));
     }
     for key in spec.as_object().into_iter().flat_map(|spec| spec.keys()) {
-        if !["displayName", "network", "kernels"].contains(&key.as_str()) {
+        if !["displayName", "network", "kernels", "nodePorts"].contains(&key.as_str()) {
             causes.push(FieldError::new(format!("spec.{key}"), "is not supported"));
         }
     }
@@ -38,6 +38,14 @@ pub(crate) fn check(object: &Value, causes: &mut Vec<FieldError>) {
     }
     if let Some(cidr) = spec["network"]["default"].get("cidr") {
         network::check_cidr(cidr, "spec.network.default.cidr", causes);
+    }
+    if let Some(count) = spec.get("nodePorts")
+        && count.as_u64().is_none_or(|count| count > 65_535)
+    {
+        causes.push(FieldError::new(
+            "spec.nodePorts",
+            "must be a number from 0 to 65535",
+        ));
     }
     if let Some(kernels) = spec.get("kernels") {
         let valid = kernels.as_array().is_some_and(|list| {

@@ -440,8 +440,25 @@ fn services_have_no_addresses_or_ports_of_the_node() {
         fields(json!({"externalIPs": ["10.0.0.1"]})),
         ["spec.externalIPs"]
     );
-    assert_eq!(
-        fields(json!({"ports": [{"port": 80, "nodePort": 30080}]})),
-        ["spec.ports[0].nodePort"]
-    );
+    let balanced = json!({"type": "LoadBalancer", "ports": [{"port": 80, "nodePort": 30080}]});
+    assert_eq!(fields(balanced), ["spec.ports[0].nodePort"]);
+}
+
+#[test]
+fn tenants_have_as_many_ports_of_the_node_as_their_object_says() {
+    let denied = |annotations: Value, tenant: bool| {
+        let mut case = Case::create("", "Service", json!({"spec": {"type": "NodePort"}}));
+        if !tenant {
+            case.namespace_object["metadata"]["labels"] = json!({});
+        }
+        case.namespace_object["metadata"]["annotations"] = annotations;
+        case.fields()
+    };
+    let none: [&str; 0] = [];
+    assert_eq!(denied(json!({}), false), none);
+    assert_eq!(denied(json!({}), true), ["spec.type"]);
+    for (count, fits) in [("0", false), ("-1", false), ("x", false), ("2", true)] {
+        let found = denied(json!({"hypernetes.io/node-ports": count}), true);
+        assert_eq!(found.is_empty(), fits, "{count}");
+    }
 }

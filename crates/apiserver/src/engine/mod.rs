@@ -68,6 +68,8 @@ pub(crate) struct Engine {
     pub(crate) limits: Limits,
     /// Addresses of services.
     pub(crate) service_range: ipnet::Ipv4Net,
+    /// Ports of the node that services can have.
+    pub(crate) node_ports: std::ops::RangeInclusive<u16>,
     /// Ends watches at shutdown.
     pub(crate) shutdown: CancellationToken,
     /// Streams on upgraded connections.

@@ -1,6 +1,7 @@
 //! One network and its pods: what is done under the network's lock.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     os::fd::OwnedFd,
@@ -8,7 +9,7 @@ use std::{
 
 use hypernetes_types::{NetworkId, SandboxId};
 
-use super::{Inner, Network, api::ApiListener, lock, system};
+use super::{Inner, Network, api::ApiListener, lock, ports::node_ports, system};
 use crate::{
     Attachment, Lease, NameRecord, NetworkError, NetworkSpec, PodNetworkRequest,
     dns::{DnsServer, Zone},
@@ -164,6 +165,8 @@ impl Inner {
         let id = live.record.spec.id.clone();
         live.record.deleting = true;
         self.put_record(network, live)?;
+        self.forward_services(network, &id, BTreeSet::new())
+            .map_err(system(format!("close ports of the node to network {id}")))?;
         self.tear_down(network, live)?;
         self.records
             .remove_network(&network.names.hash)
@@ -242,8 +245,15 @@ impl Inner {
                 network.names.namespace
             )))?;
         let id = &live.record.spec.id;
-        self.apply_uplink(&plan, network, &namespace, id)
+        self.apply_uplink(&plan, network, &namespace)
             .map_err(system(format!("join network {id} to the host")))?;
+        if !lock(&self.tables).held(id).is_empty() {
+            self.allow_loopback(network)
+                .map_err(system(format!("open ports of the node to network {id}")))?;
+        }
+        let ports = live.table.as_ref().map(node_ports).unwrap_or_default();
+        self.forward_services(network, id, ports)
+            .map_err(system(format!("forward ports of the node to network {id}")))?;
         let (zone, upstream) = (live.zone(), self.upstream(live));
         match &live.dns {
             Some(dns) if dns.is_running() => dns.set(zone, upstream),
@@ -288,7 +298,6 @@ impl Inner {
         plan: &NetworkPlan,
         network: &Network,
         namespace: &Namespace,
-        id: &NetworkId,
     ) -> io::Result<()> {
         let outside = network.names.host_link.as_str();
         let on_host = with_links(&self.host, async |links| links.index(outside).await)?;
@@ -315,9 +324,6 @@ impl Inner {
             links.set_up(UPLINK).await?;
             links.ensure_default_route(plan.transit_host()).await
         })?;
-        if !lock(&self.tables).held(id).is_empty() {
-            self.allow_loopback(network)?;
-        }
         if plan.node_access {
             // It goes with the link.
             with_links(&self.host, async |links| {
@@ -406,7 +412,7 @@ impl Inner {
             Some(address @ IpAddr::V6(_)) => return Err(refuse(address, "the network is IPv4")),
             None => None,
         };
-        let host_ports = tables.hold(&spec.id, &request.host_ports)?;
+        let host_ports = tables.hold(&spec.id, &request.host_ports, &self.config.node_ports)?;
         let taken = tables.taken(&spec.id);
         let address = ipam::choose(plan.cidr, plan.gateway, &taken, live.last, wanted).map_err(
             |refusal| match (refusal, requested) {

@@ -5,12 +5,13 @@
 //! ```
 //! Two steps, because only the network's namespace knows which pod an address means. The relay port
 //! is the node's port, or the next one that the network has free where two pods have one port at two
-//! addresses of the node.
+//! addresses of the node; never one that a service can have, which is its own relay.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr},
+    ops::RangeInclusive,
 };
 
 use hypernetes_types::NetworkId;
@@ -20,11 +21,14 @@ use crate::{
     HeldPort, HostPort, Lease, NetworkError, Protocol, conntrack, firewall,
     netns::Namespace,
     plan::{
-        Forward, HOST_PORT_MARK, forward_removal_rules, forward_rules, host_port_removal_rules,
-        host_port_rules, host_table,
+        Forward, HOST_PORT_MARK, ServiceTable, forward_removal_rules, forward_rules,
+        host_port_removal_rules, host_port_rules, host_table,
     },
     sysctl,
 };
+
+/// A port of the node.
+pub(super) type NodePort = (Protocol, u16);
 
 impl Tables {
     /// The ports as a lease of `network` can hold them.
@@ -32,6 +36,7 @@ impl Tables {
         &self,
         network: &NetworkId,
         wanted: &[HostPort],
+        node_ports: &RangeInclusive<u16>,
     ) -> Result<Vec<HeldPort>, NetworkError> {
         let mut relays: BTreeSet<(Protocol, u16)> = self
             .of(network)
@@ -61,6 +66,7 @@ impl Tables {
             }
             let relay = (port.host_port..=u16::MAX)
                 .chain(1..port.host_port)
+                .filter(|relay| !node_ports.contains(relay))
                 .find(|relay| !relays.contains(&(port.protocol, *relay)))
                 .ok_or_else(|| refuse("the network has no port left".to_owned()))?;
             relays.insert((port.protocol, relay));
@@ -78,8 +84,38 @@ impl Tables {
             .values()
             .filter_map(|lease| Some((lease, self.networks.get(&lease.network)?)))
             .flat_map(|(lease, network)| forwards(network, lease))
+            .chain(self.service_forwards().into_values())
             .collect()
     }
+
+    /// What the host's table forwards to services, by its key.
+    fn service_forwards(&self) -> BTreeMap<NodePort, Forward> {
+        let mut found = BTreeMap::new();
+        for (id, ports) in &self.node_ports {
+            let Some(network) = self.networks.get(id) else {
+                continue;
+            };
+            for (protocol, port) in ports {
+                found.entry((*protocol, *port)).or_insert(Forward {
+                    at: None,
+                    protocol: *protocol,
+                    port: *port,
+                    to: network.transit.broadcast(),
+                    relay: *port,
+                    service: true,
+                });
+            }
+        }
+        found
+    }
+}
+
+/// The ports of the node that lead to services of `table`.
+pub(super) fn node_ports(table: &ServiceTable) -> BTreeSet<NodePort> {
+    table
+        .iter()
+        .filter_map(|(key, route)| Some((key.protocol, route.node_port?)))
+        .collect()
 }
 
 /// Whether both cannot be had at once.
@@ -103,6 +139,7 @@ fn forwards(network: &Network, lease: &Lease) -> Vec<Forward> {
             port: held.port.host_port,
             to,
             relay: held.relay,
+            service: false,
         })
         .collect()
 }
@@ -177,6 +214,45 @@ impl Inner {
         conntrack::forget(&namespace, &[HOST_PORT_MARK])
     }
 
+    /// Lets `ports` of the node, and no others, lead to services of the network, once its own rules
+    /// know them.
+    pub(super) fn forward_services(
+        &self,
+        network: &Network,
+        id: &NetworkId,
+        ports: BTreeSet<NodePort>,
+    ) -> io::Result<()> {
+        if !ports.is_empty() {
+            self.allow_loopback(network)?;
+        }
+        // Of one change after the other the kernel hears in that order.
+        let _host = lock(&self.host_gate);
+        let (old, new) = {
+            let mut tables = lock(&self.tables);
+            let old = tables.service_forwards();
+            match ports.is_empty() {
+                true => tables.node_ports.remove(id),
+                false => tables.node_ports.insert(id.clone(), ports),
+            };
+            (old, tables.service_forwards())
+        };
+        if old == new {
+            return Ok(());
+        }
+        let table = host_table(&self.config.instance);
+        if !firewall::has_table(&self.host, "inet", &table)? {
+            // It will be made with what is known then.
+            return Ok(());
+        }
+        let gone = (old.iter()).filter(|(key, forward)| new.get(key) != Some(forward));
+        let come = (new.iter()).filter(|(key, forward)| old.get(key) != Some(forward));
+        let script: String = gone
+            .map(|(_key, forward)| forward_removal_rules(&table, forward))
+            .chain(come.map(|(_key, forward)| forward_rules(&table, forward)))
+            .collect();
+        firewall::apply(&self.host, &script)
+    }
+
     /// All forwards of networks that are known, for a table made anew.
     pub(super) fn known_forwards(&self) -> Vec<Forward> {
         lock(&self.tables).forwards()
@@ -188,6 +264,8 @@ mod tests {
     use hypernetes_types::SandboxId;
 
     use super::*;
+
+    const SERVICES: RangeInclusive<u16> = 30_000..=32_767;
 
     fn port(host_port: u16, host_ip: Option<&str>) -> HostPort {
         HostPort {
@@ -222,7 +300,11 @@ mod tests {
             "red.default".parse().unwrap(),
             "blue.default".parse().unwrap(),
         );
-        let first = lease(tables.hold(&red, &[port(80, Some("10.9.0.1"))]).unwrap());
+        let first = lease(
+            tables
+                .hold(&red, &[port(80, Some("10.9.0.1"))], &SERVICES)
+                .unwrap(),
+        );
         tables.leases.insert(first.sandbox.clone(), first);
         for (network, asked, taken) in [
             (&red, port(80, None), true),
@@ -240,19 +322,23 @@ mod tests {
                 false,
             ),
         ] {
-            let result = tables.hold(network, std::slice::from_ref(&asked));
+            let result = tables.hold(network, std::slice::from_ref(&asked), &SERVICES);
             assert_eq!(result.is_err(), taken, "{asked:?}");
         }
         assert!(
             tables
-                .hold(&red, &[port(90, None), port(90, None)])
+                .hold(&red, &[port(90, None), port(90, None)], &SERVICES)
                 .is_err()
         );
         // The relay differs where the node's port does not.
-        let second = tables.hold(&red, &[port(80, Some("10.9.0.2"))]).unwrap();
+        let second = tables
+            .hold(&red, &[port(80, Some("10.9.0.2"))], &SERVICES)
+            .unwrap();
         assert_eq!(second[0].relay, 81);
+        let third = tables.hold(&red, &[port(30_080, None)], &SERVICES).unwrap();
+        assert_eq!(third[0].relay, 32_768);
         let message = tables
-            .hold(&blue, &[port(80, None)])
+            .hold(&blue, &[port(80, None)], &SERVICES)
             .unwrap_err()
             .to_string();
         assert!(

@@ -6,7 +6,7 @@ use hypernetes_types::NetworkId;
 use ipnet::{IpNet, Ipv4Net};
 use tokio::sync::mpsc;
 
-use super::{Inner, lock, network::Live, system};
+use super::{Inner, lock, network::Live, ports::node_ports, system};
 use crate::{
     Backends, HeldPort, NetworkError, NetworkServices, conntrack, firewall,
     netns::Namespace,
@@ -64,6 +64,9 @@ impl Inner {
         }
         self.listen_for_api(&plan, &namespace, &mut live)
             .map_err(failed("listen for the API server"))?;
+        let ports = live.table.as_ref().map(node_ports).unwrap_or_default();
+        self.forward_services(&network, id, ports)
+            .map_err(failed("forward ports of the node to services"))?;
         if names_are_new || range_is_new {
             self.tell_names(&live);
         }

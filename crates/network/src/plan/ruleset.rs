@@ -36,12 +36,15 @@ pub struct Forward {
     pub to: Ipv4Addr,
     /// Port there.
     pub relay: u16,
+    /// It is a service's: what a pod has comes first.
+    pub service: bool,
 }
 
 impl Forward {
     fn place(&self) -> (&'static str, String) {
         let port = format!("{} . {}", self.protocol, self.port);
         match self.at {
+            _ if self.service => ("node_ports", port),
             None => ("host_ports", port),
             Some(address) => ("host_ports_at", format!("{address} . {port}")),
         }
@@ -84,10 +87,14 @@ table inet {table} {{
 	map host_ports_at {{
 		type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
 	}}
+	map node_ports {{
+		type inet_proto . inet_service : ipv4_addr . inet_service
+	}}
 	chain ports {{
 		fib daddr type != local return
 		dnat ip to ip daddr . meta l4proto . th dport map @host_ports_at
 		dnat ip to meta l4proto . th dport map @host_ports
+		dnat ip to meta l4proto . th dport map @node_ports
 	}}
 	chain arrivals {{
 		type nat hook prerouting priority dstnat; policy accept;

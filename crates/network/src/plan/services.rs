@@ -9,7 +9,7 @@
 //! kernel has takes it over by [`services_takeover`]: one transaction, nothing is ever missing.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr},
 };
@@ -50,6 +50,8 @@ pub struct ServiceRoute {
     pub affinity: Option<u32>,
     /// Addresses and ports of pods, sorted.
     pub endpoints: BTreeSet<(Ipv4Addr, u16)>,
+    /// Port of the node that leads there too.
+    pub node_port: Option<u16>,
 }
 
 impl ServiceKey {
@@ -83,6 +85,7 @@ impl ServiceKey {
 /// range. Of two ports with one key the first counts; what is not IPv4 is left out.
 pub fn service_table(plan: &NetworkPlan, ports: &[ServicePort]) -> ServiceTable {
     let mut table = ServiceTable::new();
+    let mut node_ports = BTreeSet::new();
     for port in ports {
         let IpAddr::V4(address) = port.address else {
             continue;
@@ -105,10 +108,15 @@ pub fn service_table(plan: &NetworkPlan, ports: &[ServicePort]) -> ServiceTable 
             protocol: port.protocol,
             port: port.port,
         };
-        table.entry(key).or_insert(ServiceRoute {
-            affinity: port.affinity,
-            endpoints,
-        });
+        if let Entry::Vacant(place) = table.entry(key) {
+            place.insert(ServiceRoute {
+                affinity: port.affinity,
+                endpoints,
+                node_port: port
+                    .node_port
+                    .filter(|number| node_ports.insert((port.protocol, *number))),
+            });
+        }
     }
     table
 }
@@ -126,6 +134,7 @@ pub fn services_base(
 add table ip services
 add map ip services services {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
 add map ip services host_ports {{ type inet_proto . inet_service : ipv4_addr . inet_service; }}
+add map ip services node_ports {{ type inet_proto . inet_service : verdict; }}
 add set ip services hairpins {{ type ipv4_addr . ipv4_addr; }}
 add chain ip services arrivals {{ type nat hook prerouting priority dstnat; policy accept; }}
 add chain ip services hairpin {{ type nat hook postrouting priority srcnat; policy accept; }}
@@ -136,6 +145,7 @@ flush chain ip services strays
 flush map ip services host_ports
 add rule ip services arrivals iifname \"{UPLINK}\" ip daddr {inside} meta l4proto udp ct mark set {HOST_PORT_MARK}
 add rule ip services arrivals iifname \"{UPLINK}\" ip daddr {inside} dnat ip to meta l4proto . th dport map @host_ports
+add rule ip services arrivals iifname \"{UPLINK}\" ip daddr {inside} meta l4proto . th dport vmap @node_ports
 add rule ip services arrivals iifname \"{TAP_PREFIX}*\" ip daddr . meta l4proto . th dport vmap @services
 add rule ip services hairpin ct status dnat ip saddr . ip daddr @hairpins masquerade
 "
@@ -214,6 +224,15 @@ pub fn services_change(old: &ServiceTable, new: &ServiceTable) -> ServicesChange
                 key.element()
             );
         }
+        if let Some(port) = was.node_port
+            && is.and_then(|is| is.node_port) != Some(port)
+        {
+            let _infallible = writeln!(
+                change.script,
+                "delete element ip services node_ports {{ {} . {port} }}",
+                key.protocol
+            );
+        }
         let chain = key.chain();
         let _infallible = writeln!(change.script, "flush chain ip services {chain}");
         if is.is_none() {
@@ -242,7 +261,7 @@ pub fn services_change(old: &ServiceTable, new: &ServiceTable) -> ServicesChange
                 add_endpoint(&mut added, key, *endpoint, is.affinity);
             }
         }
-        add_service(&mut added, key, is, was.is_none());
+        add_service(&mut added, key, is, was);
     }
     change.script.push_str(&added);
     change
@@ -258,7 +277,8 @@ pub fn services_takeover(chains: &[String], sets: &[String], new: &ServiceTable)
     };
     let chains = ours(chains, &["svc-", "ep-"]);
     let sets = ours(sets, &["af-"]);
-    let mut script = "flush map ip services services\n".to_owned();
+    let mut script =
+        "flush map ip services services\nflush map ip services node_ports\n".to_owned();
     // Services before endpoints, which they refer to.
     for prefix in ["svc-", "ep-"] {
         for chain in chains.iter().filter(|name| name.starts_with(prefix)) {
@@ -283,14 +303,19 @@ pub fn services_takeover(chains: &[String], sets: &[String], new: &ServiceTable)
         for endpoint in &route.endpoints {
             add_endpoint(&mut script, key, *endpoint, route.affinity);
         }
-        add_service(&mut script, key, route, true);
+        add_service(&mut script, key, route, None);
     }
     script
 }
 
-fn add_service(script: &mut String, key: &ServiceKey, route: &ServiceRoute, is_new: bool) {
+fn add_service(
+    script: &mut String,
+    key: &ServiceKey,
+    route: &ServiceRoute,
+    was: Option<&ServiceRoute>,
+) {
     let chain = key.chain();
-    if is_new {
+    if was.is_none() {
         let _infallible = writeln!(script, "add chain ip services {chain}");
     }
     if route.affinity.is_some() {
@@ -314,7 +339,16 @@ fn add_service(script: &mut String, key: &ServiceKey, route: &ServiceRoute, is_n
         choices.len(),
         choices.join(", ")
     );
-    if is_new {
+    if let Some(port) = route.node_port
+        && was.and_then(|was| was.node_port) != Some(port)
+    {
+        let _infallible = writeln!(
+            script,
+            "add element ip services node_ports {{ {} . {port} : goto {chain} }}",
+            key.protocol
+        );
+    }
+    if was.is_none() {
         let _infallible = writeln!(
             script,
             "add element ip services services {{ {} : goto {chain} }}",
@@ -389,6 +423,7 @@ mod tests {
                 .iter()
                 .map(|host| (Ipv4Addr::new(10, 0, 0, *host), 8080))
                 .collect(),
+            node_port: None,
         }
     }
 
@@ -421,6 +456,30 @@ mod tests {
         // A change of affinity alone ends nothing.
         let sticky = ServiceTable::from([(service, route(Some(60), &[2, 3]))]);
         assert!(services_change(&old, &sticky).ended.is_empty());
+    }
+
+    #[test]
+    fn a_port_of_the_node_moves_between_services() {
+        let (one, two) = (key(80, Protocol::Tcp), key(81, Protocol::Tcp));
+        let at = |node_port| ServiceRoute {
+            node_port,
+            ..route(None, &[2])
+        };
+        let old = ServiceTable::from([(one, at(Some(30080))), (two, at(None))]);
+        let new = ServiceTable::from([(one, at(None)), (two, at(Some(30080)))]);
+        let script = services_change(&old, &new).script;
+        let lines: Vec<&str> = script
+            .lines()
+            .filter(|line| line.contains("node_ports"))
+            .collect();
+        let chain = two.chain();
+        assert_eq!(
+            lines,
+            [
+                "delete element ip services node_ports { tcp . 30080 }",
+                &format!("add element ip services node_ports {{ tcp . 30080 : goto {chain} }}"),
+            ]
+        );
     }
 
     #[test]

@@ -108,10 +108,14 @@ table inet hypernetes_ab12 {
 	map host_ports_at {
 		type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
 	}
+	map node_ports {
+		type inet_proto . inet_service : ipv4_addr . inet_service
+	}
 	chain ports {
 		fib daddr type != local return
 		dnat ip to ip daddr . meta l4proto . th dport map @host_ports_at
 		dnat ip to meta l4proto . th dport map @host_ports
+		dnat ip to meta l4proto . th dport map @node_ports
 	}
 	chain arrivals {
 		type nat hook prerouting priority dstnat; policy accept;

@@ -106,6 +106,7 @@ fn api(settings: &Settings, out: &mut NetworkServices) {
         port: 443,
         affinity: None,
         backends: Backends::Api,
+        node_port: None,
     });
     names_of_address(&fqdn, address, [("https", "TCP", 443)].into_iter(), out);
 }
@@ -168,6 +169,7 @@ fn one(service: &Service, slices: &[&EndpointSlice], fqdn: &str, out: &mut Netwo
                 port.name.as_deref().unwrap_or_default(),
                 port.protocol.as_deref().unwrap_or("TCP"),
                 u16::try_from(port.port).ok()?,
+                port.node_port.and_then(|port| u16::try_from(port).ok()),
             ))
         })
     };
@@ -177,7 +179,8 @@ fn one(service: &Service, slices: &[&EndpointSlice], fqdn: &str, out: &mut Netwo
             let Ok(address) = text.parse::<IpAddr>() else {
                 return;
             };
-            names_of_address(fqdn, address, ports(), out);
+            let named = ports().map(|(name, protocol, port, _node)| (name, protocol, port));
+            names_of_address(fqdn, address, named, out);
             let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
                 spec.session_affinity_config
                     .as_ref()
@@ -185,7 +188,7 @@ fn one(service: &Service, slices: &[&EndpointSlice], fqdn: &str, out: &mut Netwo
                     .and_then(|seconds| u32::try_from(seconds).ok())
                     .unwrap_or(AFFINITY_SECONDS)
             });
-            for (name, text, port) in ports() {
+            for (name, text, port, node_port) in ports() {
                 let Some(protocol) = protocol(text) else {
                     continue;
                 };
@@ -195,6 +198,7 @@ fn one(service: &Service, slices: &[&EndpointSlice], fqdn: &str, out: &mut Netwo
                     port,
                     affinity,
                     backends: Backends::Endpoints(backends(slices, name, text)),
+                    node_port: node_port.filter(|port| *port != 0),
                 });
             }
         }
