@@ -417,6 +417,49 @@ fn changes(daemon: &mut Daemon, acme: &Path) {
     });
 }
 
+/// A name server as clusters run it needs no more than what a pod gets that asks for nothing.
+#[test]
+fn a_name_server_lives_in_a_pod_of_the_default_size() {
+    if !can_run_pods() {
+        return;
+    }
+    let registry = Registry::start();
+    let daemon = Daemon::start(DaemonOptions::default());
+    let tenant = daemon.tenant("acme", "10.99.0.0/24");
+    let acme = member(&daemon, &tenant);
+    let (server, client) = (registry.image("dns:1"), registry.image("net:1"));
+    acme.made(
+        "dns.yaml",
+        &format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: names}}\nspec: {{clusterIP: {CLUSTER_IP}, \
+             selector: {{app: names}}, ports: [{{port: 53, protocol: UDP}}]}}\n---\n\
+             apiVersion: v1\nkind: Pod\nmetadata: {{name: names, labels: {{app: names}}}}\nspec:\n  \
+             containers:\n  - name: dnsmasq\n    image: {server}\n    args: [dnsmasq, --keep-in-foreground, \
+             --user=root, --no-resolv, --no-hosts, --cache-size=10000, \
+             '--host-record=answer.example,192.0.2.7', '--address=/many.example/192.0.2.8']\n---\n\
+             apiVersion: v1\nkind: Pod\nmetadata: {{name: box}}\nspec:\n  terminationGracePeriodSeconds: 1\n  \
+             dnsPolicy: None\n  dnsConfig: {{nameservers: [{CLUSTER_IP}]}}\n  containers: [{{name: box, \
+             image: {client}, command: [sleep, infinity]}}]\n"
+        ),
+    );
+    acme.ready(&["names", "box"]);
+    acme.until("box", "netprobe dns A answer.example", |text| {
+        text.contains("192.0.2.7")
+    });
+    let many =
+        "for i in $(seq 20); do netprobe dns A name-$i.many.example; done | grep -c 192.0.2.8";
+    assert_eq!(acme.inside("box", many), "20");
+    let state = stdout(&mut acme.kubectl(&[
+        "get",
+        "pod",
+        "names",
+        "-o",
+        "jsonpath={.spec.containers[0].resources} {.status.containerStatuses[0].restartCount} \
+         {.status.containerStatuses[0].ready}",
+    ]));
+    assert_eq!(state, "{} 0 true");
+}
+
 #[test]
 fn ports_of_the_node() {
     if !can_run_pods() {

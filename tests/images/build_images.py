@@ -237,6 +237,17 @@ def perl_layer(have):
     return layer.bytes()
 
 
+def dnsmasq_layer(have):
+    """Debian's dnsmasq; `have`: libraries that are there."""
+    binary = program("dnsmasq")
+    layer = Layer()
+    layer.copy(binary)
+    for library in shared_libraries(binary):
+        if library not in have:
+            layer.copy(library)
+    return layer.bytes()
+
+
 class Image:
     def __init__(self, names, layers, config, types=OCI, pack="gzip"):
         self.names, self.types = names, types
@@ -297,6 +308,7 @@ def all_images():
               dict(web, Labels={"org.opencontainers.image.title": "web"})),
         Image(["web:2"], web_layers("web:2"), web),
         Image(["net:1"], [base, box, perl_layer(have)], shell),
+        Image(["dns:1"], [base, box, dnsmasq_layer(have)], {"Cmd": ["dnsmasq", "--keep-in-foreground"]}),
     ]
 
 
