@@ -1,4 +1,5 @@
-//! The durable half: one redb file with the newest value of every key.
+//! The durable half: one redb file with the newest value of every key, and the recent past
+//! ([`crate::history`]).
 //!
 //! After a failed write redb refuses all further work on the handle, so the file is opened again
 //! before the next commit. A commit that failed late may still have reached the disk; the keys it
@@ -14,10 +15,14 @@ use std::{
 use bytes::Bytes;
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
-use crate::{Revision, StoreError, memory::Memory};
+use crate::{
+    Revision, StoreError,
+    history::{self, Undo},
+    memory::Memory,
+};
 
 const KEYS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("keys");
-const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+pub(crate) const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const FORMAT: u64 = 1;
 /// No revision up to this one has been given out twice or will be.
 const CEILING: &str = "revision";
@@ -40,6 +45,8 @@ pub(crate) struct Disk {
     open: Opener,
     database: Option<Database>,
     suspect: BTreeSet<String>,
+    /// How many changes of the past are kept.
+    past: u64,
 }
 
 impl fmt::Debug for Disk {
@@ -56,6 +63,7 @@ impl Disk {
     pub(crate) fn open(
         path: &Path,
         open: Opener,
+        past: u64,
         make: impl FnOnce(Revision) -> Memory,
     ) -> Result<(Self, Memory), StoreError> {
         let failed = |error: &dyn fmt::Display| StoreError::Open {
@@ -69,6 +77,7 @@ impl Disk {
             open,
             database: Some(database),
             suspect: BTreeSet::new(),
+            past,
         };
         Ok((disk, memory))
     }
@@ -82,10 +91,11 @@ impl Disk {
     pub(crate) fn commit(
         &mut self,
         dirty: &Dirty,
+        undo: &[Undo],
         ceiling: Revision,
-        memory: impl Fn(&str) -> Image,
+        memory: &Memory,
     ) -> Result<(), StoreError> {
-        match self.try_commit(dirty, ceiling, memory) {
+        match self.try_commit(dirty, undo, ceiling, memory) {
             Ok(()) => {
                 self.suspect.clear();
                 Ok(())
@@ -104,8 +114,9 @@ impl Disk {
     fn try_commit(
         &mut self,
         dirty: &Dirty,
+        undo: &[Undo],
         ceiling: Revision,
-        memory: impl Fn(&str) -> Image,
+        memory: &Memory,
     ) -> Result<(), redb::Error> {
         if self.database.is_none() {
             self.database = Some((self.open)(&self.path)?);
@@ -116,13 +127,15 @@ impl Disk {
         {
             let mut keys = transaction.open_table(KEYS)?;
             for key in self.suspect.iter().filter(|key| !dirty.contains_key(*key)) {
-                write(&mut keys, key, &memory(key))?;
+                write(&mut keys, key, &memory.image(key))?;
             }
             for (key, image) in dirty {
                 write(&mut keys, key, image)?;
             }
             transaction.open_table(META)?.insert(CEILING, ceiling)?;
         }
+        let failed = (!self.suspect.is_empty()).then(|| memory.revision());
+        history::write(&transaction, undo, ceiling, failed, self.past)?;
         transaction.commit()?;
         Ok(())
     }
@@ -185,6 +198,7 @@ fn load(database: &Database, make: impl FnOnce(Revision) -> Memory) -> Result<Me
         transaction.open_table(KEYS)?;
         meta.get(CEILING)?.map_or(0, |v| v.value())
     };
+    history::prepare(&transaction, ceiling)?;
     transaction.commit()?;
 
     let keys = database.begin_read()?.open_table(KEYS)?;
@@ -207,6 +221,9 @@ fn load(database: &Database, make: impl FnOnce(Revision) -> Memory) -> Result<Me
             revision,
             Bytes::copy_from_slice(&record[HEADER..]),
         );
+    }
+    if !history::load(database, &mut memory)? {
+        tracing::warn!("the past in the state file does not fit: watches begin anew");
     }
     Ok(memory)
 }

@@ -7,7 +7,8 @@
 //! One writer thread owns the file. It takes everything that waits, checks the comparisons against
 //! the newest state (earlier transactions of the same batch included), makes one commit, and only
 //! then shows the result to readers and watchers. Superseded versions are kept in memory for a
-//! window of time and number, so lists can be paged consistently and watches resumed.
+//! window of time and number, so lists can be paged consistently and watches resumed; the last of
+//! them are in the file too, so that both go on after a crash.
 //!
 //! ```
 //! # async fn example() -> Result<(), hypernetes_store::StoreError> {
@@ -35,6 +36,7 @@
 )]
 
 mod disk;
+mod history;
 mod hub;
 mod memory;
 mod store;

@@ -4,7 +4,7 @@
 //! writes: each publication drops at most a few old changes, so there is never a long pause.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     ops::Bound,
     sync::Arc,
     time::Duration,
@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::{Change, Entry, Revision, StoreError};
+use crate::{Change, Entry, Revision, StoreError, disk::Image};
 
 /// A page of a consistent list.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,6 +89,15 @@ impl Versions {
     }
 }
 
+/// A change of the past, with what it takes to go back over it.
+#[derive(Debug)]
+pub(crate) struct Past {
+    pub(crate) change: Change,
+    /// Revision at which the key came to exist, after the change.
+    pub(crate) create: Revision,
+    pub(crate) before: Image,
+}
+
 /// How much history is kept.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Window {
@@ -128,6 +137,45 @@ impl Memory {
             value: Some(value),
         };
         self.keys.insert(Arc::from(key), Versions::One(version));
+    }
+
+    /// Takes over the past from the file: all changes after `floor`, in order.
+    pub(crate) fn restore(&mut self, floor: Revision, past: Vec<Past>) {
+        let now = Instant::now();
+        let mut versions: HashMap<String, Vec<Version>> = HashMap::new();
+        for one in past {
+            let of_key =
+                versions
+                    .entry(one.change.key.clone())
+                    .or_insert_with(|| match one.before {
+                        None => Vec::new(),
+                        Some((create, revision, value)) => vec![Version {
+                            create,
+                            revision,
+                            value: Some(value),
+                        }],
+                    });
+            of_key.push(Version {
+                create: one.create,
+                revision: one.change.revision,
+                value: one.change.value.clone(),
+            });
+            self.history.push_back((now, Arc::new(one.change)));
+        }
+        for (key, mut of_key) in versions {
+            let versions = match of_key.len() {
+                1 => Versions::One(of_key.remove(0)),
+                _ => Versions::Many(of_key),
+            };
+            self.keys.insert(Arc::from(key), versions);
+        }
+        self.floor = floor;
+    }
+
+    /// The newest version of a key as the file has it.
+    pub(crate) fn image(&self, key: &str) -> Image {
+        let version = self.newest(key)?;
+        Some((version.create, version.revision, version.value.clone()?))
     }
 
     pub(crate) fn revision(&self) -> Revision {

@@ -25,6 +25,8 @@ pub struct StoreConfig {
     pub history_age: Duration,
     /// How many changes are kept at most.
     pub history_changes: usize,
+    /// How many changes are kept in the file besides, for watches and lists that go on after a crash.
+    pub durable_changes: usize,
     /// How many changes may wait in one watcher's queue.
     pub watch_queue: usize,
     /// How many transactions may wait for the writer; further callers wait.
@@ -38,6 +40,7 @@ impl Default for StoreConfig {
         Self {
             history_age: Duration::from_secs(300),
             history_changes: 100_000,
+            durable_changes: 10_000,
             watch_queue: 1024,
             write_queue: 4096,
             cache_bytes: 4 << 20,
@@ -83,7 +86,8 @@ impl Store {
         open: impl Fn(&Path) -> Result<Database, redb::DatabaseError> + Send + Sync + 'static,
     ) -> Result<Self, StoreError> {
         let window = config.window();
-        let (disk, memory) = Disk::open(path, Arc::new(open), |revision| {
+        let past = u64::try_from(config.durable_changes).unwrap_or(u64::MAX);
+        let (disk, memory) = Disk::open(path, Arc::new(open), past, |revision| {
             Memory::new(window, revision)
         })?;
         Self::start(Some(disk), memory, &config)

@@ -6,7 +6,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use tokio::{
     sync::{OwnedSemaphorePermit, oneshot, watch},
     time::Instant,
@@ -15,6 +14,7 @@ use tokio::{
 use crate::{
     Change, Compare, Durability, Entry, Op, Revision, StoreError, Value,
     disk::{Dirty, Disk, Image, RESERVE},
+    history::Undo,
     hub::Hub,
     memory::Memory,
 };
@@ -63,6 +63,7 @@ pub(crate) struct Writer {
     ceiling: Revision,
     /// Relaxed writes that are visible and not yet in the file.
     unsaved: Dirty,
+    unsaved_past: Vec<Undo>,
     unsaved_since: Option<Instant>,
 }
 
@@ -71,6 +72,7 @@ pub(crate) struct Writer {
 struct Batch {
     images: HashMap<String, Image>,
     changes: Vec<Arc<Change>>,
+    past: Vec<Undo>,
     revision: Revision,
 }
 
@@ -89,6 +91,7 @@ impl Writer {
             disk,
             ceiling,
             unsaved: BTreeMap::new(),
+            unsaved_past: Vec::new(),
             unsaved_since: None,
         }
     }
@@ -243,6 +246,11 @@ impl Writer {
             let image = value.clone().map(|value| (create, revision, value));
             batch.revision = revision;
             batch.images.insert(key.clone(), image);
+            batch.past.push(Undo {
+                revision,
+                key: key.clone(),
+                before: before.clone(),
+            });
             let previous = before.map(|(.., value)| value);
             batch.changes.push(Arc::new(Change {
                 revision,
@@ -261,9 +269,12 @@ impl Writer {
         };
         let added = batch.filter(|batch| !batch.images.is_empty());
         let mut both;
+        let mut past = std::mem::take(&mut self.unsaved_past);
+        let unsaved = past.len();
         let dirty = match added {
             None => &self.unsaved,
             Some(batch) => {
+                past.extend(batch.past.iter().cloned());
                 both = self.unsaved.clone();
                 both.extend(batch.images.iter().map(|(k, v)| (k.clone(), v.clone())));
                 &both
@@ -271,7 +282,11 @@ impl Writer {
         };
         let ceiling = batch.map_or(self.ceiling, |batch| batch.revision + RESERVE);
         let memory = self.shared.read();
-        disk.commit(dirty, ceiling, |key| current(&memory, key))?;
+        if let Err(error) = disk.commit(dirty, &past, ceiling, &memory) {
+            past.truncate(unsaved);
+            self.unsaved_past = past;
+            return Err(error);
+        }
         self.ceiling = ceiling;
         self.unsaved.clear();
         self.unsaved_since = None;
@@ -284,6 +299,7 @@ impl Writer {
         }
         self.unsaved
             .extend(batch.images.iter().map(|(k, v)| (k.clone(), v.clone())));
+        self.unsaved_past.extend(batch.past.iter().cloned());
         self.unsaved_since.get_or_insert_with(Instant::now);
     }
 
@@ -319,13 +335,7 @@ impl Batch {
     fn current(&self, memory: &Memory, key: &str) -> Image {
         match self.images.get(key) {
             Some(image) => image.clone(),
-            None => current(memory, key),
+            None => memory.image(key),
         }
     }
-}
-
-fn current(memory: &Memory, key: &str) -> Image {
-    let version = memory.newest(key)?;
-    let value: Bytes = version.value.clone()?;
-    Some((version.create, version.revision, value))
 }

@@ -242,11 +242,111 @@ async fn everything_is_there_after_an_orderly_end() {
     let store = Store::open(&path, StoreConfig::default()).unwrap();
     assert_eq!(store.revision(), revision);
     assert_eq!(store.get("b").unwrap().mod_revision, revision);
+    let mut watch = store.watch("", Some(1)).unwrap();
+    assert_eq!(watch.next().await.unwrap().key, "b");
+    assert_eq!(write(&store, "c", "3").await, revision + 1);
+}
+
+/// What a watcher of everything after `from` is told up to `last`.
+async fn told(store: &Store, from: Revision, last: Revision) -> Vec<Change> {
+    let mut watch = store.watch("", Some(from)).unwrap();
+    let mut changes = Vec::new();
+    while changes
+        .last()
+        .is_none_or(|change: &Change| change.revision < last)
+    {
+        changes.push((*watch.next().await.unwrap()).clone());
+    }
+    changes
+}
+
+#[tokio::test]
+async fn the_past_is_there_after_the_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state");
+    let store = Store::open(&path, StoreConfig::default()).unwrap();
+    for (key, value) in [("a", "1"), ("b", "1"), ("a", "2")] {
+        write(&store, key, value).await;
+    }
+    let delete = |key: &str| vec![Op::Delete(key.to_owned())];
+    store
+        .txn(vec![], delete("a"), Durability::Sync)
+        .await
+        .unwrap();
+    write(&store, "a", "3").await;
+    let last = store
+        .txn(vec![], delete("b"), Durability::Relaxed)
+        .await
+        .unwrap();
+    let before = told(&store, 0, last).await;
+    let state = |store: &Store, at: Revision| -> Vec<Entry> {
+        store.list("", Some(at), None, None).unwrap().entries
+    };
+    let states: Vec<_> = (0..=last).map(|at| state(&store, at)).collect();
+    for _again in 0..2 {
+        store.close();
+        let store = Store::open(&path, StoreConfig::default()).unwrap();
+        assert_eq!(told(&store, 0, last).await, before);
+        for at in 0..=last {
+            assert_eq!(state(&store, at), states[usize::try_from(at).unwrap()]);
+        }
+        store.close();
+    }
+}
+
+#[tokio::test]
+async fn the_past_in_the_file_has_an_end() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state");
+    let config = StoreConfig {
+        durable_changes: 100,
+        ..StoreConfig::default()
+    };
+    let store = Store::open(&path, config.clone()).unwrap();
+    let mut last = 0;
+    for turn in 0..3000 {
+        let durability = match turn % 50 {
+            0 => Durability::Sync,
+            _ => Durability::Relaxed,
+        };
+        let ops = vec![put(&format!("k{}", turn % 7), &turn.to_string())];
+        last = store.txn(vec![], ops, durability).await.unwrap();
+    }
+    store.close();
+    let store = Store::open(&path, config).unwrap();
+    let oldest = store.oldest_revision();
+    assert!((100..=1200).contains(&(last - oldest)), "{oldest} {last}");
+    assert!(store.watch("", Some(oldest - 1)).is_err());
+    let changes = told(&store, oldest, last).await;
+    let revisions: Vec<Revision> = changes.iter().map(|change| change.revision).collect();
+    assert_eq!(revisions, ((oldest + 1)..=last).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_past_with_a_gap_is_forgotten() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state");
+    let store = Store::open(&path, StoreConfig::default()).unwrap();
+    write(&store, "a", "1").await;
+    let last = write(&store, "a", "2").await;
+    store.close();
+    // As a version leaves it that writes without knowing of the past.
+    let database = Database::open(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    let meta = redb::TableDefinition::<&str, u64>::new("meta");
+    let mut table = transaction.open_table(meta).unwrap();
+    table.insert("revision", last + 5).unwrap();
+    drop(table);
+    transaction.commit().unwrap();
+    drop(database);
+    let store = Store::open(&path, StoreConfig::default()).unwrap();
     assert!(matches!(
         store.watch("", Some(1)),
         Err(StoreError::Compacted { .. })
     ));
-    assert_eq!(write(&store, "c", "3").await, revision + 1);
+    assert_eq!(store.get("a").unwrap().value, "2");
+    let next = write(&store, "b", "1").await;
+    assert_eq!(told(&store, last + 5, next).await.len(), 1);
 }
 
 #[tokio::test]
