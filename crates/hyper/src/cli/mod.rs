@@ -3,6 +3,7 @@
 mod compose;
 mod container;
 mod groups;
+mod images;
 mod run;
 
 use std::path::PathBuf;
@@ -15,8 +16,12 @@ pub(crate) use container::{
     Start, Stats, Stop, Top, Wait,
 };
 pub(crate) use groups::{
-    AnyArguments, ContextCommand, Format, ImageCommand, Images, ListOptions, Login, Logout,
-    NetworkCommand, Pull, SystemCommand, VolumeCommand,
+    ContextCommand, Format, ListOptions, Login, Logout, NetworkCommand,
+    SystemCommand, VolumeCommand,
+};
+pub(crate) use images::{
+    History, ImageCommand, ImageGroup, Images, InspectImages, Load, PruneImages, Pull, Push,
+    RemoveImages, Save, Search, Tag,
 };
 pub(crate) use run::{Create, Run};
 
@@ -56,7 +61,6 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: ContainerGroup,
     },
-    /// Images of this namespace's containers
     #[command(flatten)]
     Image(ImageCommand),
     /// Commands on images
@@ -138,19 +142,6 @@ pub(crate) enum ContainerGroup {
     Ls(Ps),
     #[command(flatten)]
     Other(Box<ContainerCommand>),
-}
-
-/// `hyper image …`.
-#[derive(Debug, Subcommand)]
-pub(crate) enum ImageGroup {
-    /// List images of this namespace's containers
-    #[command(aliases = ["list"])]
-    Ls(Images),
-    /// Not supported: the node keeps and removes images
-    #[command(aliases = ["remove", "prune"])]
-    Rm(groups::AnyArguments),
-    #[command(flatten)]
-    Other(ImageCommand),
 }
 
 /// Verbs on containers.
