@@ -81,17 +81,25 @@ fn a_tenant_has_images_of_its_own() {
         command
     };
     let run = |args: &[&str]| hyper(args).output().unwrap();
-    eventually("unnamed contents are dropped", Duration::from_secs(30), || {
-        let kept = files(&daemon, "kept");
-        kept.is_empty().then_some(()).ok_or(format!("{kept:?}"))
-    });
+    eventually(
+        "unnamed contents are dropped",
+        Duration::from_secs(30),
+        || {
+            let kept = files(&daemon, "kept");
+            kept.is_empty().then_some(()).ok_or(format!("{kept:?}"))
+        },
+    );
     assert_eq!(files(&daemon, "content"), [""; 0]);
 
     let archive = fs::read(work.join("app.tar")).unwrap();
     killed_while_it_arrives(&mut daemon, &hyper, &archive);
     daemon.spawn();
     daemon.wait_ready();
-    assert_eq!(text(&run(&["images", "-q"])), "", "nothing was acknowledged");
+    assert_eq!(
+        text(&run(&["images", "-q"])),
+        "",
+        "nothing was acknowledged"
+    );
     assert_eq!(files(&daemon, "tmp"), [""; 0], "no half of it is left");
 
     // Acknowledged is acknowledged: the daemon is killed the moment after.
@@ -101,7 +109,15 @@ fn a_tenant_has_images_of_its_own() {
     assert!(loaded.status.success(), "{}", text(&loaded));
     daemon.spawn();
     daemon.wait_ready();
-    let said = run(&["run", "--rm", "--pull", "never", "local/app:v1", "echo", "still here"]);
+    let said = run(&[
+        "run",
+        "--rm",
+        "--pull",
+        "never",
+        "local/app:v1",
+        "echo",
+        "still here",
+    ]);
     assert_eq!(text(&said), "still here\n");
     let removed = run(&["rmi", "local/app:v1"]);
     assert!(removed.status.success(), "{}", text(&removed));

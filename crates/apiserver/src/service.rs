@@ -353,10 +353,7 @@ impl Inner {
             return accounts.issue(engine, call, &body::read(body).await?);
         }
         if images::is_image(call.kind) {
-            let images = Images {
-                inner: self,
-                call,
-            };
+            let images = Images { inner: self, call };
             return images.serve(body, slot).await;
         }
         if !pods::is_pod(call.kind) {

@@ -1,11 +1,6 @@
 //! Images of namespaces: their contents in this node's store, and who may use them.
 
-use std::{
-    collections::HashSet,
-    str::FromStr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashSet, str::FromStr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -136,7 +131,9 @@ fn of_push(event: PushEvent) -> ImageEvent {
 
 fn sizes(layers: Vec<(Digest, u64)>) -> Vec<(String, u64)> {
     let texts = layers.into_iter();
-    texts.map(|(digest, size)| (digest.to_string(), size)).collect()
+    texts
+        .map(|(digest, size)| (digest.to_string(), size))
+        .collect()
 }
 
 /// The accounts of these documents for an image, or nobody's.
@@ -275,11 +272,7 @@ impl NodeImages for Contents {
         Ok((manifest.to_string(), config.to_string()))
     }
 
-    async fn tags(
-        &self,
-        image: &str,
-        documents: Vec<Bytes>,
-    ) -> Result<Vec<String>, ImageFailure> {
+    async fn tags(&self, image: &str, documents: Vec<Bytes>) -> Result<Vec<String>, ImageFailure> {
         let reference = reference(image)?;
         with_accounts(accounts_for(&documents, &reference), |credentials| {
             let reference = &reference;

@@ -155,7 +155,9 @@ impl Images<'_> {
                 )));
             }
             if name.is_empty() || name.contains('/') {
-                return Err(Status::bad_request(format!("secrets: invalid name {name:?}")));
+                return Err(Status::bad_request(format!(
+                    "secrets: invalid name {name:?}"
+                )));
             }
             let namespace = &self.call.info.namespace;
             let Ok((_, secret)) = self.inner.engine.find(kind, namespace, name) else {
@@ -178,7 +180,9 @@ impl Images<'_> {
     /// What the namespace has, and how much more it may.
     fn allowance(&self) -> Result<ImageAllowance> {
         let known = self.inner.contents_of(&self.call.info.namespace)?;
-        let used = known.values().fold(0_u64, |sum, size| sum.saturating_add(*size));
+        let used = known
+            .values()
+            .fold(0_u64, |sum, size| sum.saturating_add(*size));
         let limit = self.inner.engine.limits.image_bytes;
         Ok(ImageAllowance {
             known: known.into_keys().collect(),
@@ -204,8 +208,13 @@ impl Images<'_> {
                 .pull(&name, accounts, allowance, work.events.clone())
                 .await
                 .map_err(|error| of_failure(&error))?;
-            let named = work.inner.name(&work.call, Some(&reference), &found).await?;
-            Ok(vec![json!({"type": "DONE", "changed": named.changed, "object": named.object})])
+            let named = work
+                .inner
+                .name(&work.call, Some(&reference), &found)
+                .await?;
+            Ok(vec![
+                json!({"type": "DONE", "changed": named.changed, "object": named.object}),
+            ])
         }))
     }
 
@@ -219,7 +228,11 @@ impl Images<'_> {
         let object = self.object()?;
         let own = object["spec"]["name"].as_str().unwrap_or_default();
         let target = match (asked.image.as_str(), own) {
-            ("", "") => return Err(Status::bad_request("image: required: the image has no name")),
+            ("", "") => {
+                return Err(Status::bad_request(
+                    "image: required: the image has no name",
+                ));
+            }
             ("", own) => reference_of(own)?,
             (given, _) => reference_of(given)?,
         };
@@ -231,8 +244,12 @@ impl Images<'_> {
                 .push(&content, &target.to_string(), accounts, work.events.clone())
                 .await
                 .map_err(|error| of_failure(&error))?;
-            work.inner.pushed(&work.call, &target, &content, &digest).await?;
-            Ok(vec![json!({"type": "DONE", "digest": digest, "size": size})])
+            work.inner
+                .pushed(&work.call, &target, &content, &digest)
+                .await?;
+            Ok(vec![
+                json!({"type": "DONE", "digest": digest, "size": size}),
+            ])
         }))
     }
 
@@ -323,19 +340,30 @@ impl Images<'_> {
                 name,
                 ..Action::of(info)
             };
-            self.inner.engine.authorizer.check(&self.call.user, &action)?;
+            self.inner
+                .engine
+                .authorizer
+                .check(&self.call.user, &action)?;
             if name.is_empty() || name.contains('/') {
                 return Err(not_found(self.call.kind, name));
             }
-            let (_, object) = self.inner.engine.find(self.call.kind, &info.namespace, name)?;
+            let (_, object) = self
+                .inner
+                .engine
+                .find(self.call.kind, &info.namespace, name)?;
             let content = content_of(&object)?;
-            let own = object["spec"]["name"].as_str().filter(|own| tagged && !own.is_empty());
+            let own = object["spec"]["name"]
+                .as_str()
+                .filter(|own| tagged && !own.is_empty());
             match images.iter_mut().find(|(known, _)| *known == content) {
                 Some((_, names)) => names.extend(own.map(str::to_owned)),
                 None => images.push((content, own.map(str::to_owned).into_iter().collect())),
             }
         }
-        let archive = node.save(images).await.map_err(|error| of_failure(&error))?;
+        let archive = node
+            .save(images)
+            .await
+            .map_err(|error| of_failure(&error))?;
         let shutdown = self.inner.engine.shutdown.clone();
         let frames = archive
             .map(move |piece| {
@@ -346,7 +374,11 @@ impl Images<'_> {
             })
             .take_until(shutdown.cancelled_owned());
         let frames = StreamBody::new(frames);
-        Ok(body::with_type(200, "application/x-tar", frames.boxed_unsync()))
+        Ok(body::with_type(
+            200,
+            "application/x-tar",
+            frames.boxed_unsync(),
+        ))
     }
 
     async fn config(&self, node: &dyn NodeImages) -> Result<Response<ApiBody>> {

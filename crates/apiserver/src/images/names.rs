@@ -72,7 +72,9 @@ impl Inner {
         }
         let known = self.contents_of(&call.info.namespace)?;
         if !known.contains_key(&found.content) {
-            let used = known.values().fold(0_u64, |sum, size| sum.saturating_add(*size));
+            let used = known
+                .values()
+                .fold(0_u64, |sum, size| sum.saturating_add(*size));
             let limit = self.engine.limits.image_bytes;
             if used.saturating_add(counted(&status)) > limit {
                 return Err(Status::failure(
@@ -244,8 +246,7 @@ impl Inner {
     ) -> Result<()> {
         let name = target.object_name();
         for _ in 0..ATTEMPTS {
-            let Ok((entry, mut object)) =
-                self.engine.find(call.kind, &call.info.namespace, &name)
+            let Ok((entry, mut object)) = self.engine.find(call.kind, &call.info.namespace, &name)
             else {
                 return Ok(());
             };

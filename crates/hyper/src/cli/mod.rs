@@ -16,8 +16,8 @@ pub(crate) use container::{
     Start, Stats, Stop, Top, Wait,
 };
 pub(crate) use groups::{
-    ContextCommand, Format, ListOptions, Login, Logout, NetworkCommand,
-    SystemCommand, VolumeCommand,
+    ContextCommand, Format, ListOptions, Login, Logout, NetworkCommand, SystemCommand,
+    VolumeCommand,
 };
 pub(crate) use images::{
     History, ImageCommand, ImageGroup, Images, InspectImages, Load, PruneImages, Pull, Push,

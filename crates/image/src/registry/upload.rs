@@ -126,16 +126,17 @@ impl Repository {
                 let (digest, progress) = (blob.digest.clone(), Arc::clone(progress));
                 let (mut at, mut told) = (0_u64, 0_u64);
                 let size = blob.size;
-                let pieces = ReaderStream::with_capacity(file, 128 << 10).inspect_ok(move |piece| {
-                    at += piece.len() as u64;
-                    if at - told >= 512 << 10 || at == size {
-                        told = at;
-                        progress(PushEvent::Progress {
-                            layer: digest.clone(),
-                            bytes: at,
-                        });
-                    }
-                });
+                let pieces =
+                    ReaderStream::with_capacity(file, 128 << 10).inspect_ok(move |piece| {
+                        at += piece.len() as u64;
+                        if at - told >= 512 << 10 || at == size {
+                            told = at;
+                            progress(PushEvent::Progress {
+                                layer: digest.clone(),
+                                bytes: at,
+                            });
+                        }
+                    });
                 Ok(Some(Body::wrap_stream(pieces)))
             };
             match self.send_blob(blob, body, limit).await {
@@ -198,9 +199,7 @@ impl Repository {
             (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
             (header::CONTENT_LENGTH, blob.size.to_string()),
         ];
-        let response = self
-            .ask(Method::PUT, &place, &headers, body, limit)
-            .await?;
+        let response = self.ask(Method::PUT, &place, &headers, body, limit).await?;
         match response.status() {
             StatusCode::CREATED | StatusCode::OK | StatusCode::NO_CONTENT => Ok(()),
             _ => Err(self.refusal(response).await),

@@ -268,10 +268,7 @@ impl Inner {
     }
 
     /// The manifest of kept content, with its bytes.
-    pub(super) fn kept_manifest(
-        &self,
-        digest: &Digest,
-    ) -> Result<(Manifest, Vec<u8>), ImageError> {
+    pub(super) fn kept_manifest(&self, digest: &Digest) -> Result<(Manifest, Vec<u8>), ImageError> {
         let bytes = self.read_blob(digest)?;
         match Document::parse(&bytes, None, &self.limits)? {
             Document::Manifest(manifest) => Ok((manifest, bytes)),
@@ -404,7 +401,12 @@ impl Inner {
             documents.insert(content.id.hex().to_owned());
             documents.insert(content.manifest.hex().to_owned());
             let (manifest, _) = self.kept_manifest(&content.manifest)?;
-            blobs.extend(manifest.layers.iter().map(|layer| layer.digest.hex().to_owned()));
+            blobs.extend(
+                manifest
+                    .layers
+                    .iter()
+                    .map(|layer| layer.digest.hex().to_owned()),
+            );
         }
         Ok((documents, blobs))
     }

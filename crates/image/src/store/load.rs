@@ -10,12 +10,7 @@ use std::{
 use hypernetes_types::{Digest, ImageReference};
 use serde::Deserialize;
 
-use super::{
-    Content, ImageStore, Inner,
-    content::Budget,
-    disk,
-    pull::plan_layers,
-};
+use super::{Content, ImageStore, Inner, content::Budget, disk, pull::plan_layers};
 use crate::{
     Image, ImageError, Layer,
     layer::{self, Compression},
@@ -227,13 +222,10 @@ impl<'a> Loader<'a> {
                 }
                 (None, Some(budget)) => match self.inner.kept_layer(&blob, &diff_id, budget)? {
                     Some(layer) => layer,
-                    None => self.inner.import_kept(
-                        open(&blob)?,
-                        &blob,
-                        diff_id,
-                        compression,
-                        budget,
-                    )?,
+                    None => {
+                        self.inner
+                            .import_kept(open(&blob)?, &blob, diff_id, compression, budget)?
+                    }
                 },
             };
             self.layers.insert(key, layer.clone());
@@ -337,7 +329,10 @@ impl Archive {
         let mut members = HashMap::new();
         while let Some(entry) = tarball.next()? {
             if members.len() >= MAX_MEMBERS {
-                return Err(invalid(what, format!("has more than {MAX_MEMBERS} members")));
+                return Err(invalid(
+                    what,
+                    format!("has more than {MAX_MEMBERS} members"),
+                ));
             }
             let Some(name) = member_name(entry.path) else {
                 continue;

@@ -45,7 +45,9 @@ impl ImageStore {
     pub async fn save(&self, images: Vec<Saved>, hold: Hold) -> Result<ArchiveStream, ImageError> {
         let inner = self.inner.clone();
         // What is not there is told before the first byte.
-        let (blobs, documents) = self.blocking(move |inner| inner.plan_archive(&images)).await?;
+        let (blobs, documents) = self
+            .blocking(move |inner| inner.plan_archive(&images))
+            .await?;
         let (sender, receiver) = mpsc::channel(CHANNEL);
         tokio::task::spawn_blocking(move || {
             let _hold = hold;
@@ -67,7 +69,10 @@ impl ImageStore {
 }
 
 impl Inner {
-    fn plan_archive(&self, images: &[Saved]) -> Result<(Blobs, Vec<(&'static str, Vec<u8>)>), ImageError> {
+    fn plan_archive(
+        &self,
+        images: &[Saved],
+    ) -> Result<(Blobs, Vec<(&'static str, Vec<u8>)>), ImageError> {
         let mut blobs = Blobs::new();
         let (mut entries, mut list): (Vec<Value>, Vec<Value>) = (Vec::new(), Vec::new());
         for saved in images {
@@ -129,7 +134,9 @@ impl Inner {
             ("manifest.json", Value::Array(list).to_string().into_bytes()),
             (
                 "oci-layout",
-                json!({"imageLayoutVersion": "1.0.0"}).to_string().into_bytes(),
+                json!({"imageLayoutVersion": "1.0.0"})
+                    .to_string()
+                    .into_bytes(),
             ),
         ];
         Ok((blobs, documents))

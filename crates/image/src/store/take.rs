@@ -210,7 +210,10 @@ fn unpack(mut source: impl Read, out: &mut std::fs::File, most: u64) -> io::Resu
         return Err(io::Error::other(ImageError::TooLarge { limit: most }));
     }
     if written < 1024 {
-        return Err(io::Error::other(invalid("the archive", "is not a tar file")));
+        return Err(io::Error::other(invalid(
+            "the archive",
+            "is not a tar file",
+        )));
     }
     out.flush()
 }

@@ -83,15 +83,21 @@ pub(super) async fn save(cluster: &Cluster, options: &Save) -> Result<()> {
 
 fn check_output(path: &Path) -> Result<()> {
     let invalid = |why: &str| {
-        Failure::plain(format_args!("invalid output path: {} {why}", path.display()))
+        Failure::plain(format_args!(
+            "invalid output path: {} {why}",
+            path.display()
+        ))
     };
     if path.is_dir() {
         return Err(invalid("must be a file, it is a directory"));
     }
     match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() && !parent.is_dir() => Err(Failure::plain(
-            format_args!("invalid output path: directory \"{}\" does not exist", parent.display()),
-        )),
+        Some(parent) if !parent.as_os_str().is_empty() && !parent.is_dir() => {
+            Err(Failure::plain(format_args!(
+                "invalid output path: directory \"{}\" does not exist",
+                parent.display()
+            )))
+        }
         _ => Ok(()),
     }
 }
@@ -101,8 +107,9 @@ pub(super) async fn load(cluster: &Cluster, options: &Load) -> Result<()> {
     check_platform(options.platform.as_deref())?;
     let source: Box<dyn AsyncRead + Send + Unpin> = match &options.input {
         Some(path) => {
-            let file = File::open(path)
-                .map_err(|error| Failure::plain(format_args!("open {}: {error}", path.display())))?;
+            let file = File::open(path).map_err(|error| {
+                Failure::plain(format_args!("open {}: {error}", path.display()))
+            })?;
             Box::new(tokio::fs::File::from_std(file))
         }
         None if terminal::stdin_is_terminal() => {
@@ -113,8 +120,8 @@ pub(super) async fn load(cluster: &Cluster, options: &Load) -> Result<()> {
         None => Box::new(tokio::io::stdin()),
     };
     library::needed(cluster, "load").await?;
-    let frames = ReaderStream::with_capacity(source, 128 << 10)
-        .map(|piece: std::io::Result<Bytes>| {
+    let frames =
+        ReaderStream::with_capacity(source, 128 << 10).map(|piece: std::io::Result<Bytes>| {
             piece
                 .map(http_body::Frame::data)
                 .map_err(|error| Box::new(error) as _)

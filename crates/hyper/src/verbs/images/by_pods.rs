@@ -206,7 +206,11 @@ pub(crate) async fn list(cluster: &Cluster, options: &Images) -> Result<()> {
             ])
         })
         .collect();
-    let list = if options.digests { &WITH_DIGESTS } else { &ROWS };
+    let list = if options.digests {
+        &WITH_DIGESTS
+    } else {
+        &ROWS
+    };
     terminal::out(&list.print(&rows, options.list.format.as_deref(), options.list.quiet)?);
     Ok(())
 }

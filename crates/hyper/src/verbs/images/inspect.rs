@@ -55,13 +55,23 @@ pub(super) async fn one(cluster: &Cluster, library: &Library, text: &str) -> Res
     let own = pull::own(cluster, library, text).await?;
     let (_, config) = documents(cluster, &own.object).await?;
     let all = library.of_id(&own.id);
-    let names = all.iter().copied().chain([&own]).filter_map(|own| own.name.as_ref());
+    let names = all
+        .iter()
+        .copied()
+        .chain([&own])
+        .filter_map(|own| own.name.as_ref());
     let mut tags: Vec<String> = names.filter(|n| n.tag().is_some()).map(familiar).collect();
     tags.sort();
     tags.dedup();
     let mut digests: Vec<String> = all
         .iter()
-        .filter_map(|own| Some(format!("{}@{}", repository(own.name.as_ref()?), own.digest.as_ref()?)))
+        .filter_map(|own| {
+            Some(format!(
+                "{}@{}",
+                repository(own.name.as_ref()?),
+                own.digest.as_ref()?
+            ))
+        })
         .collect();
     digests.sort();
     digests.dedup();
@@ -121,7 +131,13 @@ pub(super) async fn history(cluster: &Cluster, options: &History) -> Result<()> 
 }
 
 /// The steps, newest first. Sizes are those of layers' blobs.
-fn steps(id: &str, manifest: &Value, config: &Value, options: &History, now: Timestamp) -> Vec<Row> {
+fn steps(
+    id: &str,
+    manifest: &Value,
+    config: &Value,
+    options: &History,
+    now: Timestamp,
+) -> Vec<Row> {
     let none = Vec::new();
     let mut sizes = manifest["layers"]
         .as_array()
@@ -161,7 +177,10 @@ fn row(step: &Value, size: u64, options: &History, now: Timestamp) -> Row {
             "CreatedSince",
             created.map_or_else(|| "N/A".to_owned(), |at| units::human_ago(at, now)),
         ),
-        ("CreatedAt", step["created"].as_str().unwrap_or("N/A").to_owned()),
+        (
+            "CreatedAt",
+            step["created"].as_str().unwrap_or("N/A").to_owned(),
+        ),
         ("CreatedBy", by),
         (
             "Size",
@@ -195,7 +214,9 @@ mod tests {
             image: String::new(),
         };
         let rows = steps("abc", &manifest, &config, &options, Timestamp::UNIX_EPOCH);
-        let field = |name: &'static str| -> Vec<String> { rows.iter().map(|row| row[name].clone()).collect() };
+        let field = |name: &'static str| -> Vec<String> {
+            rows.iter().map(|row| row[name].clone()).collect()
+        };
         assert_eq!(field("ID"), ["abc", "<missing>", "<missing>"]);
         assert_eq!(field("Size"), ["2kB", "0B", "10B"]);
         assert!(field("CreatedBy")[0].ends_with('…'));

@@ -48,10 +48,7 @@ impl Own {
     pub(super) fn columns(&self) -> (String, String) {
         match &self.name {
             None => ("<none>".to_owned(), "<none>".to_owned()),
-            Some(name) => (
-                repository(name),
-                name.tag().unwrap_or("<none>").to_owned(),
-            ),
+            Some(name) => (repository(name), name.tag().unwrap_or("<none>").to_owned()),
         }
     }
 }
@@ -213,7 +210,11 @@ mod tests {
 
     #[test]
     fn images_are_found_by_name_digest_and_id() {
-        let library = Library(vec![own("busybox", 'a'), own("x.example/web:1", 'b'), own("", 'a')]);
+        let library = Library(vec![
+            own("busybox", 'a'),
+            own("x.example/web:1", 'b'),
+            own("", 'a'),
+        ]);
         let object = |text: &str| {
             library
                 .find(text)
@@ -221,7 +222,10 @@ mod tests {
                 .map(|meant| (meant.first().object.clone(), matches!(meant, Meant::Id(_))))
         };
         assert_eq!(object("busybox"), Some(("o-a".into(), false)));
-        assert_eq!(object("docker.io/library/busybox:latest"), Some(("o-a".into(), false)));
+        assert_eq!(
+            object("docker.io/library/busybox:latest"),
+            Some(("o-a".into(), false))
+        );
         assert_eq!(
             object(&format!("x.example/web@sha256:{}", "9".repeat(64))),
             Some(("o-b".into(), false))

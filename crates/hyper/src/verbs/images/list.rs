@@ -74,7 +74,11 @@ pub(super) async fn run(cluster: &Cluster, options: &Images) -> Result<()> {
     if options.list.quiet && options.list.format.is_none() {
         rows.dedup_by(|a, b| a.get("ID") == b.get("ID"));
     }
-    let list = if options.digests { &WITH_DIGESTS } else { &ROWS };
+    let list = if options.digests {
+        &WITH_DIGESTS
+    } else {
+        &ROWS
+    };
     terminal::out(&list.print(&rows, options.list.format.as_deref(), options.list.quiet)?);
     Ok(())
 }
@@ -129,7 +133,10 @@ fn adopt(library: &mut Library, containers: &[Container]) {
         if library.0.iter().any(|own| own.name.as_ref() == Some(&name)) {
             continue;
         }
-        let Some(status) = container.status().filter(|status| !status.image_id.is_empty()) else {
+        let Some(status) = container
+            .status()
+            .filter(|status| !status.image_id.is_empty())
+        else {
             continue;
         };
         let digest = status.image_id.rsplit('@').next().unwrap_or_default();
@@ -194,7 +201,9 @@ async fn labels(
         .as_object()
         .into_iter()
         .flatten()
-        .filter_map(|(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned())))
+        .filter_map(|(key, value): (&String, &Value)| {
+            Some((key.clone(), value.as_str()?.to_owned()))
+        })
         .collect();
     known.insert(own.id.clone(), labels.clone());
     Ok(labels)
@@ -211,14 +220,27 @@ fn row(own: &Own, no_trunc: bool, now: Timestamp, containers: &[Container]) -> R
     Row::from([
         ("Repository", repository),
         ("Tag", tag),
-        ("Digest", own.digest.clone().unwrap_or_else(|| "<none>".to_owned())),
-        ("ID", if no_trunc { own.id.clone() } else { own.short_id() }),
+        (
+            "Digest",
+            own.digest.clone().unwrap_or_else(|| "<none>".to_owned()),
+        ),
+        (
+            "ID",
+            if no_trunc {
+                own.id.clone()
+            } else {
+                own.short_id()
+            },
+        ),
         (
             "CreatedSince",
             own.created
                 .map_or_else(unknown, |created| units::human_ago(created, now)),
         ),
-        ("CreatedAt", own.created.map_or_else(unknown, units::created_at)),
+        (
+            "CreatedAt",
+            own.created.map_or_else(unknown, units::created_at),
+        ),
         (
             "Size",
             if own.object.is_empty() {
@@ -245,7 +267,12 @@ mod tests {
             size: 0,
             created: None,
         };
-        for yes in ["x.example/team/web", "x.example/*/web:1", "x.example/team/web:?", "*/*/*:*"] {
+        for yes in [
+            "x.example/team/web",
+            "x.example/*/web:1",
+            "x.example/team/web:?",
+            "*/*/*:*",
+        ] {
             assert!(matches_pattern(&own, yes), "{yes}");
         }
         for no in ["web", "x.example/team/web:2", "*", "x.example/team/webs"] {

@@ -93,9 +93,10 @@ impl Layers {
         if self.layers.contains_key(digest) {
             return;
         }
-        let style = ProgressStyle::with_template("{prefix}: {msg:11} [{bar:40}] {bytes}/{total_bytes}")
-            .unwrap_or_else(|_wrong| ProgressStyle::default_bar())
-            .progress_chars("=> ");
+        let style =
+            ProgressStyle::with_template("{prefix}: {msg:11} [{bar:40}] {bytes}/{total_bytes}")
+                .unwrap_or_else(|_wrong| ProgressStyle::default_bar())
+                .progress_chars("=> ");
         let bar = bars.add(ProgressBar::new(size).with_style(style));
         bar.set_prefix(short(digest));
         bar.set_message(self.words.begins);

@@ -22,7 +22,10 @@ pub(super) async fn run(cluster: &Cluster, options: &Pull) -> Result<()> {
     check_platform(options.platform.as_deref())?;
     if library::of(cluster).await?.is_none() {
         if options.all_tags {
-            return Err(Failure::refused("pull --all-tags", "name the tags one by one"));
+            return Err(Failure::refused(
+                "pull --all-tags",
+                "name the tags one by one",
+            ));
         }
         return by_pods::pull(cluster, options).await;
     }
@@ -144,11 +147,7 @@ pub(crate) async fn fetch(
 }
 
 /// An image of the namespace; one that only a container has is fetched first, as docker has it then.
-pub(super) async fn own(
-    cluster: &Cluster,
-    library: &library::Library,
-    text: &str,
-) -> Result<Own> {
+pub(super) async fn own(cluster: &Cluster, library: &library::Library, text: &str) -> Result<Own> {
     if let Some(meant) = library.find(text)? {
         return Ok(meant.first().clone());
     }
@@ -162,5 +161,7 @@ pub(super) async fn own(
     if !used {
         return Err(library::no_such(text));
     }
-    from_registry(cluster, &name, true).await.map(|(own, _)| own)
+    from_registry(cluster, &name, true)
+        .await
+        .map(|(own, _)| own)
 }

@@ -93,12 +93,20 @@ pub(super) async fn tag(cluster: &Cluster, options: &Tag) -> Result<()> {
     let library = library::needed(cluster, "tag").await?;
     let target = parse(&options.target)?;
     if target.digest().is_some() {
-        return Err(Failure::plain("refusing to create a tag with a digest reference"));
+        return Err(Failure::plain(
+            "refusing to create a tag with a digest reference",
+        ));
     }
     let own = pull::own(cluster, &library, &options.source).await?;
     let path = wire::path(cluster, &format!("/{}/tag", own.object));
     let body = json!({"image": target.to_string()}).to_string();
-    wire::send(cluster, http::Method::POST, &path, Body::from(body.into_bytes())).await??;
+    wire::send(
+        cluster,
+        http::Method::POST,
+        &path,
+        Body::from(body.into_bytes()),
+    )
+    .await??;
     Ok(())
 }
 
@@ -123,7 +131,10 @@ pub(super) async fn search(cluster: &Cluster, options: &Search) -> Result<()> {
         .into_iter()
         .take(options.limit)
         .map(|tag| {
-            Row::from([("Name", format!("{}:{tag}", repository(&name))), ("Tag", tag)])
+            Row::from([
+                ("Name", format!("{}:{tag}", repository(&name))),
+                ("Tag", tag),
+            ])
         })
         .collect();
     terminal::out(&ROWS.print(&rows, options.format.as_deref(), false)?);

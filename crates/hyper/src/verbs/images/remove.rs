@@ -1,7 +1,7 @@
 //! `rmi` and `image prune`.
 
-use hypernetes_types::ImageReference;
 use http::Method;
+use hypernetes_types::ImageReference;
 use kube::client::Body;
 
 use super::{
@@ -67,9 +67,7 @@ async fn remove(
         }
     };
     let is_last = going.len() == all.len();
-    if is_last
-        && let Some(container) = containers.iter().find(|one| uses(one, &id, &names))
-    {
+    if is_last && let Some(container) = containers.iter().find(|one| uses(one, &id, &names)) {
         let runs = !container.state().is_over() && !container.is_gated();
         let short = library::short(&id);
         match (&meant, runs) {
@@ -113,7 +111,10 @@ fn say(own: &Own, all: &[&Own], going: &[&Own]) {
     terminal::line(&format!("Untagged: {}", familiar(name)));
     let stays = all.iter().any(|other| {
         !going.contains(other)
-            && other.name.as_ref().is_some_and(|other| repository(other) == repository(name))
+            && other
+                .name
+                .as_ref()
+                .is_some_and(|other| repository(other) == repository(name))
     });
     if let (Some(digest), false, true) = (&own.digest, stays, name.digest().is_none()) {
         terminal::line(&format!("Untagged: {}@{digest}", repository(name)));

@@ -179,10 +179,7 @@ pub(super) async fn operate(
 }
 
 /// Reads lines of JSON; returns those of `DONE`.
-pub(super) async fn lines(
-    mut answer: Stream,
-    mut tell: impl FnMut(&Value),
-) -> Result<Vec<Value>> {
+pub(super) async fn lines(mut answer: Stream, mut tell: impl FnMut(&Value)) -> Result<Vec<Value>> {
     let mut pending = BytesMut::new();
     let mut done = Vec::new();
     while let Some(piece) = next(&mut answer).await? {
