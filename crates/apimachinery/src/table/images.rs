@@ -52,7 +52,7 @@ mod tests {
     #[test]
     fn sizes_are_short() {
         for (bytes, text) in [
-            (0, "0"),
+            (0_u64, "0"),
             (1023, "1023"),
             (1536, "1.5Ki"),
             (3 << 20, "3.0Mi"),

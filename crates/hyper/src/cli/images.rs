@@ -32,12 +32,16 @@ pub(crate) enum ImageCommand {
     /// Remove images
     Rmi(RemoveImages),
     /// Write images into a tar archive (standard output by default)
+    #[command(hide = true)]
     Save(Save),
     /// Take images in from a tar archive (standard input by default)
+    #[command(hide = true)]
     Load(Load),
     /// The steps that made an image
+    #[command(hide = true)]
     History(History),
     /// Tags of a repository in its registry
+    #[command(hide = true)]
     Search(Search),
     /// Not supported: load images, or push them into a registry
     #[command(hide = true)]

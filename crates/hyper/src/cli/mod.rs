@@ -40,7 +40,7 @@ pub(crate) struct Cli {
     /// Cluster to talk to: a context of the kubeconfig
     #[arg(short = 'c', long, env = "HYPER_CONTEXT", value_name = "NAME")]
     pub(crate) context: Option<String>,
-    /// Kubeconfig file [default: $KUBECONFIG or ~/.kube/config]
+    /// Kubeconfig file [default: kubectl's]
     #[arg(long, env = "HYPER_KUBECONFIG", value_name = "FILE")]
     pub(crate) kubeconfig: Option<PathBuf>,
     /// Namespace [default: the context's]
@@ -63,8 +63,8 @@ pub(crate) enum Command {
     },
     #[command(flatten)]
     Image(ImageCommand),
-    /// Commands on images
-    #[command(name = "image", hide = true)]
+    /// More on images: save, load, history, search, inspect, prune
+    #[command(name = "image")]
     ImageGroup {
         #[command(subcommand)]
         command: ImageGroup,

@@ -34,6 +34,9 @@ pub type ArchiveStream = BoxStream<'static, io::Result<Bytes>>;
 /// Blobs of an archive, by digest.
 type Blobs = BTreeMap<Digest, Source>;
 
+/// Files at the top of an archive.
+type Documents = Vec<(&'static str, Vec<u8>)>;
+
 enum Source {
     Bytes(Vec<u8>),
     /// A file of that many bytes.
@@ -69,10 +72,7 @@ impl ImageStore {
 }
 
 impl Inner {
-    fn plan_archive(
-        &self,
-        images: &[Saved],
-    ) -> Result<(Blobs, Vec<(&'static str, Vec<u8>)>), ImageError> {
+    fn plan_archive(&self, images: &[Saved]) -> Result<(Blobs, Documents), ImageError> {
         let mut blobs = Blobs::new();
         let (mut entries, mut list): (Vec<Value>, Vec<Value>) = (Vec::new(), Vec::new());
         for saved in images {
