@@ -305,8 +305,8 @@ async fn requests_are_checked_and_bounded() {
         );
     }
     // Accounts come from the namespace's Secrets.
-    let private = json!({"image": "private:1", "secrets": ["registry", "nothing"]});
-    let rest = format!("/{}/pull", object_name("private:1"));
+    let private = json!({"image": "private:9", "secrets": ["registry", "nothing"]});
+    let rest = format!("/{}/pull", object_name("private:9"));
     let (_, last) = post(&edit, &rest, private.to_string()).await;
     assert_eq!(
         (&last["type"], &last["object"]["code"]),
