@@ -33,10 +33,14 @@ use crate::{
 pub(crate) async fn run(cli: Cli) -> Result<()> {
     let target = Target::of(&cli);
     match cli.command {
-        Command::Container(command) => container(&target.connect().await?, *command).await,
+        Command::Container(command) => {
+            Box::pin(container(&target.connect().await?, *command)).await
+        }
         Command::ContainerGroup { command } => match command {
             ContainerGroup::Ls(ps) => list::ps(&target.connect().await?, &ps).await,
-            ContainerGroup::Other(command) => container(&target.connect().await?, *command).await,
+            ContainerGroup::Other(command) => {
+                Box::pin(container(&target.connect().await?, *command)).await
+            }
         },
         Command::Image(command) => images::run(&target, command).await,
         Command::ImageGroup { command } => images::group(&target, command).await,
@@ -86,7 +90,7 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
         ContainerCommand::Logs(options) => logs::run(cluster, &options).await,
         ContainerCommand::Exec(options) => exec::run(cluster, &options).await,
         ContainerCommand::Attach(options) => run::attach(cluster, &options).await,
-        ContainerCommand::Start(options) => lifecycle::start(cluster, &options).await,
+        ContainerCommand::Start(options) => Box::pin(lifecycle::start(cluster, &options)).await,
         ContainerCommand::Stop(options) => lifecycle::stop(cluster, &options).await,
         ContainerCommand::Restart(options) => lifecycle::restart(cluster, &options).await,
         ContainerCommand::Kill(options) => lifecycle::kill(cluster, &options).await,
