@@ -13,6 +13,7 @@ use crate::kinds::{ResourceKind, split_api_version};
 static KUBERNETES: &[u8] = include_bytes!("../data/definitions.json.gz");
 static EXTENSIONS: &[u8] = include_bytes!("../data/extensions.json.gz");
 static METRICS: &str = include_str!("../data/metrics.json");
+static IMAGES: &str = include_str!("../data/images.json");
 
 /// What a value may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,9 +233,11 @@ pub(crate) fn raw() -> Map<String, Value> {
             serde_json::from_str(&text).expect("the embedded definitions are JSON, a test checks");
         all.extend(some);
     }
-    let metrics: Map<String, Value> =
-        serde_json::from_str(METRICS).expect("the embedded definitions are JSON, a test checks");
-    all.extend(metrics);
+    for text in [METRICS, IMAGES] {
+        let some: Map<String, Value> =
+            serde_json::from_str(text).expect("the embedded definitions are JSON, a test checks");
+        all.extend(some);
+    }
     all
 }
 

@@ -1,5 +1,6 @@
 //! The table of served kinds: names, scope, verbs, subresources.
 
+pub mod images;
 mod workloads;
 
 /// A kind that the server serves under one group and version.
@@ -314,6 +315,7 @@ static KINDS: &[ResourceKind] = &[
         short_names: &["ev"],
         ..kind("events.k8s.io", "v1", "Event", "events", "event")
     },
+    images::IMAGES,
     ResourceKind {
         namespaced: false,
         verbs: READ_ONLY,

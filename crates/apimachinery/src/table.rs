@@ -2,6 +2,7 @@
 
 mod age;
 mod columns;
+mod images;
 mod pod;
 mod service;
 mod workloads;

@@ -19,6 +19,7 @@ use crate::{
 };
 
 const RBAC: &str = "rbac.authorization.k8s.io";
+const IMAGES: &str = kinds::images::GROUP;
 const NAMESPACES: [&str; 3] = ["default", "kube-system", "kube-public"];
 
 /// Makes what is not there.
@@ -265,6 +266,8 @@ fn tenant_rules(role: TenantRole) -> Value {
         rule("events.k8s.io", &["events"], &READ),
         rule("coordination.k8s.io", &["leases"], &READ),
         rule("hypernetes.io", &["networks", "networks/status"], &READ),
+        rule(IMAGES, &["images"], &READ),
+        rule(IMAGES, &["images/config"], &["get"]),
     ];
     if role >= TenantRole::Edit {
         rules.extend([
@@ -290,6 +293,15 @@ fn tenant_rules(role: TenantRole) -> Value {
                 &["pods/ephemeralcontainers", "pods/resize"],
                 &["get", "patch", "update"],
             ),
+            rule(IMAGES, &["images"], &["delete", "deletecollection"]),
+            rule(
+                IMAGES,
+                &["images/pull", "images/push", "images/tag"],
+                &["create"],
+            ),
+            rule(IMAGES, &["images/archive"], &["create", "get"]),
+            // It uses the namespace's accounts.
+            rule(IMAGES, &["images/tags"], &["get"]),
             // The status is the controllers' to write.
             rule("apps", &only_objects(&WORKLOADS), &WRITE),
             rule("batch", &only_objects(&BATCH), &WRITE),

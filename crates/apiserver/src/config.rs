@@ -5,7 +5,7 @@ use std::{fmt, net::Ipv4Addr, ops::RangeInclusive, sync::Arc, time::Duration};
 use hypernetes_apimachinery::usage::UsageBoard;
 use hypernetes_identity::{Authenticator, CertificateAuthenticator, SigningKey};
 use hypernetes_store::Store;
-use hypernetes_streaming::PodStreams;
+use hypernetes_streaming::{NodeImages, PodStreams};
 use ipnet::Ipv4Net;
 use jiff::Timestamp;
 
@@ -25,6 +25,8 @@ pub struct ApiServerConfig {
     pub service_account_key: Option<SigningKey>,
     /// Where logs, exec, attach and port-forward come from; without it they are refused.
     pub streams: Option<Arc<dyn PodStreams>>,
+    /// Where contents of images are kept; without it images are not served.
+    pub images: Option<Arc<dyn NodeImages>>,
     /// The node that new pods are bound to; without it they wait for a binding.
     pub node_name: Option<String>,
     /// What nodes and pods use, for `metrics.k8s.io`.
@@ -57,6 +59,7 @@ impl ApiServerConfig {
             authenticators: vec![Arc::new(CertificateAuthenticator)],
             service_account_key: SigningKey::ephemeral().ok(),
             streams: None,
+            images: None,
             node_name: None,
             usage: UsageBoard::default(),
             mount_tokens: false,
@@ -96,6 +99,8 @@ pub struct Limits {
     pub connections: usize,
     /// How often an idle watch gets a bookmark.
     pub bookmark_interval: Duration,
+    /// Bytes that the images of one namespace may take, blobs and disks together.
+    pub image_bytes: u64,
     /// How long events are kept.
     pub event_life: Duration,
     /// How long connections may take to end at shutdown.
@@ -111,6 +116,7 @@ impl Default for Limits {
             handshake_timeout: Duration::from_secs(10),
             connections: 8192,
             bookmark_interval: Duration::from_secs(60),
+            image_bytes: 32 << 30,
             event_life: Duration::from_secs(60 * 60),
             drain: Duration::from_secs(5),
         }

@@ -32,6 +32,7 @@ mod endpoints;
 mod engine;
 mod events;
 mod flow;
+mod images;
 mod keys;
 mod listener;
 mod metrics;

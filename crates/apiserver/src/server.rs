@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use hypernetes_identity::{Authenticator, TokenKey, User};
-use hypernetes_streaming::PodStreams;
+use hypernetes_streaming::{NodeImages, PodStreams};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -15,6 +15,7 @@ use crate::{
     definitions,
     engine::Engine,
     flow::Flow,
+    images::Turns,
     metrics::Metrics,
     reaper,
     service::ApiService,
@@ -49,6 +50,8 @@ pub(crate) struct Inner {
     pub(crate) authenticators: Vec<Arc<dyn Authenticator>>,
     pub(crate) service_accounts: Option<ServiceAccounts>,
     pub(crate) streams: Option<Arc<dyn PodStreams>>,
+    pub(crate) images: Option<Arc<dyn NodeImages>>,
+    pub(crate) turns: Turns,
     pub(crate) flow: Flow,
     pub(crate) metrics: Metrics,
     pub(crate) audit: Option<AuditLog>,
@@ -119,6 +122,8 @@ impl ApiServer {
             authenticators,
             service_accounts,
             streams: config.streams,
+            images: config.images,
+            turns: Turns::default(),
             flow: Flow::default(),
             metrics: Metrics::new(),
             audit,

@@ -28,6 +28,7 @@ use crate::{
     endpoints::Endpoints,
     engine::{self, Call, Part},
     flow::Place,
+    images::{self, Images},
     metrics::StreamGuard,
     pods::{self, Pods},
     query::Query,
@@ -121,6 +122,8 @@ impl Arrived {
                 "exec" | "attach" | "portforward"
             )
             || self.info.subresource == "log" && self.query.flag("follow")
+            || self.kind.is_some_and(images::is_image)
+                && matches!(self.info.subresource.as_str(), "archive" | "pull" | "push")
     }
 
     /// Resource and subresource as metrics name them: only what exists.
@@ -184,7 +187,7 @@ impl Inner {
     }
 
     async fn handle(
-        &self,
+        self: &Arc<Self>,
         request: Request<ApiBody>,
         arrived: Arrived,
         record: Option<&Record>,
@@ -237,7 +240,7 @@ impl Inner {
     }
 
     async fn resource(
-        &self,
+        self: &Arc<Self>,
         call: &Call,
         rest: &mut Request<()>,
         body: ApiBody,
@@ -303,7 +306,7 @@ impl Inner {
     }
 
     async fn subresource(
-        &self,
+        self: &Arc<Self>,
         call: &Call,
         rest: &mut Request<()>,
         body: ApiBody,
@@ -348,6 +351,10 @@ impl Inner {
                 Status::unavailable("this API server has no key for service account tokens")
             })?;
             return accounts.issue(engine, call, &body::read(body).await?);
+        }
+        if images::is_image(call.kind) {
+            let images = Images { inner: self, call };
+            return images.serve(body, slot).await;
         }
         if !pods::is_pod(call.kind) {
             return Err(Status::method_not_allowed());

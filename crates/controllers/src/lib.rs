@@ -14,6 +14,7 @@
 //! - **Service** → its EndpointSlices, from its pods.
 #![forbid(unsafe_code)]
 
+mod auto_remove;
 mod conditions;
 mod endpoints;
 mod error;
@@ -81,6 +82,7 @@ pub async fn run(config: ControllersConfig, stop: CancellationToken) {
         tenants(context.clone(), &stop),
         networks(context.clone(), &stop),
         namespaces(context.clone(), &stop),
+        auto_removal(context.clone(), &stop),
         endpoints::run(context.client.clone(), &stop),
     );
 }
@@ -166,6 +168,21 @@ async fn namespaces(context: Arc<ControllersConfig>, stop: &CancellationToken) {
                 boxed(async move { namespace::reconcile(&namespace, &context).await })
             },
             |object, error, _| retry("namespace", &object.name_any(), error),
+            context,
+        )
+        .for_each(|_| async {})
+        .await;
+}
+
+async fn auto_removal(context: Arc<ControllersConfig>, stop: &CancellationToken) {
+    let pods: Api<Pod> = Api::all(context.client.clone());
+    Controller::new(pods, watcher::Config::default().labels(auto_remove::NAME))
+        .graceful_shutdown_on(stopped(stop))
+        .run(
+            |pod, context| {
+                boxed(async move { auto_remove::reconcile(&pod, &context.client).await })
+            },
+            |object, error, _| retry("pod", &object.name_any(), error),
             context,
         )
         .for_each(|_| async {})

@@ -73,9 +73,10 @@ impl Target {
             .clone()
             .unwrap_or_else(|| config.default_namespace.clone());
         let server = config.cluster_url.to_string();
-        let client = Client::try_from(config).map_err(|error| wrong(&error))?;
+        let client = Client::try_from(config.clone()).map_err(|error| wrong(&error))?;
         Ok(Cluster {
             client,
+            config: config.into(),
             namespace,
             server,
         })
@@ -86,6 +87,8 @@ impl Target {
 #[derive(Clone)]
 pub(crate) struct Cluster {
     pub(crate) client: Client,
+    /// What the client was made from, for what it cannot send.
+    pub(crate) config: std::sync::Arc<Config>,
     pub(crate) namespace: String,
     pub(crate) server: String,
 }

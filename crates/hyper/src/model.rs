@@ -298,12 +298,28 @@ impl Container {
 
     /// Whether a check of its health is asked for, and what it says.
     pub(crate) fn health(&self) -> Option<&'static str> {
-        self.spec().readiness_probe?;
+        self.health_at(Timestamp::now())
+    }
+
+    /// Kubernetes says of a readiness probe only whether it holds. As many checks as may fail in a row
+    /// have failed when their time is over.
+    fn health_at(&self, now: Timestamp) -> Option<&'static str> {
+        let probe = self.spec().readiness_probe?;
         let status = self.status()?;
         if status.ready {
             return Some("healthy");
         }
-        Some("starting")
+        let Some(started) = self.started() else {
+            return Some("starting");
+        };
+        let seconds = |field: Option<i32>, default: i32| i64::from(field.unwrap_or(default));
+        let limit = seconds(probe.initial_delay_seconds, 0)
+            + seconds(probe.period_seconds, 10) * seconds(probe.failure_threshold, 3);
+        Some(if now.as_second() - started.as_second() > limit {
+            "unhealthy"
+        } else {
+            "starting"
+        })
     }
 
     /// The column STATUS.
@@ -318,7 +334,7 @@ impl Container {
             State::Running => {
                 let started = self.started().unwrap_or(now);
                 let up = units::human_duration(now.as_second() - started.as_second());
-                match self.health() {
+                match self.health_at(now) {
                     Some("starting") => format!("Up {up} (health: starting)"),
                     Some(health) => format!("Up {up} ({health})"),
                     None => format!("Up {up}"),

@@ -190,6 +190,10 @@ pub(crate) struct Up {
     #[arg(long, value_name = "DAYS", default_value_t = 0)]
     pub(crate) audit_log_maxage: u64,
 
+    /// Bytes that the images of one namespace may take on the disk, such as 32Gi
+    #[arg(long, value_name = "QUANTITY", default_value = "32Gi", value_parser = bytes)]
+    pub(crate) image_quota: u64,
+
     /// How many VM templates to keep, of some 50 MiB each: pods start from them instead of booting
     /// their kernel. 0 boots every pod
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
@@ -427,6 +431,14 @@ pub(crate) struct Console {
 pub(crate) struct Backup {
     /// File to write; must not exist
     pub(crate) file: PathBuf,
+}
+
+/// A number of bytes, as Kubernetes writes quantities.
+fn bytes(text: &str) -> Result<u64, String> {
+    let quantity: hypernetes_types::Quantity = text
+        .parse()
+        .map_err(|_error| "must be a quantity such as 32Gi".to_owned())?;
+    u64::try_from(quantity.value()).map_err(|_error| "must not be negative".to_owned())
 }
 
 #[cfg(test)]

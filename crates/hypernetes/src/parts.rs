@@ -120,6 +120,8 @@ pub(crate) struct Parts {
     /// Connections of pods to the API server.
     pub(crate) api_connections: mpsc::Receiver<ApiConnection>,
     pub(crate) runtime: Arc<dyn PodRuntime>,
+    /// The runtime's images.
+    pub(crate) images: ImageStore,
     /// Prefix of what this daemon makes on the host.
     pub(crate) instance: String,
 }
@@ -194,6 +196,7 @@ impl Parts {
             Some(dir) => std::path::absolute(dir)?,
             None => PathBuf::from(RUN_DIR),
         };
+        let own_images = images.clone();
         let images = Arc::new(images);
         let runtime = NodeRuntime::open(RuntimeConfig {
             state_dir: paths.runtime(),
@@ -234,6 +237,7 @@ impl Parts {
             networks,
             api_connections,
             runtime,
+            images: own_images,
             instance,
         })
     }

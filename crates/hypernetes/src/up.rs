@@ -99,6 +99,8 @@ impl Node {
         };
         let mut config = ApiServerConfig::new(self.parts.store.clone());
         config.streams = Some(Nodelet::streams_of(self.parts.runtime.clone()));
+        config.images = Some(Nodelet::images_of(self.parts.images.clone()));
+        config.limits.image_bytes = options.image_quota;
         let usage = config.usage.clone();
         config.mount_tokens = true;
         config.server_address = address.to_string();
@@ -187,7 +189,8 @@ impl Node {
             self.parts.runtime.clone(),
             self.parts.networks.clone(),
         )
-        .with_usage(usage);
+        .with_usage(usage)
+        .with_images(self.parts.images.clone());
         let token = stop.clone();
         parts.spawn(async move {
             nodelet.run(token).await?;

@@ -65,6 +65,12 @@ pub enum ImageError {
         /// Host.
         registry: String,
     },
+    /// More than may be taken in.
+    #[error("the image takes more than the {limit} bytes that are left for images")]
+    TooLarge {
+        /// Bytes that were left.
+        limit: u64,
+    },
     /// The image is used by pods.
     #[error("image {0} is in use")]
     InUse(String),

@@ -136,4 +136,7 @@ mod tarball;
 pub use error::ImageError;
 pub use limits::Limits;
 pub use registry::RegistryConfig;
-pub use store::{ImageStore, Inspection, Progress, PullOptions, Removed, StoreConfig, Usage};
+pub use store::{
+    ArchiveStream, Content, ContentId, Hold, ImageStore, Inspection, KeepOptions, Progress,
+    PullOptions, PushEvent, PushProgress, Quiet, Removed, Saved, StoreConfig, Usage,
+};

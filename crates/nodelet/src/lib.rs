@@ -17,6 +17,7 @@ mod env;
 mod events;
 mod fields;
 mod handler;
+mod images;
 mod logs;
 mod network;
 mod node;
@@ -49,9 +50,10 @@ use std::{
 };
 
 use hypernetes_apimachinery::usage::UsageBoard;
+use hypernetes_image::ImageStore;
 use hypernetes_network::NetworkDriver;
 use hypernetes_runtime::PodRuntime;
-use hypernetes_streaming::PodStreams;
+use hypernetes_streaming::{NodeImages, PodStreams};
 use hypernetes_telemetry::chain;
 use jiff::Timestamp;
 use kube::Client;
@@ -105,6 +107,7 @@ pub struct Nodelet {
     client: Client,
     runtime: Arc<dyn PodRuntime>,
     networks: Arc<dyn NetworkDriver>,
+    images: Option<ImageStore>,
     board: worker::Board,
     usage: UsageBoard,
 }
@@ -130,6 +133,7 @@ impl Nodelet {
             client,
             runtime,
             networks,
+            images: None,
             board: Arc::new(Mutex::new(HashMap::new())),
             usage: UsageBoard::default(),
         }
@@ -140,6 +144,19 @@ impl Nodelet {
     pub fn with_usage(mut self, board: UsageBoard) -> Self {
         self.usage = board;
         self
+    }
+
+    /// Lets namespaces have images of their own, with their contents in this store, which is the
+    /// runtime's.
+    #[must_use]
+    pub fn with_images(mut self, store: ImageStore) -> Self {
+        self.images = Some(store);
+        self
+    }
+
+    /// Contents of namespaces' images, for the API server.
+    pub fn images_of(store: ImageStore) -> Arc<dyn NodeImages> {
+        Arc::new(images::Contents(store))
     }
 
     /// Exec, attach, port-forward and logs of this node's pods. Works as long as the runtime does.
@@ -194,6 +211,14 @@ impl Nodelet {
             events.clone(),
             stop.clone(),
         );
+        let images = self.images.clone().map(|store| {
+            images::run(
+                self.client.clone(),
+                store,
+                self.runtime.clone(),
+                stop.clone(),
+            )
+        });
         let usage = usage::run(
             self.runtime.clone(),
             self.config.node_name.clone(),
@@ -209,6 +234,7 @@ impl Nodelet {
             sources: sources::Sources::new(self.client.clone()),
             tokens: tokens::Tokens::new(self.client.clone()),
             access,
+            images: self.images.clone(),
             events,
             names,
             services,
@@ -223,6 +249,9 @@ impl Nodelet {
         parts.spawn(named("event writer", Box::pin(write_events)));
         parts.spawn(named("scheduler", Box::pin(scheduler)));
         parts.spawn(named("usage meter", Box::pin(usage)));
+        if let Some(images) = images {
+            parts.spawn(named("keeper of images", Box::pin(images)));
+        }
         parts.spawn(named("name publisher", Box::pin(publish_names)));
         parts.spawn(named("services", Box::pin(tell_services)));
         let keep_alive = node::keep_alive(self.client, self.config, capacity, since, stop.clone());

@@ -56,7 +56,11 @@ impl DockerAuth {
 }
 
 /// Accounts in a secret's document that are for the image, the most exact first.
-fn accounts(document: &[u8], bare: bool, reference: &ImageReference) -> Vec<Credentials> {
+pub(crate) fn accounts(
+    document: &[u8],
+    bare: bool,
+    reference: &ImageReference,
+) -> Vec<Credentials> {
     let auths = if bare {
         serde_json::from_slice(document).unwrap_or_default()
     } else {
@@ -173,6 +177,14 @@ pub(crate) async fn ensure(
             } else {
                 "IfNotPresent"
             });
+    if policy != "Always"
+        && let Some(store) = &node.images
+        && let Some(found) = crate::images::own(&node.client, store, namespace, &reference).await
+    {
+        let message = format!("Container image \"{image}\" already present on machine");
+        events.pod(pod, name, Level::Normal, "Pulled", message);
+        return Ok(found);
+    }
     let accounts = pod_accounts(&node.sources, pod, &reference).await;
     let present = runtime.image(&reference.to_string()).await;
     if policy != "Always" {

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
+use hypernetes_image::ImageStore;
 use hypernetes_network::{NetworkDriver, NetworkError};
 use hypernetes_runtime::{
     ContainerState, PodRuntime, SandboxState, SeccompProfile, VolumeConfig, VolumeKind,
@@ -47,6 +48,8 @@ pub(crate) struct Node {
     pub(crate) sources: Sources,
     pub(crate) tokens: Tokens,
     pub(crate) access: ImageAccess,
+    /// Where namespaces' own images are, if the cluster has such.
+    pub(crate) images: Option<ImageStore>,
     pub(crate) events: Recorder,
     pub(crate) names: Names,
     pub(crate) services: Services,

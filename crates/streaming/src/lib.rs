@@ -6,6 +6,7 @@
 
 #[cfg(test)]
 mod fuzz;
+mod images;
 pub mod port_forward;
 pub mod remote_command;
 pub mod spdy;
@@ -164,6 +165,10 @@ pub trait PodStreams: Send + Sync {
     async fn logs(&self, target: &Target, request: LogRequest) -> Result<LogStream, StreamError>;
 }
 
+pub use images::{
+    ArchiveBytes, ImageAllowance, ImageContent, ImageEvent, ImageEvents, ImageFailure, ImageFound,
+    ImageHold, NodeImages,
+};
 pub use upgrade::{Rejected, Wire, negotiate_port_forward, negotiate_process};
 
 /// A boxed future that a connection task runs.

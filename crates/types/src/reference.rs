@@ -54,6 +54,25 @@ impl ImageReference {
         self.registry.split(':').next().unwrap_or(&self.registry)
     }
 
+    /// Name of the object of kind Image that stands for this reference in a namespace: what is readable
+    /// of it, and a sum that tells apart what reads the same.
+    pub fn object_name(&self) -> String {
+        let text = self.to_string();
+        // FNV-1a, 64 bits. Who makes two names collide is told so, and has only its own names.
+        let sum = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
+            (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+        let mut name = String::new();
+        for c in text.chars().take(200) {
+            if c.is_ascii_alphanumeric() {
+                name.push(c.to_ascii_lowercase());
+            } else if !name.ends_with('-') && !name.is_empty() {
+                name.push('-');
+            }
+        }
+        format!("{}-{sum:016x}", name.trim_end_matches('-'))
+    }
+
     /// The same repository, pinned to `digest` and without a tag.
     #[must_use]
     pub fn with_digest(&self, digest: Digest) -> Self {
@@ -201,6 +220,27 @@ mod tests {
             ("[::1]:5000/web:2", "[::1]:5000/web:2"),
         ] {
             assert_eq!(short.parse::<ImageReference>().unwrap().to_string(), full);
+        }
+    }
+
+    #[test]
+    fn names_of_objects_are_subdomains_and_tell_apart() {
+        let name = |text: &str| text.parse::<ImageReference>().unwrap().object_name();
+        let names: Vec<String> = [
+            "busybox",
+            "busybox:Latest",
+            "127.0.0.1:5000/a-b:v1",
+            "127.0.0.1:5000/a.b:v1",
+            "[::1]:5000/a_b:_1",
+        ]
+        .map(name)
+        .into();
+        assert!(names[0].starts_with("docker-io-library-busybox-latest-"));
+        assert_eq!(name("busybox"), name("docker.io/library/busybox:latest"));
+        for (at, one) in names.iter().enumerate() {
+            assert!(!names[..at].contains(one));
+            assert!(one.len() <= 253 && !one.starts_with('-'));
+            assert!(one.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'));
         }
     }
 

@@ -56,6 +56,7 @@ pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
         ("rbac.authorization.k8s.io", "Role" | "ClusterRole") => ROLES,
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => BINDINGS,
         (crate::usage::GROUP, "NodeMetrics" | "PodMetrics") => METRICS,
+        (crate::kinds::images::GROUP, "Image") => super::images::IMAGES,
         ("hypernetes.io", "Tenant") => TENANTS,
         ("hypernetes.io", "Network") => NETWORKS,
         _ => workloads::of(kind).unwrap_or(OTHERS),

@@ -98,6 +98,15 @@ pub(crate) enum ComposeCommand {
     Up(Up),
     /// Stop and remove it
     Down(Down),
+    /// Have as many containers of services as is said
+    Scale {
+        /// Not the services that the named ones depend on
+        #[arg(long)]
+        no_deps: bool,
+        /// SERVICE=N
+        #[arg(required = true, value_name = "SERVICE=N")]
+        scales: Vec<String>,
+    },
     /// List its containers
     Ps {
         /// Stopped containers too

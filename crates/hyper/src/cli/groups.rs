@@ -27,67 +27,6 @@ pub(crate) struct ListOptions {
     pub(crate) no_trunc: bool,
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct Pull {
-    /// Say nothing but the image
-    #[arg(short, long)]
-    pub(crate) quiet: bool,
-    /// Platform: linux/amd64
-    #[arg(long)]
-    pub(crate) platform: Option<String>,
-    /// Image
-    pub(crate) image: String,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum ImageCommand {
-    /// Have the cluster fetch an image
-    Pull(Pull),
-    /// List images of this namespace's containers
-    Images(Images),
-    /// Not supported: the node keeps and removes images
-    #[command(hide = true)]
-    Rmi(AnyArguments),
-    /// Not supported: tag in the registry
-    #[command(hide = true)]
-    Tag(AnyArguments),
-    /// Not supported: push with the tool that built the image
-    #[command(hide = true)]
-    Push(AnyArguments),
-    /// Not supported: push into a registry
-    #[command(hide = true)]
-    Save(AnyArguments),
-    /// Not supported: push into a registry
-    #[command(hide = true)]
-    Load(AnyArguments),
-    /// Not supported: push into a registry
-    #[command(hide = true)]
-    Import(AnyArguments),
-    /// Not supported: the registry knows
-    #[command(hide = true)]
-    Search(AnyArguments),
-    /// Not supported: the registry knows
-    #[command(hide = true)]
-    History(AnyArguments),
-    /// Not supported: build elsewhere and push
-    #[command(hide = true)]
-    Build(AnyArguments),
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct Images {
-    #[command(flatten)]
-    pub(crate) list: ListOptions,
-    /// Digests too
-    #[arg(long)]
-    pub(crate) digests: bool,
-    /// All images (there are no intermediate ones)
-    #[arg(short, long)]
-    pub(crate) all: bool,
-    /// Only this repository, or this image
-    pub(crate) repository: Option<String>,
-}
-
 /// Whatever is said to a verb that is not supported.
 #[derive(Debug, Default, Args)]
 pub(crate) struct AnyArguments {

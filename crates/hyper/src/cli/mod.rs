@@ -3,6 +3,7 @@
 mod compose;
 mod container;
 mod groups;
+mod images;
 mod run;
 
 use std::path::PathBuf;
@@ -15,8 +16,12 @@ pub(crate) use container::{
     Start, Stats, Stop, Top, Wait,
 };
 pub(crate) use groups::{
-    AnyArguments, ContextCommand, Format, ImageCommand, Images, ListOptions, Login, Logout,
-    NetworkCommand, Pull, SystemCommand, VolumeCommand,
+    ContextCommand, Format, ListOptions, Login, Logout, NetworkCommand, SystemCommand,
+    VolumeCommand,
+};
+pub(crate) use images::{
+    History, ImageCommand, ImageGroup, Images, InspectImages, Load, PruneImages, Pull, Push,
+    RemoveImages, Save, Search, Tag,
 };
 pub(crate) use run::{Create, Run};
 
@@ -35,7 +40,7 @@ pub(crate) struct Cli {
     /// Cluster to talk to: a context of the kubeconfig
     #[arg(short = 'c', long, env = "HYPER_CONTEXT", value_name = "NAME")]
     pub(crate) context: Option<String>,
-    /// Kubeconfig file [default: $KUBECONFIG or ~/.kube/config]
+    /// Kubeconfig file [default: kubectl's]
     #[arg(long, env = "HYPER_KUBECONFIG", value_name = "FILE")]
     pub(crate) kubeconfig: Option<PathBuf>,
     /// Namespace [default: the context's]
@@ -56,11 +61,10 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: ContainerGroup,
     },
-    /// Images of this namespace's containers
     #[command(flatten)]
     Image(ImageCommand),
-    /// Commands on images
-    #[command(name = "image", hide = true)]
+    /// More on images: save, load, history, search, inspect, prune
+    #[command(name = "image")]
     ImageGroup {
         #[command(subcommand)]
         command: ImageGroup,
@@ -138,19 +142,6 @@ pub(crate) enum ContainerGroup {
     Ls(Ps),
     #[command(flatten)]
     Other(Box<ContainerCommand>),
-}
-
-/// `hyper image …`.
-#[derive(Debug, Subcommand)]
-pub(crate) enum ImageGroup {
-    /// List images of this namespace's containers
-    #[command(aliases = ["list"])]
-    Ls(Images),
-    /// Not supported: the node keeps and removes images
-    #[command(aliases = ["remove", "prune"])]
-    Rm(groups::AnyArguments),
-    #[command(flatten)]
-    Other(ImageCommand),
 }
 
 /// Verbs on containers.

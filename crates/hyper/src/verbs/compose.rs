@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{exec, images, lifecycle, list, publish};
 use crate::{
-    cli::{ComposeCommand, ComposeFiles, Down, Services},
+    cli::{ComposeCommand, ComposeFiles, Down, Services, Up},
     cluster::{Cluster, Target},
     compose::{self, Project},
     error::{Failure, Result},
@@ -89,6 +89,10 @@ pub(crate) async fn run(
     let cluster = &target.connect().await?;
     match command {
         ComposeCommand::Up(options) => Box::pin(up::run(cluster, &project, &options)).await,
+        ComposeCommand::Scale { no_deps, scales } => {
+            let options = scaled(no_deps, scales)?;
+            Box::pin(up::run(cluster, &project, &options)).await
+        }
         ComposeCommand::Down(options) => Box::pin(down(cluster, &project, &options)).await,
         ComposeCommand::Ps {
             all,
@@ -247,6 +251,29 @@ fn config(project: &Project, format: &str, services: bool, quiet: bool) -> Resul
         }
     }
     Ok(())
+}
+
+/// `scale` is an `up` of the named services that leaves what is there.
+fn scaled(no_deps: bool, scale: Vec<String>) -> Result<Up> {
+    let mut services = Vec::new();
+    for text in &scale {
+        let (service, _) = text
+            .split_once('=')
+            .ok_or_else(|| Failure::plain(format_args!("invalid scale specifier: {text}")))?;
+        services.push(service.to_owned());
+    }
+    Ok(Up {
+        detach: true,
+        wait: false,
+        force_recreate: false,
+        no_recreate: true,
+        no_deps,
+        remove_orphans: false,
+        scale,
+        pull: None,
+        timeout: None,
+        services,
+    })
 }
 
 async fn stop(cluster: &Cluster, project: &Project, options: &Services) -> Result<()> {

@@ -155,6 +155,15 @@ pub(crate) async fn post(cluster: &Cluster, mut pod: Value, name: &str) -> Resul
 
 /// Secrets that `login` made in the namespace.
 async fn pull_secrets(cluster: &Cluster) -> Result<Vec<Value>> {
+    let names = pull_secret_names(cluster).await?;
+    Ok(names
+        .into_iter()
+        .map(|name| json!({"name": name}))
+        .collect())
+}
+
+/// Their names.
+pub(super) async fn pull_secret_names(cluster: &Cluster) -> Result<Vec<String>> {
     let secrets = cluster.api::<Secret>();
     match secrets
         .list(&ListParams::default().labels(meta::REGISTRY))
@@ -164,7 +173,6 @@ async fn pull_secrets(cluster: &Cluster) -> Result<Vec<Value>> {
             .items
             .into_iter()
             .filter_map(|secret| secret.metadata.name)
-            .map(|name| json!({"name": name}))
             .collect()),
         // Who may not read Secrets has not logged in with them.
         Err(kube::Error::Api(status)) if status.code == 403 => Ok(Vec::new()),

@@ -102,7 +102,7 @@ pub(crate) async fn start(cluster: &Cluster, options: &Start) -> Result<()> {
     if !(options.attach || options.interactive) {
         return each(names, |name| async move {
             let container = cluster.find(&name).await?;
-            start_one(cluster, &container).await?;
+            started(cluster, &container).await?;
             Ok(Some(name))
         })
         .await;
@@ -236,7 +236,13 @@ pub(crate) async fn restart_one(
 ) -> Result<Container> {
     stop_one(cluster, container, grace).await?;
     let now = cluster.find(&container.id).await?;
-    start_one(cluster, &now).await
+    started(cluster, &now).await
+}
+
+/// Starts a container and waits until it runs, as docker does.
+async fn started(cluster: &Cluster, container: &Container) -> Result<Container> {
+    let begun = start_one(cluster, container).await?;
+    run::start(cluster, &begun, true).await?
 }
 
 /// Stops one container and waits for it.

@@ -22,8 +22,7 @@ mod watch;
 
 use crate::{
     cli::{
-        Cli, Command, ComposeCommand, ComposeFiles, ContainerCommand, ContainerGroup, ImageCommand,
-        ImageGroup, SystemCommand,
+        Cli, Command, ComposeCommand, ComposeFiles, ContainerCommand, ContainerGroup, SystemCommand,
     },
     cluster::{Cluster, Target},
     completion,
@@ -34,23 +33,17 @@ use crate::{
 pub(crate) async fn run(cli: Cli) -> Result<()> {
     let target = Target::of(&cli);
     match cli.command {
-        Command::Container(command) => container(&target.connect().await?, *command).await,
+        Command::Container(command) => {
+            Box::pin(container(&target.connect().await?, *command)).await
+        }
         Command::ContainerGroup { command } => match command {
             ContainerGroup::Ls(ps) => list::ps(&target.connect().await?, &ps).await,
-            ContainerGroup::Other(command) => container(&target.connect().await?, *command).await,
-        },
-        Command::Image(command) => image(&target, command).await,
-        Command::ImageGroup { command } => match command {
-            ImageGroup::Ls(options) => images::list(&target.connect().await?, &options).await,
-            ImageGroup::Rm(_) => {
-                image(
-                    &target,
-                    ImageCommand::Rmi(crate::cli::AnyArguments::default()),
-                )
-                .await
+            ContainerGroup::Other(command) => {
+                Box::pin(container(&target.connect().await?, *command)).await
             }
-            ImageGroup::Other(command) => image(&target, command).await,
         },
+        Command::Image(command) => images::run(&target, command).await,
+        Command::ImageGroup { command } => images::group(&target, command).await,
         Command::Compose(compose) => project(&target, &compose.files, compose.command).await,
         Command::Up(top) => {
             project(&target, &top.files, crate::cli::ComposeCommand::Up(top.up)).await
@@ -97,7 +90,7 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
         ContainerCommand::Logs(options) => logs::run(cluster, &options).await,
         ContainerCommand::Exec(options) => exec::run(cluster, &options).await,
         ContainerCommand::Attach(options) => run::attach(cluster, &options).await,
-        ContainerCommand::Start(options) => lifecycle::start(cluster, &options).await,
+        ContainerCommand::Start(options) => Box::pin(lifecycle::start(cluster, &options)).await,
         ContainerCommand::Stop(options) => lifecycle::stop(cluster, &options).await,
         ContainerCommand::Restart(options) => lifecycle::restart(cluster, &options).await,
         ContainerCommand::Kill(options) => lifecycle::kill(cluster, &options).await,
@@ -140,52 +133,6 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
 
 async fn project(target: &Target, files: &ComposeFiles, command: ComposeCommand) -> Result<()> {
     Box::pin(compose::run(target, files, command)).await
-}
-
-async fn image(target: &Target, command: ImageCommand) -> Result<()> {
-    let registry = "images are in a registry, and the nodes keep what containers need of them";
-    match command {
-        ImageCommand::Pull(options) => images::pull(&target.connect().await?, &options).await,
-        ImageCommand::Images(options) => images::list(&target.connect().await?, &options).await,
-        ImageCommand::Rmi(_) => Err(Failure::refused(
-            "rmi",
-            "the node removes images that no container uses",
-        )),
-        ImageCommand::Tag(_) => Err(Failure::refused(
-            "tag",
-            format_args!("{registry}: tag there, with the tool that built the image"),
-        )),
-        ImageCommand::Push(_) => Err(Failure::refused(
-            "push",
-            format_args!("{registry}: push with the tool that built the image"),
-        )),
-        ImageCommand::Save(_) => Err(Failure::refused(
-            "save",
-            format_args!("{registry}: copy it from there, for example with skopeo"),
-        )),
-        ImageCommand::Load(_) => Err(Failure::refused(
-            "load",
-            format_args!("{registry}: copy it there, for example with skopeo, then pull"),
-        )),
-        ImageCommand::Import(_) => Err(Failure::refused(
-            "import",
-            format_args!("{registry}: copy it there, then pull"),
-        )),
-        ImageCommand::Search(_) => Err(Failure::refused(
-            "search",
-            format_args!(
-                "{registry}: ask the registry; `hyper images` lists what this namespace uses"
-            ),
-        )),
-        ImageCommand::History(_) => Err(Failure::refused(
-            "history",
-            format_args!("{registry}: ask the registry, for example with skopeo inspect"),
-        )),
-        ImageCommand::Build(_) => Err(Failure::refused(
-            "build",
-            "build with another tool, push into a registry, then run",
-        )),
-    }
 }
 
 /// Does something to each name; failures are said one by one, and the whole fails if one did.

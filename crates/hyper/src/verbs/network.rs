@@ -57,7 +57,7 @@ fn object(network: &DynamicObject) -> Value {
         "Scope": "local",
         "Driver": "hypernetes",
         "EnableIPv6": false,
-        "IPAM": {"Driver": "default", "Config": [{"Subnet": network.data["spec"]["cidr"]}]},
+        "IPAM": {"Driver": "default", "Config": [{"Subnet": network.data["spec"]["subnets"][0]["cidr"]}]},
         "Internal": false,
         "Labels": network.metadata.labels,
         "Status": network.data["status"],
@@ -121,7 +121,7 @@ pub(crate) async fn run(cluster: &Cluster, command: NetworkCommand) -> Result<()
                         ),
                         (
                             "Subnet",
-                            network.data["spec"]["cidr"]
+                            network.data["spec"]["subnets"][0]["cidr"]
                                 .as_str()
                                 .unwrap_or_default()
                                 .to_owned(),
@@ -155,7 +155,7 @@ pub(crate) async fn run(cluster: &Cluster, command: NetworkCommand) -> Result<()
                 .collect();
             let network: DynamicObject = serde_json::from_value(json!({
                 "apiVersion": "hypernetes.io/v1alpha1", "kind": "Network",
-                "metadata": {"name": name, "labels": labels}, "spec": {"cidr": subnet},
+                "metadata": {"name": name, "labels": labels}, "spec": {"subnets": [{"cidr": subnet}]},
             }))
             .map_err(Failure::plain)?;
             match api.create(&PostParams::default(), &network).await {

@@ -354,6 +354,15 @@ impl Foreground {
             .tty(true)
             .container(container.spec().name);
         let name = container.spec().name;
+        if self.from_start {
+            // What it has said until now is in its log, and nowhere else.
+            let until_now = Query::default();
+            match logs::print(cluster, container.pod_name(), &name, &until_now).await {
+                Ok(()) => {}
+                // It has said nothing yet.
+                Err(_) => terminal::out(""),
+            }
+        }
         match cluster.pods().attach(container.pod_name(), &params).await {
             Ok(process) => {
                 let joined = Streams {
@@ -367,7 +376,9 @@ impl Foreground {
             }
             // It has ended already: what it said is in its log.
             Err(_) => {
-                logs::print(cluster, container.pod_name(), &name, &Query::default()).await?;
+                if !self.from_start {
+                    logs::print(cluster, container.pod_name(), &name, &Query::default()).await?;
+                }
                 Ok(End::Ended(None))
             }
         }

@@ -82,6 +82,7 @@ pub(super) async fn answer(
     reference: &ImageReference,
     credentials: &Credentials,
     challenges: &[Challenge],
+    actions: &str,
 ) -> Result<Option<HeaderValue>, ImageError> {
     for challenge in challenges {
         match (challenge, credentials) {
@@ -89,7 +90,8 @@ pub(super) async fn answer(
                 Challenge::Bearer { realm, service },
                 Credentials::Anonymous | Credentials::Basic { .. },
             ) => {
-                return token(transport, reference, credentials, realm, service.as_deref()).await;
+                let service = service.as_deref();
+                return token(transport, reference, credentials, realm, service, actions).await;
             }
             (Challenge::Basic, Credentials::Basic { username, password }) => {
                 return Ok(basic(username, password));
@@ -106,7 +108,7 @@ struct TokenAnswer {
     access_token: Option<String>,
 }
 
-/// Asks the token server. The scope is always this pull's own, whatever the challenge says: a
+/// Asks the token server. The scope is always this request's own, whatever the challenge says: a
 /// registry cannot make us fetch a token for another repository.
 async fn token(
     transport: &Transport,
@@ -114,6 +116,7 @@ async fn token(
     credentials: &Credentials,
     realm: &str,
     service: Option<&str>,
+    actions: &str,
 ) -> Result<Option<HeaderValue>, ImageError> {
     let refused = |message: String| ImageError::Unauthorized {
         registry: reference.registry().to_owned(),
@@ -134,7 +137,7 @@ async fn token(
         .extend_pairs(service.map(|service| ("service", service)))
         .append_pair(
             "scope",
-            &format!("repository:{}:pull", reference.repository()),
+            &format!("repository:{}:{actions}", reference.repository()),
         );
     let account = match credentials {
         Credentials::Basic { username, password } => basic(username, password),

@@ -6,6 +6,7 @@
 
 mod auth;
 mod transport;
+mod upload;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -19,6 +20,7 @@ use crate::{
     tarball::shown,
 };
 pub(crate) use transport::Transport;
+pub(crate) use upload::Access;
 
 /// Where registries are and how far they are trusted.
 #[derive(Debug, Clone, Default)]
@@ -51,6 +53,7 @@ pub(crate) struct Repository {
     credentials: Credentials,
     authorization: Mutex<Option<header::HeaderValue>>,
     role: Role,
+    access: Access,
 }
 
 /// Why a place is asked.
@@ -89,6 +92,7 @@ impl Repository {
                 credentials: credentials.clone(),
                 authorization: Mutex::new(authorization),
                 role,
+                access: Access::Pull,
             });
             Ok::<_, ImageError>(())
         };
@@ -259,6 +263,7 @@ impl Repository {
             &self.reference,
             &self.credentials,
             &challenges,
+            self.access.actions(),
         )
         .await
     }

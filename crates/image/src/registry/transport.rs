@@ -139,6 +139,30 @@ impl Transport {
         }
     }
 
+    /// Sends one request; a redirect is an answer.
+    pub(crate) async fn send(
+        &self,
+        method: reqwest::Method,
+        url: &Url,
+        headers: &[(header::HeaderName, String)],
+        body: Option<reqwest::Body>,
+        authorization: Option<&header::HeaderValue>,
+    ) -> Result<Response, SendError> {
+        let loopback = is_loopback(host_of(&authority(url)));
+        let client = if loopback { &self.direct } else { &self.http };
+        let mut request = client.request(method, url.clone());
+        for (name, value) in headers {
+            request = request.header(name, value);
+        }
+        if let Some(value) = authorization {
+            request = request.header(header::AUTHORIZATION, value);
+        }
+        if let Some(body) = body {
+            request = request.body(body);
+        }
+        request.send().await.map_err(|e| send_error(url, &e))
+    }
+
     /// Sends a GET, following redirects. `authorization` goes to the first host only.
     pub(crate) async fn get(
         &self,

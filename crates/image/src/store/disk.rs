@@ -58,6 +58,11 @@ impl Temp {
         })
     }
 
+    /// Where it is meanwhile.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Makes the content durable, read-only, and moves it to its name.
     pub(super) fn keep(mut self, target: &Path) -> Result<(), ImageError> {
         let sync = || {

@@ -10,9 +10,9 @@ use std::{
 use hypernetes_types::{Digest, ImageReference};
 use serde::Deserialize;
 
-use super::{ImageStore, Inner, disk, pull::plan_layers};
+use super::{Content, ImageStore, Inner, content::Budget, disk, pull::plan_layers};
 use crate::{
-    Image, ImageError,
+    Image, ImageError, Layer,
     layer::{self, Compression},
     manifest::{self, Config, Descriptor, Document, Manifest, select},
     tarball::{EntryKind, Tarball, invalid, shown},
@@ -21,6 +21,10 @@ use crate::{
 const IMAGE_NAME: &str = "io.containerd.image.name";
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
 const MAX_IMAGES: usize = 1000;
+/// Members of an archive; images have a few each.
+const MAX_MEMBERS: usize = 50_000;
+/// Bytes of a member's name. Longer ones name nothing that is looked for.
+const MAX_MEMBER_NAME: usize = 1024;
 
 /// Opens the file of a layer.
 type OpenLayer<'a> = dyn Fn(&Descriptor) -> Result<Box<dyn Read>, ImageError> + 'a;
@@ -32,20 +36,25 @@ impl ImageStore {
         let path = path.to_owned();
         self.blocking(move |inner| {
             let _pulls = disk::lock_shared(&inner.root.join("pulls.lock"))?;
-            let archive = Archive::open(&path, inner)?;
-            if archive.has("index.json") {
-                inner.load_layout(&archive)
-            } else if archive.has("manifest.json") {
-                inner.load_docker(&archive)
-            } else {
-                Err(invalid(
-                    path.display().to_string(),
-                    "is neither an OCI layout (index.json) nor a docker-archive (manifest.json)",
-                ))
-            }
+            let mut loader = Loader::new(inner, None);
+            loader.load(&path, &path.display().to_string())?;
+            Ok(loader.images)
         })
         .await
     }
+}
+
+/// One archive on its way into the store.
+pub(super) struct Loader<'a> {
+    inner: &'a Inner,
+    /// Set if the blobs are kept, and then no names are given.
+    keep: Option<&'a Budget>,
+    /// What has been taken in, so that nothing is read as often as an archive names it.
+    layers: HashMap<(Digest, Digest), Layer>,
+    described: HashMap<String, Descriptor>,
+    images: Vec<Image>,
+    /// With `keep`: what was taken in.
+    pub(super) contents: Vec<Content>,
 }
 
 #[derive(Deserialize)]
@@ -56,11 +65,37 @@ struct DockerImage {
     layers: Vec<String>,
 }
 
-impl Inner {
-    fn load_layout(&self, archive: &Archive) -> Result<Vec<Image>, ImageError> {
-        let index = archive.read("index.json", self.limits.max_manifest_size)?;
-        let Document::Index(entries) =
-            Document::parse(&index, Some(manifest::OCI_INDEX), &self.limits)?
+impl<'a> Loader<'a> {
+    pub(super) fn new(inner: &'a Inner, keep: Option<&'a Budget>) -> Self {
+        Self {
+            inner,
+            keep,
+            layers: HashMap::new(),
+            described: HashMap::new(),
+            images: Vec::new(),
+            contents: Vec::new(),
+        }
+    }
+
+    /// Takes in all images of the archive at `path`, which messages call `what`.
+    pub(super) fn load(&mut self, path: &Path, what: &str) -> Result<(), ImageError> {
+        let archive = Archive::open(path, what, self.inner)?;
+        if archive.has("index.json") {
+            self.load_layout(&archive)
+        } else if archive.has("manifest.json") {
+            self.load_docker(&archive)
+        } else {
+            Err(invalid(
+                what,
+                "is neither an OCI layout (index.json) nor a docker-archive (manifest.json)",
+            ))
+        }
+    }
+
+    fn load_layout(&mut self, archive: &Archive) -> Result<(), ImageError> {
+        let limits = &self.inner.limits;
+        let index = archive.read("index.json", limits.max_manifest_size)?;
+        let Document::Index(entries) = Document::parse(&index, Some(manifest::OCI_INDEX), limits)?
         else {
             return Err(invalid("index.json", "must be an index"));
         };
@@ -77,24 +112,23 @@ impl Inner {
                 .or_default()
                 .extend(name_of(entry));
         }
-        let mut images = Vec::new();
         for (digest, names) in names {
             let entry = entries
                 .iter()
                 .find(|e| e.digest == digest)
                 .expect("taken from the entries");
-            images.push(self.load_entry(archive, entry, &names)?);
+            self.load_entry(archive, entry, names)?;
         }
-        Ok(images)
+        Ok(())
     }
 
     fn load_entry(
-        &self,
+        &mut self,
         archive: &Archive,
         entry: &Descriptor,
-        names: &[ImageReference],
-    ) -> Result<Image, ImageError> {
-        let limits = &self.limits;
+        names: Vec<ImageReference>,
+    ) -> Result<(), ImageError> {
+        let limits = &self.inner.limits;
         let bytes = archive.blob(entry, limits.max_manifest_size)?;
         let (manifest, bytes) = match Document::parse(&bytes, Some(&entry.media_type), limits)? {
             Document::Manifest(manifest) => (manifest, bytes),
@@ -117,23 +151,31 @@ impl Inner {
         self.take_in(&manifest, &bytes, &config, names, &open)
     }
 
-    fn load_docker(&self, archive: &Archive) -> Result<Vec<Image>, ImageError> {
-        let list = archive.read("manifest.json", self.limits.max_manifest_size)?;
+    fn load_docker(&mut self, archive: &Archive) -> Result<(), ImageError> {
+        let limits = &self.inner.limits;
+        let list = archive.read("manifest.json", limits.max_manifest_size)?;
         let list: Vec<DockerImage> = serde_json::from_slice(&list)
             .map_err(|e| invalid("manifest.json", format!("is not a docker-archive's: {e}")))?;
         if list.is_empty() || list.len() > MAX_IMAGES {
             return Err(invalid("manifest.json", format!("{} images", list.len())));
         }
-        let mut images = Vec::new();
         for entry in list {
-            let config = archive.read(&entry.config, self.limits.max_config_size)?;
+            let config = archive.read(&entry.config, limits.max_config_size)?;
             let (mut layers, mut places) = (Vec::new(), HashMap::new());
-            if entry.layers.is_empty() || entry.layers.len() > self.limits.max_layers {
+            if entry.layers.is_empty() || entry.layers.len() > limits.max_layers {
                 let rule = format!("an image of {} layers", entry.layers.len());
                 return Err(invalid("manifest.json", rule));
             }
             for place in entry.layers {
-                let descriptor = describe_file(archive.open_file(&place)?)?;
+                let place = archive.resolve(&place)?;
+                let descriptor = match self.described.get(&place) {
+                    Some(known) => known.clone(),
+                    None => {
+                        let found = describe_file(archive.open_file(&place)?)?;
+                        self.described.insert(place.clone(), found.clone());
+                        found
+                    }
+                };
                 places.insert(descriptor.digest.clone(), place);
                 layers.push(descriptor);
             }
@@ -148,19 +190,19 @@ impl Inner {
             let names = entry.repo_tags.unwrap_or_default();
             let names: Vec<ImageReference> = names.iter().filter_map(|n| n.parse().ok()).collect();
             let open = |blob: &Descriptor| archive.open_file(&places[&blob.digest]);
-            images.push(self.take_in(&manifest, &bytes, &config, &names, &open)?);
+            self.take_in(&manifest, &bytes, &config, names, &open)?;
         }
-        Ok(images)
+        Ok(())
     }
 
     fn take_in(
-        &self,
+        &mut self,
         manifest: &Manifest,
         manifest_bytes: &[u8],
         config_bytes: &[u8],
-        names: &[ImageReference],
+        names: Vec<ImageReference>,
         open: &OpenLayer<'_>,
-    ) -> Result<Image, ImageError> {
+    ) -> Result<(), ImageError> {
         let config = Config::parse(config_bytes)?;
         if !config.is_ours() {
             let platform = shown(format!("{}/{}", config.os, config.architecture).as_bytes());
@@ -171,10 +213,34 @@ impl Inner {
         }
         let mut layers = Vec::new();
         for (blob, diff_id, compression) in plan_layers(manifest, &config)? {
-            layers.push(self.import_layer(open(&blob)?, &blob, diff_id, compression)?);
+            let key = (blob.digest.clone(), diff_id.clone());
+            let layer = match (self.layers.get(&key), self.keep) {
+                (Some(layer), _) => layer.clone(),
+                (None, None) => {
+                    self.inner
+                        .import_layer(open(&blob)?, &blob, diff_id, compression)?
+                }
+                (None, Some(budget)) => match self.inner.kept_layer(&blob, &diff_id, budget)? {
+                    Some(layer) => layer,
+                    None => {
+                        self.inner
+                            .import_kept(open(&blob)?, &blob, diff_id, compression, budget)?
+                    }
+                },
+            };
+            self.layers.insert(key, layer.clone());
+            layers.push(layer);
         }
-        let image = self.describe(manifest, manifest_bytes, config_bytes, config, layers)?;
-        self.commit(&image, names)
+        let inner = self.inner;
+        let image = inner.describe(manifest, manifest_bytes, config_bytes, config, layers)?;
+        match self.keep {
+            None => self.images.push(inner.commit(&image, &names)?),
+            Some(budget) => {
+                budget.take((manifest_bytes.len() + config_bytes.len()) as u64)?;
+                self.contents.push(inner.keep(&image, names, None)?);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -244,7 +310,7 @@ enum Member {
 }
 
 impl Archive {
-    fn open(path: &Path, inner: &Inner) -> Result<Self, ImageError> {
+    fn open(path: &Path, what: &str, inner: &Inner) -> Result<Self, ImageError> {
         if path.is_dir() {
             return Ok(Self::Directory(path.to_owned()));
         }
@@ -252,10 +318,7 @@ impl Archive {
         let mut start = [0; 4];
         let got = file.read(&mut start).map_err(disk::failed("read", path))?;
         if Compression::sniff(&start[..got]) != Compression::None {
-            return Err(invalid(
-                path.display().to_string(),
-                "is compressed: unpack it first",
-            ));
+            return Err(invalid(what, "is compressed: unpack it first"));
         }
         file.rewind().map_err(disk::failed("read", path))?;
         let counted = CountRead {
@@ -265,10 +328,13 @@ impl Archive {
         let mut tarball = Tarball::new(counted, &inner.limits);
         let mut members = HashMap::new();
         while let Some(entry) = tarball.next()? {
-            if members.len() as u64 >= inner.limits.max_entries {
-                return Err(invalid(path.display().to_string(), "has too many members"));
+            if members.len() >= MAX_MEMBERS {
+                return Err(invalid(
+                    what,
+                    format!("has more than {MAX_MEMBERS} members"),
+                ));
             }
-            let Ok(name) = String::from_utf8(entry.path) else {
+            let Some(name) = member_name(entry.path) else {
                 continue;
             };
             let name = plain(&name);
@@ -278,7 +344,7 @@ impl Archive {
                     size: entry.size,
                 },
                 EntryKind::Symlink | EntryKind::HardLink => {
-                    let Ok(target) = String::from_utf8(entry.link) else {
+                    let Some(target) = member_name(entry.link) else {
                         continue;
                     };
                     let base = match entry.kind {
@@ -319,22 +385,32 @@ impl Archive {
                 let file = File::open(&path).map_err(disk::failed("open", &path))?;
                 Ok(Box::new(BufReader::new(file)))
             }
-            Self::Tar { path, members } => {
-                let mut name = plain(name);
-                for _ in 0..8 {
-                    match members.get(&name).ok_or_else(missing)? {
-                        Member::Link(target) => name.clone_from(target),
-                        Member::File { offset, size } => {
-                            let mut file = File::open(path).map_err(disk::failed("open", path))?;
-                            file.seek(SeekFrom::Start(*offset))
-                                .map_err(disk::failed("read", path))?;
-                            return Ok(Box::new(BufReader::new(file.take(*size))));
-                        }
-                    }
+            Self::Tar { path, members } => match members.get(&self.resolve(name)?) {
+                Some(Member::File { offset, size }) => {
+                    let mut file = File::open(path).map_err(disk::failed("open", path))?;
+                    file.seek(SeekFrom::Start(*offset))
+                        .map_err(disk::failed("read", path))?;
+                    Ok(Box::new(BufReader::new(file.take(*size))))
                 }
-                Err(missing())
+                _ => Err(missing()),
+            },
+        }
+    }
+
+    /// The name of the file that a name leads to.
+    fn resolve(&self, name: &str) -> Result<String, ImageError> {
+        let missing = || invalid(shown(name.as_bytes()), "is not in the archive");
+        let Self::Tar { members, .. } = self else {
+            return Ok(name.to_owned());
+        };
+        let mut name = plain(name);
+        for _ in 0..8 {
+            match members.get(&name).ok_or_else(missing)? {
+                Member::Link(target) => name.clone_from(target),
+                Member::File { .. } => return Ok(name),
             }
         }
+        Err(missing())
     }
 
     fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, ImageError> {
@@ -367,6 +443,12 @@ impl Archive {
             })
         }
     }
+}
+
+fn member_name(bytes: Vec<u8>) -> Option<String> {
+    String::from_utf8(bytes)
+        .ok()
+        .filter(|name| name.len() <= MAX_MEMBER_NAME)
 }
 
 /// A member's name without `.`, `..` and empty parts. It is only ever a key, never a path.

@@ -5,6 +5,7 @@
 //! layers/<hex>.erofs   disks, by diff id
 //! images/<hex>.json    one record per image, by the digest of its configuration
 //! references.json      names, with tag or digest, of images
+//! content/, kept/      see `content`
 //! tmp/                 what is being written
 //! lock, pulls.lock     see below
 //! ```
@@ -16,10 +17,14 @@
 //! `pulls.lock` shared until its record is written, and layers are only collected by who can have it
 //! alone. Nothing is cached in memory.
 
+mod content;
 mod disk;
 mod load;
 mod pull;
+mod push;
 mod remove;
+mod save;
+mod take;
 
 use std::{
     collections::BTreeMap,
@@ -34,8 +39,11 @@ use serde_json::Value;
 use crate::{
     Image, ImageError, Limits, RegistryConfig, flight::Flights, registry::Transport, tarball::shown,
 };
+pub use content::{Content, ContentId, Hold, KeepOptions, Quiet};
 pub use pull::{Progress, PullOptions};
+pub use push::{PushEvent, PushProgress};
 pub use remove::Removed;
+pub use save::{ArchiveStream, Saved};
 
 /// How a store works.
 #[derive(Debug, Clone, Default)]
@@ -91,7 +99,7 @@ impl ImageStore {
     /// Opens a store, making it if it is not there, and cleans what a crash has left. Blocks on the
     /// disk.
     pub fn open(root: PathBuf, config: StoreConfig) -> Result<Self, ImageError> {
-        for part in ["blobs", "layers", "images", "tmp"] {
+        for part in ["blobs", "content", "images", "kept", "layers", "tmp"] {
             let dir = root.join(part);
             fs::create_dir_all(&dir).map_err(disk::failed("create", &dir))?;
         }

@@ -21,9 +21,9 @@ use crate::{
 };
 
 /// Layers that are fetched at a time.
-const PARALLEL: usize = 3;
+pub(super) const PARALLEL: usize = 3;
 /// Pieces of a layer between the network and the disk writer.
-const CHANNEL: usize = 32;
+pub(super) const CHANNEL: usize = 32;
 const ATTEMPTS: u32 = 5;
 
 /// Takes the events of a pull.
@@ -50,7 +50,7 @@ impl std::fmt::Debug for PullOptions {
 }
 
 impl PullOptions {
-    fn tell(&self, event: PullEvent) {
+    pub(super) fn tell(&self, event: PullEvent) {
         if let Some(progress) = &self.progress {
             progress(event);
         }
@@ -115,7 +115,7 @@ impl ImageStore {
     }
 
     /// Asks the places that may have the image, in order.
-    async fn resolve(
+    pub(super) async fn resolve(
         &self,
         reference: &ImageReference,
         options: &PullOptions,
@@ -153,7 +153,7 @@ impl ImageStore {
     }
 
     /// Goes from an index to the manifest for this machine.
-    async fn platform_manifest(
+    pub(super) async fn platform_manifest(
         &self,
         repository: &Repository,
         reference: &ImageReference,
@@ -313,7 +313,7 @@ pub(super) fn plan_layers(
 }
 
 /// Sends a blob's bytes to the disk writer; goes on where it was when the connection breaks.
-async fn stream_blob(
+pub(super) async fn stream_blob(
     repository: &Repository,
     options: &PullOptions,
     blob: &Descriptor,
@@ -374,13 +374,13 @@ async fn stream_blob(
 }
 
 /// The blocking end of a layer's stream.
-struct ChannelRead {
+pub(super) struct ChannelRead {
     source: mpsc::Receiver<Bytes>,
     piece: Bytes,
 }
 
 impl ChannelRead {
-    fn new(source: mpsc::Receiver<Bytes>) -> Self {
+    pub(super) fn new(source: mpsc::Receiver<Bytes>) -> Self {
         Self {
             source,
             piece: Bytes::new(),
@@ -404,7 +404,7 @@ impl Read for ChannelRead {
 
 impl Inner {
     /// The layer, if its disk is here.
-    fn layer_here(&self, diff_id: Digest, blob: Digest) -> Option<Layer> {
+    pub(super) fn layer_here(&self, diff_id: Digest, blob: Digest) -> Option<Layer> {
         let disk = self.layer_path(&diff_id);
         let disk_size = std::fs::metadata(&disk).ok()?.len();
         Some(Layer {

@@ -42,7 +42,11 @@ impl Inner {
         for name in &untagged {
             references.remove(name);
         }
-        let is_last = !references.values().any(|id| *id == image.id);
+        let kept = self.is_kept(&image.id)?;
+        if kept && untagged.is_empty() {
+            return Err(ImageError::InUse(shown(name.as_bytes())));
+        }
+        let is_last = !kept && !references.values().any(|id| *id == image.id);
         if is_last && in_use.contains(&image.id) {
             return Err(ImageError::InUse(shown(name.as_bytes())));
         }
@@ -62,9 +66,15 @@ impl Inner {
 
     /// Deletes layers and blobs that no record needs, unless a pull is under way. Call with the lock.
     pub(super) fn collect(&self) -> Result<Vec<Digest>, ImageError> {
-        let Some(_alone) = disk::try_lock(&self.root.join("pulls.lock"))? else {
-            return Ok(Vec::new());
-        };
+        match disk::try_lock(&self.root.join("pulls.lock"))? {
+            Some(_alone) => self.collect_alone(),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// The same for who holds both locks.
+    pub(super) fn collect_alone(&self) -> Result<Vec<Digest>, ImageError> {
+        let (documents, contents) = self.kept_blobs()?;
         let images = self.images()?;
         let layers: HashSet<&str> = images
             .iter()
@@ -82,8 +92,13 @@ impl Inner {
             }
         }
         for name in disk::names(&self.root.join("blobs"))? {
-            if !blobs.contains(name.as_str()) {
+            if !blobs.contains(name.as_str()) && !documents.contains(&name) {
                 disk::remove(&self.root.join("blobs").join(&name))?;
+            }
+        }
+        for name in disk::names(&self.root.join("content"))? {
+            if !contents.contains(&name) {
+                disk::remove(&self.root.join("content").join(&name))?;
             }
         }
         gone.sort();

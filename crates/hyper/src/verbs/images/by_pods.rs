@@ -1,20 +1,21 @@
-//! `pull` and `images`.
-//!
-//! Kubernetes has no verb for images: a node fetches one when a pod needs it. `pull` makes a pod that
-//! needs the image and whose program is not in it, waits until the node says that it has the image,
-//! and removes the pod.
+//! `pull` and `images` on a cluster that has no API for images: a node fetches one when a pod needs it.
+//! `pull` makes a pod that needs the image and whose program is not in it, waits until the node says that it
+//! has the image, and removes the pod.
 
 use std::collections::BTreeMap;
 
 use super::{
-    launch,
-    watch::{self, Started},
+    super::{
+        launch,
+        watch::{self, Started},
+    },
+    list::{ROWS, WITH_DIGESTS},
 };
 use crate::{
     cli::{Create, Images, Pull},
     cluster::Cluster,
     error::{Failure, Result},
-    format::{Filters, Row, Rows},
+    format::{Filters, Row},
     names, terminal,
 };
 
@@ -105,7 +106,7 @@ pub(crate) async fn fetch(
     if let Some(spinner) = spinner {
         spinner.finish_and_clear();
     }
-    let events = super::events::of_pod(cluster, &container).await;
+    let events = super::super::events::of_pod(cluster, &container).await;
     let now = cluster.pods().get_opt(container.pod_name()).await;
     cluster.remove(&container, Some(0)).await?;
     match started? {
@@ -148,21 +149,6 @@ pub(crate) async fn fetch(
         }
     }
 }
-
-const ROWS: Rows<'_> = Rows {
-    default: &["Repository", "Tag", "ID", "CreatedSince", "Size"],
-    headers: &[
-        ("Repository", "REPOSITORY"),
-        ("Tag", "TAG"),
-        ("Digest", "DIGEST"),
-        ("ID", "IMAGE ID"),
-        ("CreatedSince", "CREATED"),
-        ("CreatedAt", "CREATED AT"),
-        ("Size", "SIZE"),
-        ("Containers", "CONTAINERS"),
-    ],
-    quiet: "ID",
-};
 
 /// `images`: those that containers of the namespace use.
 pub(crate) async fn list(cluster: &Cluster, options: &Images) -> Result<()> {
@@ -220,12 +206,8 @@ pub(crate) async fn list(cluster: &Cluster, options: &Images) -> Result<()> {
             ])
         })
         .collect();
-    let with_digests = Rows {
-        default: &["Repository", "Tag", "Digest", "ID", "CreatedSince", "Size"],
-        ..ROWS
-    };
     let list = if options.digests {
-        &with_digests
+        &WITH_DIGESTS
     } else {
         &ROWS
     };
