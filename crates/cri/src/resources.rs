@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use hypernetes_runtime::{ResourceConfig, VmExtras};
+use hypernetes_types::PageSize;
 
 use crate::{
     config::{CriConfig, VmSizes},
-    files, lookup,
+    lookup,
     status::CriError,
     v1,
 };
@@ -90,11 +91,11 @@ fn huge_pages(
             Err(CriError::invalid(field, rule))
         };
         let shown = lookup::shown(&asked.page_size);
-        let Some(size) = files::page_size_bytes(&asked.page_size) else {
-            let rule = format!("{shown:?} is no size of huge pages: it must be as 2MB");
-            return refused("page_size", rule);
+        let size = match asked.page_size.parse::<PageSize>() {
+            Ok(size) => size,
+            Err(error) => return refused("page_size", error.to_string()),
         };
-        if asked.limit % size != 0 {
+        if asked.limit % size.bytes() != 0 {
             let rule = format!(
                 "{} bytes are no whole number of pages of {shown}",
                 asked.limit

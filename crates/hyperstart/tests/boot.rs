@@ -526,6 +526,7 @@ async fn identity(client: &AgentClient) {
     web.capabilities = Some(v1::Capabilities {
         add: vec!["NET_ADMIN".into()],
         drop: vec!["ALL".into()],
+        ..Default::default()
     });
     let user = client.create(request).await;
     assert_eq!(

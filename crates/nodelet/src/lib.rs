@@ -20,6 +20,7 @@ mod handler;
 mod logs;
 mod network;
 mod node;
+mod pause;
 mod plan;
 mod pods;
 mod prober;
@@ -213,6 +214,7 @@ impl Nodelet {
             names,
             services,
             gates: network::Gates::default(),
+            hooks: stop::Hooks::default(),
             config: self.config.clone(),
         });
         let mut parts = JoinSet::new();

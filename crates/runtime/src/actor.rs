@@ -11,6 +11,7 @@ mod boot;
 mod containers;
 mod extras;
 mod guest;
+mod pause;
 mod release;
 mod volumes;
 
@@ -73,6 +74,7 @@ pub(crate) enum Request {
         all: bool,
         reply: Reply<()>,
     },
+    SetPaused(ContainerId, bool, Reply<()>),
     RemoveContainer(ContainerId, Reply<()>),
     Update(ContainerId, Box<ContainerUpdate>, Reply<()>),
     Reopener(ContainerId, Reply<Reopener>),
@@ -349,6 +351,9 @@ impl Actor {
                 reply,
             } => {
                 drop(reply.send(self.signal(&id, signal, all).await));
+            }
+            Request::SetPaused(id, paused, reply) => {
+                drop(reply.send(self.set_paused(&id, paused).await));
             }
             Request::RemoveContainer(id, reply) => {
                 drop(reply.send(self.remove_container(&id).await));

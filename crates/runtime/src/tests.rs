@@ -3,6 +3,7 @@
 mod crashes;
 mod hostile;
 mod lifecycle;
+mod pause;
 mod streams;
 mod templates;
 mod upkeep;

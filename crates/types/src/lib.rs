@@ -6,10 +6,12 @@
 mod digest;
 mod id;
 pub mod kinds;
+mod page_size;
 mod quantity;
 mod reference;
 
 pub use digest::{Digest, DigestError};
 pub use id::{ContainerId, ExecId, IdError, KernelName, NetworkId, SandboxId, TenantName};
+pub use page_size::{PageSize, PageSizeError};
 pub use quantity::{Quantity, QuantityError};
 pub use reference::{ImageReference, ReferenceError};

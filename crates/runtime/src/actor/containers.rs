@@ -8,8 +8,8 @@ use std::{
 };
 
 use hypernetes_agent_api::{
-    AgentClient, FEATURE_HUGE_PAGES, FEATURE_PID_TARGET, FEATURE_SECCOMP_PROFILE,
-    IMAGE_VOLUME_FAILED, defaults, v1,
+    AgentClient, FEATURE_AMBIENT_CAPABILITIES, FEATURE_HUGE_PAGES, FEATURE_PID_TARGET,
+    FEATURE_SECCOMP_PROFILE, IMAGE_VOLUME_FAILED, defaults, v1,
 };
 use hypernetes_image::{Image, ImageError};
 use hypernetes_types::{ContainerId, Digest};
@@ -318,6 +318,12 @@ impl Actor {
         let seccomp = seccomp.is_some_and(|process| process.seccomp.is_some());
         if seccomp && !client.has(FEATURE_SECCOMP_PROFILE) {
             return Err(unknown_to_guest("seccomp"));
+        }
+        let ambient = request.process.as_ref();
+        let ambient = ambient.and_then(|process| process.capabilities.as_ref());
+        let ambient = ambient.is_some_and(|capabilities| !capabilities.ambient.is_empty());
+        if ambient && !client.has(FEATURE_AMBIENT_CAPABILITIES) {
+            return Err(unknown_to_guest("ambient_capabilities"));
         }
         let huge = request.resources.as_ref();
         let huge = huge.is_some_and(|limits| limits.huge_pages.iter().any(|huge| huge.limit > 0));

@@ -197,6 +197,7 @@ impl Actor {
             .collect();
         for state in &states {
             self.container_changed(state).await;
+            self.listed_paused(state).await;
             unheard.retain(|id| id.as_str() != state.id);
         }
         for id in unheard {
