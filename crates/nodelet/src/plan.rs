@@ -250,7 +250,10 @@ impl View<'_> {
 
     /// Grace of all containers when the pod ends; 0 = they are killed.
     pub(crate) fn grace_seconds(&self) -> i64 {
-        let deleted = self.gone || self.pod.metadata.deletion_timestamp.is_some();
+        let meta = &self.pod.metadata;
+        let deleted = self.gone
+            || meta.deletion_timestamp.is_some()
+            || meta.deletion_grace_period_seconds.is_some();
         match wishes::stop_grace(self.pod) {
             Some(wish) if !deleted => wish.min(MAX_GRACE),
             _ => self.own_grace(),

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 use async_trait::async_trait;
 use bytes::Bytes;
 use hypernetes_network::HostPort;
-use hypernetes_types::{ContainerId, ImageReference, KernelName, NetworkId, SandboxId};
+use hypernetes_types::{ContainerId, CpuSet, ImageReference, KernelName, NetworkId, SandboxId};
 use hypernetes_vmm::{HostShare, VmExtras};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -313,6 +313,12 @@ pub struct ResourceConfig {
     pub cpu_limit_milli: i64,
     /// Thousandths of a CPU, a weight; 0 = least.
     pub cpu_request_milli: i64,
+    /// CPUs of the host that the VM is to run on, beside those of the other containers; empty = any.
+    #[serde(default, skip_serializing_if = "CpuSet::is_empty")]
+    pub cpuset_cpus: CpuSet,
+    /// Memory nodes of the host: all of them, or empty.
+    #[serde(default, skip_serializing_if = "CpuSet::is_empty")]
+    pub cpuset_mems: CpuSet,
     /// Processes; 0 = none.
     pub pids_limit: i64,
     /// How soon the guest's kernel ends the first process when memory runs out, -1000 to 1000.

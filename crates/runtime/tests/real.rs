@@ -12,6 +12,8 @@
 
 #[path = "real/frozen.rs"]
 mod frozen;
+#[path = "real/pinned.rs"]
+mod pinned;
 
 use std::{
     collections::BTreeMap,
@@ -574,6 +576,7 @@ async fn pods_run_in_real_vms() {
 
     let runtime = frozen::containers_stand_still(&bed, runtime, &sandbox).await;
     frozen::capabilities_are_ambient(&bed, &runtime, &sandbox).await;
+    let runtime = pinned::vcpus_stay_on_named_cpus(&bed, runtime, &sandbox).await;
 
     // The layers' disks are still there for a new container after the adoption.
     let script = "id -u; cat /etc/hostname /small/sub/part/file; dd if=/dev/zero of=/part/x bs=4k \
