@@ -13,7 +13,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::{World, container, uid};
+use crate::{World, kubelet::container, uid};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pre_stop_hook_runs_once_though_a_deletion_comes_upon_a_kill() {
