@@ -234,6 +234,7 @@ unary! {
     update_container: "UpdateContainer", UpdateContainerRequest -> UpdateContainerResponse;
     resize: "Resize", ResizeRequest -> ResizeResponse;
     clock: "Clock", ClockRequest -> ClockResponse;
+    pause: "Pause", PauseRequest -> PauseResponse;
     signal: "Signal", SignalRequest -> SignalResponse;
     remove_container: "RemoveContainer", RemoveContainerRequest -> RemoveContainerResponse;
     list_containers: "ListContainers", ListContainersRequest -> ListContainersResponse;

@@ -51,6 +51,10 @@ pub const FEATURE_HUGE_PAGES: &str = "huge-pages";
 pub const FEATURE_CLOCK: &str = "clock";
 /// Feature of an agent: processes of the guest itself ([`v1::ExecStart::guest`]).
 pub const FEATURE_GUEST_EXEC: &str = "guest-exec";
+/// Feature of an agent: containers can be frozen ([`v1::PauseRequest`]).
+pub const FEATURE_PAUSE: &str = "pause";
+/// Feature of an agent: ambient capabilities by name ([`v1::Capabilities::ambient`]).
+pub const FEATURE_AMBIENT_CAPABILITIES: &str = "ambient-capabilities";
 /// All features of an agent of this build.
 pub const FEATURES: &[&str] = &[
     FEATURE_SECCOMP_PROFILE,
@@ -59,6 +63,8 @@ pub const FEATURES: &[&str] = &[
     FEATURE_HUGE_PAGES,
     FEATURE_CLOCK,
     FEATURE_GUEST_EXEC,
+    FEATURE_PAUSE,
+    FEATURE_AMBIENT_CAPABILITIES,
 ];
 /// Most features that are taken from an agent.
 const MAX_FEATURES: usize = 64;

@@ -31,21 +31,29 @@ pub struct Capabilities {
     pub held: CapsHashSet,
     /// Of those, what was asked for by name: a user who is not root keeps it over execve.
     pub added: CapsHashSet,
+    /// Of those, what every user keeps over execve, root too.
+    pub ambient: CapsHashSet,
 }
 
-/// A name that no kernel knows.
+/// A name that cannot be.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("unknown capability {0}")]
-pub struct UnknownCapability(pub String);
+pub enum CapabilityError {
+    /// No kernel knows it.
+    #[error("unknown capability {0}")]
+    Unknown(String),
+    /// It would be ambient without being permitted, which the kernel refuses (capabilities(7)).
+    #[error("capability {0} cannot be ambient: the container does not have it")]
+    NotHeld(String),
+}
 
-pub(crate) fn parse(name: &str) -> Result<Capability, UnknownCapability> {
+pub(crate) fn parse(name: &str) -> Result<Capability, CapabilityError> {
     caps::to_canonical(name)
         .parse()
-        .map_err(|_unnamed: CapsError| UnknownCapability(name.into()))
+        .map_err(|_unnamed: CapsError| CapabilityError::Unknown(name.into()))
 }
 
 /// Works out the sets: `ALL` first, then single additions, then single removals.
-pub fn plan(spec: &CapabilitySpec) -> Result<Capabilities, UnknownCapability> {
+pub fn plan(spec: &CapabilitySpec) -> Result<Capabilities, CapabilityError> {
     let all = |names: &[String]| names.iter().any(|name| name.eq_ignore_ascii_case("ALL"));
     let single = |names: &[String]| {
         names
@@ -55,9 +63,21 @@ pub fn plan(spec: &CapabilitySpec) -> Result<Capabilities, UnknownCapability> {
             .collect::<Result<HashSet<_>, _>>()
     };
     let (add, drop) = (single(&spec.add)?, single(&spec.drop)?);
+    let ambient = |held: &CapsHashSet| -> Result<CapsHashSet, CapabilityError> {
+        if all(&spec.ambient) {
+            return Ok(held.clone());
+        }
+        let one = |name: &String| match parse(name)? {
+            capability if held.contains(&capability) => Ok(capability),
+            _ => Err(CapabilityError::NotHeld(name.clone())),
+        };
+        spec.ambient.iter().map(one).collect()
+    };
     if spec.privileged {
+        let held = caps::all();
         return Ok(Capabilities {
-            held: caps::all(),
+            ambient: ambient(&held)?,
+            held,
             added: HashSet::new(),
         });
     }
@@ -71,7 +91,12 @@ pub fn plan(spec: &CapabilitySpec) -> Result<Capabilities, UnknownCapability> {
     held.extend(&add);
     held.retain(|capability| !drop.contains(capability));
     let added = add.intersection(&held).copied().collect();
-    Ok(Capabilities { held, added })
+    let ambient = ambient(&held)?;
+    Ok(Capabilities {
+        held,
+        added,
+        ambient,
+    })
 }
 
 impl Capabilities {
@@ -87,11 +112,11 @@ impl Capabilities {
     /// not gain more than they would elsewhere.
     pub(crate) fn apply(&self, supported: &CapsHashSet, root: bool) -> Result<(), CapsError> {
         let held: CapsHashSet = self.held.intersection(supported).copied().collect();
-        let ambient: CapsHashSet = if root {
-            HashSet::new()
-        } else {
-            self.added.intersection(supported).copied().collect()
-        };
+        let mut ambient = self.ambient.clone();
+        if !root {
+            ambient.extend(&self.added);
+        }
+        ambient.retain(|capability| supported.contains(capability));
         caps::clear(None, CapSet::Effective)?;
         caps::set(None, CapSet::Inheritable, &ambient)?;
         caps::set(None, CapSet::Permitted, &held)?;
@@ -112,7 +137,7 @@ mod tests {
         plan(&CapabilitySpec {
             add: names(add),
             drop: names(drop),
-            privileged: false,
+            ..CapabilitySpec::default()
         })
         .unwrap()
     }
@@ -135,6 +160,40 @@ mod tests {
             add: vec!["FLY".into()],
             ..Default::default()
         });
-        assert_eq!(bad, Err(UnknownCapability("FLY".into())));
+        assert_eq!(bad, Err(CapabilityError::Unknown("FLY".into())));
+    }
+
+    #[test]
+    fn only_what_is_held_can_be_ambient() {
+        let of = |add: &[&str], drop: &[&str], ambient: &[&str], privileged| {
+            let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            plan(&CapabilitySpec {
+                add: names(add),
+                drop: names(drop),
+                ambient: names(ambient),
+                privileged,
+            })
+        };
+        let bind: CapsHashSet = [Capability::CAP_NET_BIND_SERVICE].into();
+        let planned = of(&[], &[], &["net_bind_service"], false).unwrap();
+        assert_eq!(planned.ambient, bind);
+        let planned = of(&["NET_BIND_SERVICE"], &["ALL"], &["ALL"], false).unwrap();
+        assert_eq!(planned.ambient, bind);
+        assert_eq!(of(&[], &[], &["SYS_TIME"], true).unwrap().ambient.len(), 1);
+        for (drop, ambient, wrong) in [
+            (
+                &[][..],
+                "SYS_TIME",
+                CapabilityError::NotHeld("SYS_TIME".into()),
+            ),
+            (
+                &["CHOWN"],
+                "CHOWN",
+                CapabilityError::NotHeld("CHOWN".into()),
+            ),
+            (&[], "FLY", CapabilityError::Unknown("FLY".into())),
+        ] {
+            assert_eq!(of(&[], drop, &[ambient], false), Err(wrong));
+        }
     }
 }

@@ -187,6 +187,17 @@ impl Cgroup {
         self.write("cgroup.kill", "1")
     }
 
+    /// Has everything in it and below stand still, or go on. Standing still takes a moment: see
+    /// [`Cgroup::is_frozen`].
+    pub fn freeze(&self, frozen: bool) -> io::Result<()> {
+        self.write("cgroup.freeze", if frozen { "1" } else { "0" })
+    }
+
+    /// Whether everything in it and below stands still.
+    pub fn is_frozen(&self) -> bool {
+        self.value("cgroup.events", "frozen") == Some(1)
+    }
+
     /// All processes in it and below.
     pub fn processes(&self) -> Vec<i32> {
         let mut pids = Vec::new();

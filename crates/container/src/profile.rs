@@ -20,7 +20,7 @@ use seccompiler::{
 use syscalls::Sysno;
 
 use crate::{
-    capabilities::{self, UnknownCapability},
+    capabilities::{self, CapabilityError},
     spec::{SeccompAction, SeccompArg, SeccompOp, SeccompProfile, SeccompRule},
 };
 
@@ -35,7 +35,7 @@ pub(crate) enum ProfileError {
     #[error("the system call filter has more than {MAX_ACTIONS} different actions")]
     TooManyActions,
     #[error("the system call filter names an {0}")]
-    Capability(#[from] UnknownCapability),
+    Capability(#[from] CapabilityError),
     #[error("the system call filter has a condition on argument {0}; there are 0 to 5")]
     Argument(u8),
     #[error("the system call filter cannot be compiled: {0}")]
@@ -80,7 +80,7 @@ pub(crate) fn filters(
     Ok(programs)
 }
 
-fn applies(rule: &SeccompRule, held: &CapsHashSet) -> Result<bool, UnknownCapability> {
+fn applies(rule: &SeccompRule, held: &CapsHashSet) -> Result<bool, CapabilityError> {
     let has = |name: &String| capabilities::parse(name).map(|one| held.contains(&one));
     let all = |names: &[String]| names.iter().map(has).collect::<Result<Vec<_>, _>>();
     let included = all(&rule.include_capabilities)?;

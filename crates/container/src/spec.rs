@@ -194,6 +194,8 @@ pub struct CapabilitySpec {
     pub add: Vec<String>,
     /// Names with or without `CAP_`, or `ALL`.
     pub drop: Vec<String>,
+    /// Names with or without `CAP_` of those that it then has: ambient for any user, root too.
+    pub ambient: Vec<String>,
     /// Everything, whatever the lists say.
     pub privileged: bool,
 }

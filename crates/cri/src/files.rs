@@ -16,6 +16,7 @@ use std::{
 };
 
 use hypernetes_runtime::VolumeFile;
+use hypernetes_types::PageSize;
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, openat, openat2, statat,
 };
@@ -256,7 +257,7 @@ impl Reader {
 pub(crate) enum Backing {
     Disk,
     Memory { limit: u64 },
-    HugePages { page_bytes: u64, limit: u64 },
+    HugePages { page: PageSize, limit: u64 },
 }
 
 /// What a directory's files are on.
@@ -267,41 +268,18 @@ pub(crate) fn backing(path: &Path) -> Result<Backing, ReadError> {
     // linux/magic.h: TMPFS_MAGIC, HUGETLBFS_MAGIC.
     Ok(match stat.f_type {
         0x0102_1994 => Backing::Memory { limit },
-        0x9584_58f6 => Backing::HugePages {
-            page_bytes: block,
-            limit,
+        0x9584_58f6 => match PageSize::from_bytes(block) {
+            Some(page) => Backing::HugePages { page, limit },
+            None => Backing::Disk,
         },
         _ => Backing::Disk,
     })
-}
-
-/// The name of a size of huge pages in the kernel's cgroup files.
-pub(crate) fn page_size_name(bytes: u64) -> String {
-    let (number, unit) = match bytes {
-        bytes if bytes >= 1 << 30 => (bytes >> 30, "GB"),
-        bytes if bytes >= 1 << 20 => (bytes >> 20, "MB"),
-        bytes => (bytes >> 10, "KB"),
-    };
-    format!("{number}{unit}")
 }
 
 /// Group of a directory whose files belong to its group, as the kubelet marks it for an fsGroup.
 pub(crate) fn shared_group(path: &Path) -> Result<Option<u32>, ReadError> {
     let stat = rustix::fs::stat(path).map_err(failed(path))?;
     Ok((stat.st_mode & 0o2000 != 0).then_some(stat.st_gid))
-}
-
-/// Bytes of a page by that name.
-pub(crate) fn page_size_bytes(name: &str) -> Option<u64> {
-    let units = [("KB", 10), ("MB", 20), ("GB", 30)];
-    let (number, shift) = units
-        .iter()
-        .find_map(|(unit, shift)| Some((name.strip_suffix(unit)?, *shift)))?;
-    let bytes = number
-        .parse::<u32>()
-        .ok()
-        .map(|number| u64::from(number) << shift)?;
-    (bytes > 0 && page_size_name(bytes) == name).then_some(bytes)
 }
 
 #[cfg(test)]
@@ -312,17 +290,6 @@ mod tests {
 
     fn names(content: &Content) -> Vec<&str> {
         content.files.keys().map(String::as_str).collect()
-    }
-
-    #[test]
-    fn sizes_of_huge_pages_are_named_as_the_kernel_does() {
-        let names = [64 << 10, 2 << 20, 1 << 30].map(page_size_name);
-        assert_eq!(names, ["64KB", "2MB", "1GB"]);
-        let sizes = ["64KB", "2MB", "1GB"].map(page_size_bytes);
-        assert_eq!(sizes, [64 << 10, 2 << 20, 1 << 30].map(Some));
-        for bad in ["", "MB", "2Mi", "+2MB", "02MB", "1024KB", "0KB"] {
-            assert_eq!(page_size_bytes(bad), None, "{bad:?}");
-        }
     }
 
     #[test]

@@ -372,8 +372,8 @@ fn empty_dir(name: &str, path: &Path) -> Result<VolumeConfig, ReadError> {
     let kind = match files::backing(path)? {
         Backing::Disk => empty(false, 0),
         Backing::Memory { limit } => empty(true, limit),
-        Backing::HugePages { page_bytes, limit } => VolumeKind::HugePages {
-            page_size: files::page_size_name(page_bytes),
+        Backing::HugePages { page, limit } => VolumeKind::HugePages {
+            page_size: page.to_string(),
             size_limit: limit,
         },
     };

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use hypernetes_runtime::{ResourceConfig, VmExtras};
+use hypernetes_types::{CpuSet, PageSize};
 
 use crate::{
     config::{CriConfig, VmSizes},
-    files, lookup,
+    lookup,
     status::CriError,
     v1,
 };
@@ -45,12 +46,6 @@ fn check(base: &str, resources: &v1::LinuxContainerResources) -> Result<(), CriE
     if !(-1000..=1000).contains(&resources.oom_score_adj) {
         return refused("oom_score_adj", "must be -1000 to 1000");
     }
-    if !resources.cpuset_cpus.is_empty() {
-        return refused("cpuset_cpus", "the VM's CPUs are not the host's");
-    }
-    if !resources.cpuset_mems.is_empty() {
-        return refused("cpuset_mems", "the VM's memory has no NUMA nodes");
-    }
     Ok(())
 }
 
@@ -60,7 +55,13 @@ pub(crate) fn of_container(
     resources: &v1::LinuxContainerResources,
 ) -> Result<ResourceConfig, CriError> {
     check(base, resources)?;
+    let set = |field: &str, text: &str| {
+        let set = text.parse::<CpuSet>();
+        set.map_err(|error| CriError::invalid(format!("{base}.{field}"), error.to_string()))
+    };
     Ok(ResourceConfig {
+        cpuset_cpus: set("cpuset_cpus", &resources.cpuset_cpus)?,
+        cpuset_mems: set("cpuset_mems", &resources.cpuset_mems)?,
         memory_limit: resources.memory_limit_in_bytes,
         cpu_limit_milli: cpu_limit_milli(resources),
         // Rounded up, so that the way back gives the same shares.
@@ -90,11 +91,11 @@ fn huge_pages(
             Err(CriError::invalid(field, rule))
         };
         let shown = lookup::shown(&asked.page_size);
-        let Some(size) = files::page_size_bytes(&asked.page_size) else {
-            let rule = format!("{shown:?} is no size of huge pages: it must be as 2MB");
-            return refused("page_size", rule);
+        let size = match asked.page_size.parse::<PageSize>() {
+            Ok(size) => size,
+            Err(error) => return refused("page_size", error.to_string()),
         };
-        if asked.limit % size != 0 {
+        if asked.limit % size.bytes() != 0 {
             let rule = format!(
                 "{} bytes are no whole number of pages of {shown}",
                 asked.limit
@@ -114,6 +115,7 @@ pub(crate) fn merged(
     update: &v1::LinuxContainerResources,
 ) -> v1::LinuxContainerResources {
     let or = |new: i64, old: i64| if new == 0 { old } else { new };
+    let text = |new: &String, old: &String| if new.is_empty() { old } else { new }.clone();
     let mut unified = old.unified.clone();
     unified.extend(update.unified.clone());
     v1::LinuxContainerResources {
@@ -127,8 +129,8 @@ pub(crate) fn merged(
         ),
         // Of a process, not of a cgroup: it is set when the process starts.
         oom_score_adj: old.oom_score_adj,
-        cpuset_cpus: update.cpuset_cpus.clone(),
-        cpuset_mems: update.cpuset_mems.clone(),
+        cpuset_cpus: text(&update.cpuset_cpus, &old.cpuset_cpus),
+        cpuset_mems: text(&update.cpuset_mems, &old.cpuset_mems),
         hugepage_limits: match update.hugepage_limits.is_empty() {
             true => old.hugepage_limits.clone(),
             false => update.hugepage_limits.clone(),
@@ -214,7 +216,7 @@ mod tests {
         let cases = [
             (
                 v1::LinuxContainerResources {
-                    cpuset_cpus: "0-1".into(),
+                    cpuset_cpus: "0-".into(),
                     ..Default::default()
                 },
                 "r.cpuset_cpus",
@@ -269,6 +271,7 @@ mod tests {
             cpu_period: 100_000,
             memory_limit_in_bytes: 1 << 26,
             oom_score_adj: 500,
+            cpuset_cpus: "2-3".into(),
             ..Default::default()
         };
         let update = v1::LinuxContainerResources {
@@ -278,6 +281,7 @@ mod tests {
         };
         let merged = merged(&old, &update);
         assert_eq!((merged.cpu_quota, merged.cpu_period), (-1, 100_000));
+        assert_eq!(merged.cpuset_cpus, "2-3");
         assert_eq!(
             (merged.memory_limit_in_bytes, merged.oom_score_adj),
             (1 << 26, 500)

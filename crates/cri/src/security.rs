@@ -170,13 +170,6 @@ pub(crate) fn of_container(
     let named = context.run_as_user.is_some() || !context.run_as_username.is_empty();
     check_groups(base, named, context.run_as_group.as_ref())?;
     let capabilities = context.capabilities.clone().unwrap_or_default();
-    if !capabilities.add_ambient_capabilities.is_empty() {
-        return Err(invalid(
-            base,
-            "capabilities.add_ambient_capabilities",
-            "ambient capabilities are not served by this node",
-        ));
-    }
     let number = |field, value: Option<&v1::Int64Value>| {
         value.map(|value| id(base, field, value.value)).transpose()
     };
@@ -195,6 +188,7 @@ pub(crate) fn of_container(
             == v1::SupplementalGroupsPolicy::Strict,
         add_capabilities: capabilities.add_capabilities,
         drop_capabilities: capabilities.drop_capabilities,
+        ambient_capabilities: capabilities.add_ambient_capabilities,
         privileged: context.privileged,
         readonly_rootfs: context.readonly_rootfs,
         no_new_privs: context.no_new_privs,

@@ -68,7 +68,7 @@ impl From<CriError> for Status {
 fn of_runtime(error: &RuntimeError) -> Status {
     let code = match error {
         RuntimeError::NotFound { .. } => Code::NotFound,
-        RuntimeError::State { .. } => Code::FailedPrecondition,
+        RuntimeError::State { .. } | RuntimeError::Paused(_) => Code::FailedPrecondition,
         RuntimeError::Invalid { .. } => Code::InvalidArgument,
         RuntimeError::Image(error) => return of_image(error),
         RuntimeError::ImageVolume(_) => {

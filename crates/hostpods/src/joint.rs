@@ -152,6 +152,10 @@ impl PodRuntime for JointRuntime {
         self.of_container(id).stop_container(id, grace).await
     }
 
+    async fn set_paused(&self, id: &ContainerId, paused: bool) -> Result<(), RuntimeError> {
+        self.of_container(id).set_paused(id, paused).await
+    }
+
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
         self.of_container(id).remove_container(id).await
     }

@@ -254,6 +254,7 @@ impl ContainerRecord {
                 ContainerPhase::Running => ContainerState::Running,
                 ContainerPhase::Exited | ContainerPhase::Removing => ContainerState::Exited,
             },
+            paused: false,
             image_id: self.image_id.clone(),
             image_ref: self.image_ref.clone(),
             user: self.user.clone(),

@@ -126,6 +126,8 @@ fn capabilities_of(security: &SecurityConfig) -> Result<HashSet<Capability>, Run
         add: security.add_capabilities.clone(),
         drop: security.drop_capabilities.clone(),
         privileged: security.privileged,
+        // Judged against what the node itself holds: see `process`.
+        ambient: Vec::new(),
     };
     let plan = capabilities::plan(&spec).map_err(|e| invalid("capabilities", e.to_string()))?;
     if let Some(missing) = plan.added.iter().find(|wanted| !ours.contains(wanted)) {

@@ -26,6 +26,10 @@ pub(crate) const REGISTRY: &str = "hyper.hypernetes.io/registry";
 pub(crate) const MAX_RESTARTS: &str = "hypernetes.io/max-restarts";
 /// Annotation that the node honours: seconds that a stop may take, instead of the pod's own.
 pub(crate) const STOP_GRACE: &str = "hypernetes.io/stop-grace-seconds";
+/// Annotation that the node honours: with `true` the pod's containers stand still.
+pub(crate) const PAUSED: &str = "hypernetes.io/paused";
+/// Condition by which the node says that they do, or why not.
+pub(crate) const PAUSED_CONDITION: &str = "hypernetes.io/Paused";
 /// Annotation that the node honours: kernel of the pod.
 pub(crate) const KERNEL: &str = "hypernetes.io/kernel";
 /// Annotation that the node honours: network of the pod.

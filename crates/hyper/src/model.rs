@@ -28,6 +28,7 @@ pub(crate) struct PublishedPort {
 pub(crate) enum State {
     Created,
     Running,
+    Paused,
     Restarting,
     Removing,
     Exited,
@@ -39,6 +40,7 @@ impl State {
         match self {
             Self::Created => "created",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Restarting => "restarting",
             Self::Removing => "removing",
             Self::Exited => "exited",
@@ -49,6 +51,11 @@ impl State {
     /// Nothing of it runs or will run by itself.
     pub(crate) fn is_over(self) -> bool {
         matches!(self, Self::Exited | Self::Dead)
+    }
+
+    /// It has processes, which may stand still.
+    pub(crate) fn is_up(self) -> bool {
+        matches!(self, Self::Running | Self::Paused)
     }
 }
 
@@ -237,7 +244,10 @@ impl Container {
         let over = matches!(self.phase(), "Failed" | "Succeeded");
         let state = self.status().and_then(|status| status.state.as_ref());
         if state.is_some_and(|state| state.running.is_some()) {
-            return State::Running;
+            return match crate::verbs::pause::is_paused(&self.pod) {
+                true => State::Paused,
+                false => State::Running,
+            };
         }
         let now = state.and_then(|state| state.terminated.as_ref());
         if over {
@@ -255,7 +265,7 @@ impl Container {
 
     pub(crate) fn exit_code(&self) -> i32 {
         match self.state() {
-            State::Running | State::Created => 0,
+            State::Running | State::Paused | State::Created => 0,
             _ => self.ended().map_or(0, |end| end.exit_code),
         }
     }
@@ -331,10 +341,11 @@ impl Container {
             )
         };
         match self.state() {
-            State::Running => {
+            state @ (State::Running | State::Paused) => {
                 let started = self.started().unwrap_or(now);
                 let up = units::human_duration(now.as_second() - started.as_second());
                 match self.health_at(now) {
+                    _ if state == State::Paused => format!("Up {up} (Paused)"),
                     Some("starting") => format!("Up {up} (health: starting)"),
                     Some(health) => format!("Up {up} ({health})"),
                     None => format!("Up {up}"),

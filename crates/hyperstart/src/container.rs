@@ -62,6 +62,8 @@ enum Gate {
 #[derive(Debug)]
 struct State {
     phase: ContainerPhase,
+    /// Its processes stand still.
+    paused: bool,
     exit: Option<v1::Exit>,
     started: i64,
     control: Option<Control>,
@@ -83,6 +85,8 @@ pub(crate) struct Container {
     pub(crate) input: Input,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     state: Mutex<State>,
+    /// Held by whoever has it stand still or go on.
+    pub(crate) pausing: tokio::sync::Mutex<()>,
     layer: Mutex<Layer>,
     gate: watch::Sender<Gate>,
     ended: watch::Sender<bool>,
@@ -257,11 +261,13 @@ async fn launch(
         terminal,
         state: Mutex::new(State {
             phase: ContainerPhase::Created,
+            paused: false,
             exit: None,
             started: 0,
             control: Some(control),
             pumps,
         }),
+        pausing: tokio::sync::Mutex::default(),
         layer: Mutex::default(),
         gate: watch::channel(Gate::Closed).0,
         ended,
@@ -321,7 +327,20 @@ impl Container {
             pid: self.pid,
             exit: state.exit.clone(),
             started_unix_nanos: state.started,
+            paused: state.paused,
         }
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        self.lock().paused
+    }
+
+    /// Notes whether it stands still, unless it has ended meanwhile.
+    pub(crate) fn note_paused(&self, paused: bool) -> bool {
+        let mut state = self.lock();
+        let runs = state.phase == ContainerPhase::Running;
+        state.paused = paused && runs;
+        runs
     }
 
     /// Waits until the container has ended.
@@ -362,6 +381,7 @@ impl Container {
         {
             let mut state = self.lock();
             state.phase = ContainerPhase::Exited;
+            state.paused = false;
             state.control = None;
             state.exit = Some(v1::Exit {
                 code: ended.code(),
@@ -420,17 +440,25 @@ impl Container {
         Ok(started)
     }
 
-    /// Sends a signal to the first process, or to all.
+    /// Refuses a change of a container that has ended.
+    pub(crate) fn check_live(&self) -> Result<(), GuestError> {
+        match self.lock().phase {
+            ContainerPhase::Exited => {
+                Err(GuestError::Precondition("the container has ended".into()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Replaces the limits.
     pub(crate) fn update(&self, limits: &Limits) -> Result<(), GuestError> {
-        if self.state().phase() == ContainerPhase::Exited {
-            return Err(GuestError::Precondition("the container has ended".into()));
-        }
+        self.check_live()?;
         self.cgroup
             .update(limits)
             .attempt("change the container's limits")
     }
 
+    /// Sends a signal to the first process, or to all.
     pub(crate) fn signal(&self, signal: u32, all: bool) -> Result<(), GuestError> {
         let number = i32::try_from(signal)
             .ok()

@@ -76,6 +76,12 @@ pub(crate) async fn start(
             container.id()
         )));
     }
+    if container.is_paused() && !start.guest {
+        return Err(GuestError::Precondition(format!(
+            "container {} is paused, unpause the container before exec",
+            container.id()
+        )));
+    }
     let process = start
         .process
         .as_ref()

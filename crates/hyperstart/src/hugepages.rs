@@ -11,6 +11,7 @@ use std::{
 };
 
 use hypernetes_agent_api::v1;
+use hypernetes_types::PageSize;
 
 use crate::{
     disks::blocking,
@@ -28,17 +29,6 @@ type Pages = BTreeMap<u64, u64>;
 #[derive(Debug, Default)]
 pub(crate) struct HugePages(tokio::sync::Mutex<HashMap<String, Pages>>);
 
-/// Size in KiB of a page by its name in the kernel's cgroup files.
-pub(crate) fn size_kib(name: &str) -> Option<u64> {
-    let units = [("KB", 1), ("MB", 1 << 10), ("GB", 1 << 20)];
-    let (number, unit) = units
-        .iter()
-        .find_map(|(unit, kib)| Some((name.strip_suffix(unit)?, *kib)))?;
-    let plain = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
-    let number: u64 = number.parse().ok().filter(|number| plain && *number > 0)?;
-    number.checked_mul(unit)
-}
-
 /// Limits in bytes by the size's name. A size that is named twice, or is none, is refused.
 pub(crate) fn limits(asked: &[v1::HugePageLimit]) -> Result<BTreeMap<String, u64>, GuestError> {
     if asked.len() > MAX_SIZES {
@@ -48,12 +38,9 @@ pub(crate) fn limits(asked: &[v1::HugePageLimit]) -> Result<BTreeMap<String, u64
     }
     let mut limits = BTreeMap::new();
     for v1::HugePageLimit { page_size, limit } in asked {
-        let Some(kib) = size_kib(page_size) else {
-            return Err(GuestError::Invalid(format!(
-                "{page_size:?} is no size of huge pages: it must be as 2MB"
-            )));
-        };
-        if limit % (kib << 10) != 0 {
+        let size = page_size.parse::<PageSize>();
+        let size = size.map_err(|error| GuestError::Invalid(error.to_string()))?;
+        if limit % size.bytes() != 0 {
             return Err(GuestError::Invalid(format!(
                 "{limit} bytes are no whole number of pages of {page_size}"
             )));
@@ -79,8 +66,8 @@ impl HugePages {
             .iter()
             .filter(|(_, bytes)| **bytes > 0)
             .filter_map(|(name, bytes)| {
-                let kib = size_kib(name)?;
-                Some((kib, bytes / (kib << 10)))
+                let size: PageSize = name.parse().ok()?;
+                Some((size.kib(), bytes / size.bytes()))
             })
             .collect();
         let mut promised = self.0.lock().await;
@@ -163,16 +150,6 @@ fn set(kib: u64, wanted: u64) -> Result<(), GuestError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_the_kernel_s_names() {
-        assert_eq!(size_kib("2MB"), Some(2048));
-        assert_eq!(size_kib("64KB"), Some(64));
-        assert_eq!(size_kib("1GB"), Some(1 << 20));
-        for bad in ["", "MB", "2", "2M", "2Mi", "-2MB", "+2MB", "0MB", "2 MB"] {
-            assert_eq!(size_kib(bad), None, "{bad:?}");
-        }
-    }
 
     #[test]
     fn limits_are_whole_pages_of_sizes_named_once() {

@@ -16,6 +16,7 @@ mod hugepages;
 mod net;
 mod netlink;
 mod output;
+mod pause;
 mod pod;
 mod port;
 mod profile;

@@ -265,6 +265,7 @@ pub(crate) fn process(spec: &v1::Process, privileged: bool) -> Result<ProcessSpe
         capabilities: CapabilitySpec {
             add: capabilities.add,
             drop: capabilities.drop,
+            ambient: capabilities.ambient,
             privileged,
         },
         no_new_privs: spec.no_new_privs,

@@ -13,8 +13,8 @@ use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    console::log, container, error::GuestError, exec, forward, pod::Pod, request, resize, sandbox,
-    stats,
+    console::log, container, error::GuestError, exec, forward, pause, pod::Pod, request, resize,
+    sandbox, stats,
 };
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -126,6 +126,8 @@ impl Agent for Pod {
         let v1::UpdateContainerRequest { id, resources } = request.into_inner();
         let limits = request::limits(resources.as_ref())?;
         let container = self.container(&id)?;
+        // One that has ended gets nothing new: what it was promised goes with its removal.
+        container.check_live()?;
         self.huge_pages().promise(&id, &limits.huge_pages).await?;
         container.update(&limits)?;
         Ok(Response::new(v1::UpdateContainerResponse {}))
@@ -138,6 +140,15 @@ impl Agent for Pod {
     async fn clock(&self, request: Request<v1::ClockRequest>) -> Answer<v1::ClockResponse> {
         let unix_nanos = sandbox::adjust_clock(request.into_inner().adjust_nanos)?;
         Ok(Response::new(v1::ClockResponse { unix_nanos }))
+    }
+
+    async fn pause(&self, request: Request<v1::PauseRequest>) -> Answer<v1::PauseResponse> {
+        let (pod, v1::PauseRequest { id, paused }) = (self.clone(), request.into_inner());
+        to_the_end(async move {
+            pause::set(&pod, &id, paused).await?;
+            Ok(v1::PauseResponse {})
+        })
+        .await
     }
 
     async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {

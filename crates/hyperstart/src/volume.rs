@@ -18,6 +18,7 @@ use std::{
 };
 
 use hypernetes_agent_api::v1::{self, volume::Kind};
+use hypernetes_types::PageSize;
 use nix::mount::{MsFlags, mount};
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 use tokio::time::{Instant, sleep};
@@ -26,7 +27,7 @@ use crate::{
     boot::dir,
     disks,
     error::{Attempt, GuestError},
-    hugepages, request, sandbox,
+    request, sandbox,
 };
 
 const MAX_VOLUMES: usize = 256;
@@ -255,11 +256,9 @@ impl Volumes {
                 Sort::Empty { memory, slot }
             }
             Some(Kind::HugePages(huge)) => {
-                let size = &huge.page_size;
-                let kib = hugepages::size_kib(size).ok_or_else(|| {
-                    GuestError::Invalid(format!("{size:?} is no size of huge pages"))
-                })?;
-                Sort::HugePages { kib }
+                let size = huge.page_size.parse::<PageSize>();
+                let size = size.map_err(|error| GuestError::Invalid(error.to_string()))?;
+                Sort::HugePages { kib: size.kib() }
             }
             Some(Kind::Files(_)) => Sort::Files,
             Some(Kind::Shared(shared)) => {

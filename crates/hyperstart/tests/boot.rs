@@ -526,6 +526,7 @@ async fn identity(client: &AgentClient) {
     web.capabilities = Some(v1::Capabilities {
         add: vec!["NET_ADMIN".into()],
         drop: vec!["ALL".into()],
+        ..Default::default()
     });
     let user = client.create(request).await;
     assert_eq!(
@@ -1054,7 +1055,7 @@ async fn orphans(client: &AgentClient) {
 
 #[tokio::test]
 async fn containers_can_have_a_root_of_their_own() {
-    group(async |vm| {
+    Box::pin(group(async |vm| {
         let client = vm.connect().await;
         let ids = Some(v1::IdMapping {
             first: 100_000,
@@ -1080,7 +1081,7 @@ async fn containers_can_have_a_root_of_their_own() {
         vm.ended().await;
         let console = vm.console();
         assert!(!console.contains("cannot"), "{console}");
-    })
+    }))
     .await;
 }
 

@@ -21,6 +21,7 @@ mod images;
 mod logs;
 mod network;
 mod node;
+mod pause;
 mod plan;
 mod pods;
 mod prober;
@@ -239,6 +240,7 @@ impl Nodelet {
             names,
             services,
             gates: network::Gates::default(),
+            hooks: stop::Hooks::default(),
             config: self.config.clone(),
         });
         let mut parts = JoinSet::new();

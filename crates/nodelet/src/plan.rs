@@ -22,6 +22,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 use crate::{
     backoff::Backoff,
+    pause::{self, PauseTrouble},
     prober::{self, Health, ProbeKind},
     resize::ResizeState,
     roles::{self, Role},
@@ -32,6 +33,8 @@ use crate::{
 const FRESH_ERROR: SignedDuration = SignedDuration::from_secs(2);
 /// Grace of a pod that was deleted by force: enough for a clean end, not for a wait.
 const FORCED_GRACE: i64 = 2;
+/// No grace is longer than a day.
+const MAX_GRACE: i64 = 86_400;
 
 /// A place where one long step runs at a time.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,6 +42,7 @@ pub(crate) enum Slot {
     Sandbox,
     Container(String),
     Resize,
+    Pause,
     Teardown,
 }
 
@@ -68,6 +72,11 @@ pub(crate) enum Action {
     },
     /// Give the containers the resources that the pod asks for now.
     Resize { sandbox: SandboxId },
+    /// Have containers, by name, stand still or go on.
+    SetPaused {
+        containers: Vec<(String, ContainerId)>,
+        paused: bool,
+    },
     /// Forget an old container.
     RemoveContainer(ContainerId),
     /// Forget an old sandbox.
@@ -131,6 +140,8 @@ pub(crate) struct Memory {
     pub(crate) killed: BTreeSet<ContainerId>,
     /// What came of the last resize.
     pub(crate) resize: Option<ResizeState>,
+    /// Why the last pause, or its end, did not come about.
+    pub(crate) pause: Option<PauseTrouble>,
 }
 
 impl Memory {
@@ -165,7 +176,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    fn wake_at(&mut self, at: Timestamp) {
+    pub(crate) fn wake_at(&mut self, at: Timestamp) {
         self.wake = Some(self.wake.map_or(at, |wake| wake.min(at)));
     }
 }
@@ -237,20 +248,27 @@ impl View<'_> {
             .unwrap_or("Always")
     }
 
+    /// Grace of all containers when the pod ends; 0 = they are killed.
     pub(crate) fn grace_seconds(&self) -> i64 {
+        let meta = &self.pod.metadata;
+        let deleted = self.gone
+            || meta.deletion_timestamp.is_some()
+            || meta.deletion_grace_period_seconds.is_some();
+        match wishes::stop_grace(self.pod) {
+            Some(wish) if !deleted => wish.min(MAX_GRACE),
+            _ => self.own_grace(),
+        }
+    }
+
+    /// Grace of a container that is ended while the pod lives on, or goes. As with a kubelet it has a
+    /// moment at least.
+    fn own_grace(&self) -> i64 {
         if self.gone {
             return FORCED_GRACE;
         }
-        self.pod
-            .metadata
-            .deletion_grace_period_seconds
-            .or_else(|| wishes::stop_grace(self.pod))
-            .or_else(|| {
-                self.spec()
-                    .and_then(|spec| spec.termination_grace_period_seconds)
-            })
-            .unwrap_or(30)
-            .clamp(0, 86_400)
+        let deletion = self.pod.metadata.deletion_grace_period_seconds;
+        let spec = || self.spec()?.termination_grace_period_seconds;
+        deletion.or_else(spec).unwrap_or(30).clamp(1, MAX_GRACE)
     }
 
     pub(crate) fn is_terminal(&self) -> bool {
@@ -344,7 +362,7 @@ impl View<'_> {
         let own = kind
             .of(container)
             .and_then(|probe| probe.termination_grace_period_seconds);
-        own.unwrap_or_else(|| self.grace_seconds())
+        own.unwrap_or_else(|| self.own_grace())
     }
 
     /// All init containers have passed in the running VM, or the others exist in it already.
@@ -706,14 +724,20 @@ fn plan_containers(
         }
         return;
     }
-    plan_kills(view, plan);
+    let paused = wishes::is_paused(view.pod);
+    pause::plan(view, plan);
+    if !paused {
+        plan_kills(view, plan);
+    }
     if crate::resize::is_wanted(view) {
         plan.actions.push(Action::Resize {
             sandbox: sandbox.id.clone(),
         });
     }
     for (container, attempt) in wanted {
-        if !view.is_busy(&Slot::Container(container.clone())) {
+        if paused {
+            plan.waiting.entry(container).or_insert_with(pause::waiting);
+        } else if !view.is_busy(&Slot::Container(container.clone())) {
             plan.actions.push(Action::Run {
                 container,
                 sandbox: sandbox.id.clone(),
@@ -752,7 +776,7 @@ fn plan_kills(view: &View<'_>, plan: &mut Plan) {
             (message, view.probe_grace(container, kind))
         } else if restarts && image != container.image.as_ref() {
             let message = format!("Container {name} definition changed");
-            (message, view.grace_seconds())
+            (message, view.own_grace())
         } else {
             continue;
         };

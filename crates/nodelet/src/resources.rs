@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use hypernetes_runtime::ResourceConfig;
-use hypernetes_types::Quantity;
+use hypernetes_types::{PageSize, Quantity};
 use k8s_openapi::{
     api::core::v1::{Container, PodSpec},
     apimachinery::pkg::api::resource::Quantity as ApiQuantity,
@@ -61,6 +61,25 @@ pub(crate) fn request(container: &Container, name: &str) -> Option<Quantity> {
     amount(requests(container), name).or_else(|| limit(container, name))
 }
 
+/// Bytes of huge pages that the container is promised, by size.
+pub(crate) fn huge_pages(container: &Container) -> BTreeMap<PageSize, u64> {
+    let names = limits(container).into_iter().flatten().flatten();
+    let page = |(name, amount): (&String, &ApiQuantity)| {
+        let size = PageSize::from_quantity(name.strip_prefix("hugepages-")?).ok()?;
+        let bytes = u64::try_from(amount.0.parse::<Quantity>().ok()?.value()).ok()?;
+        (bytes > 0).then_some((size, bytes))
+    };
+    names.filter_map(page).collect()
+}
+
+/// Bytes of all its huge pages.
+pub(crate) fn huge_page_bytes(container: &Container) -> i64 {
+    let sum = huge_pages(container)
+        .values()
+        .fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
+    i64::try_from(sum).unwrap_or(i64::MAX)
+}
+
 /// Limit of the whole pod, if it has one.
 pub(crate) fn pod_limit(spec: Option<&PodSpec>, name: &str) -> Option<Quantity> {
     let resources = spec?.resources.as_ref()?;
@@ -80,6 +99,10 @@ pub(crate) fn container_resources(container: &Container, spec: Option<&PodSpec>)
         memory_limit: limit("memory").map_or(0, Quantity::value),
         cpu_limit_milli: limit("cpu").map_or(0, Quantity::milli_value),
         cpu_request_milli: request(container, "cpu").map_or(0, Quantity::milli_value),
+        huge_pages: huge_pages(container)
+            .into_iter()
+            .map(|(size, bytes)| (size.to_string(), bytes))
+            .collect(),
         ..ResourceConfig::default()
     }
 }
@@ -114,6 +137,8 @@ pub(crate) fn vm_needs(spec: &PodSpec, config: &NodeletConfig) -> VmSize {
     let whole = |name: &str| pod_limit(Some(spec), name);
     let cpus = whole("cpu").map_or_else(|| sum(&cpu), Quantity::milli_value);
     let memory = whole("memory").map_or_else(|| sum(&memory), Quantity::value);
+    // Huge pages come out of the VM's memory, beside the limits.
+    let memory = memory.max(0).saturating_add(sum(&huge_page_bytes));
     let vcpus = u32::try_from(cpus.max(0).saturating_add(999) / 1000).unwrap_or(u32::MAX);
     let memory_mib = u32::try_from(memory.max(0).saturating_add(MIB - 1) / MIB).unwrap_or(u32::MAX);
     VmSize {
@@ -263,6 +288,22 @@ mod tests {
         let own = container_resources(&whole.containers[0], Some(&whole));
         assert_eq!(own.memory_limit, 64 << 20);
         assert_eq!(qos_class(&whole), "Guaranteed");
+    }
+
+    #[test]
+    fn huge_pages_are_memory_beside_the_limits() {
+        let huge = |pages: &str| {
+            c(json!({"limits": {"memory": "64Mi", "hugepages-2Mi": pages, "hugepages-1Gi": "0"}}))
+        };
+        let spec = spec(json!([huge("4Mi"), huge("2Mi")]), json!([huge("6Mi")]));
+        assert_eq!(vm_size(&spec, &config(), NODE).memory_mib, 128 + 6 + 64);
+        let own = container_resources(&spec.containers[0], Some(&spec));
+        assert_eq!(own.huge_pages, [("2MB".to_owned(), 4 << 20)].into());
+        assert_eq!(own.memory_limit, 64 << 20);
+        let mut whole = spec;
+        whole.resources = serde_json::from_value(json!({"limits": {"memory": "1Gi"}})).ok();
+        let size = vm_size(&whole, &config(), NODE);
+        assert_eq!(size.memory_mib, 1024 + 6 + 64);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use hypernetes_runtime::{ContainerState as State, ContainerStatus as Record};
+use hypernetes_types::kinds::PAUSED_CONDITION;
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
@@ -15,6 +16,7 @@ use k8s_openapi::{
 
 use crate::{
     container::IMAGE_ANNOTATION,
+    pause,
     plan::{Plan, Slot, View, instant},
     resize, resources,
     roles::{self, Role},
@@ -381,7 +383,10 @@ fn conditions(
         )
     };
     let gates = closed_gates(view, old);
-    let readiness = if containers_ready.0 && !gates.is_empty() {
+    let paused = pause::condition(view);
+    let readiness = if containers_ready.0 && paused.is_some() {
+        (false, "Paused", "the pod is paused".to_owned())
+    } else if containers_ready.0 && !gates.is_empty() {
         (false, "ReadinessGatesNotReady", gates)
     } else {
         containers_ready.clone()
@@ -402,12 +407,16 @@ fn conditions(
         ("ContainersReady", containers_ready),
         ("PodScheduled", (true, "", String::new())),
     ];
-    let own: Vec<_> = own.into_iter().chain(resizing(view)).collect();
+    let own: Vec<_> = own
+        .into_iter()
+        .chain(resizing(view))
+        .chain(paused)
+        .collect();
     let before = old.conditions.as_deref().unwrap_or_default();
     let mut conditions: Vec<_> = before
         .iter()
         .filter(|condition| own.iter().all(|(name, _)| *name != condition.type_))
-        .filter(|condition| !RESIZE_CONDITIONS.contains(&condition.type_.as_str()))
+        .filter(|condition| !PASSING_CONDITIONS.contains(&condition.type_.as_str()))
         .cloned()
         .collect();
     for (name, (is_true, reason, message)) in own {
@@ -431,7 +440,7 @@ fn conditions(
 }
 
 /// Conditions that this node writes; all others are somebody else's.
-const OWN_CONDITIONS: [&str; 7] = [
+const OWN_CONDITIONS: [&str; 8] = [
     "PodReadyToStartContainers",
     "Initialized",
     "Ready",
@@ -439,6 +448,7 @@ const OWN_CONDITIONS: [&str; 7] = [
     "PodScheduled",
     "PodResizePending",
     "PodResizeInProgress",
+    PAUSED_CONDITION,
 ];
 
 /// Takes over what others have written into a pod's status: conditions of their own.
@@ -454,8 +464,8 @@ pub(crate) fn take_foreign(status: &mut PodStatus, theirs: &PodStatus) {
     status.conditions = (!all.is_empty()).then_some(all);
 }
 
-/// Conditions that are there only while a resize is.
-const RESIZE_CONDITIONS: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
+/// Conditions that are there only while a resize or a pause is.
+const PASSING_CONDITIONS: [&str; 3] = ["PodResizePending", "PodResizeInProgress", PAUSED_CONDITION];
 
 fn resizing(view: &View<'_>) -> Option<(&'static str, (bool, &'static str, String))> {
     let state = view.memory.resize.as_ref();

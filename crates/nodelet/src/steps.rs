@@ -23,13 +23,14 @@ use crate::{
     fields::PodFacts,
     handler::Subject,
     network::{self, Names},
+    pause::PauseTrouble,
     pull,
     resize::ResizeState,
     resources::Capacity,
     roles, sandbox,
     services::Services,
     sources::Sources,
-    stop::Ending,
+    stop::{Ending, Hooks},
     tokens::Tokens,
     volumes::{self, Built},
 };
@@ -54,6 +55,7 @@ pub(crate) struct Node {
     pub(crate) names: Names,
     pub(crate) services: Services,
     pub(crate) gates: network::Gates,
+    pub(crate) hooks: Hooks,
 }
 
 /// What came of a step.
@@ -69,6 +71,8 @@ pub(crate) enum Outcome {
     Refreshed(Built),
     /// The containers have what they ask for; these run again for it.
     Resized(Result<Vec<(String, ContainerId)>, ResizeState>),
+    /// The containers stand still or go on, as they should.
+    Paused(Result<(), PauseTrouble>),
     /// The container runs.
     Started(String),
     /// The container does not run; why.
@@ -253,7 +257,7 @@ impl Node {
 
     /// Has the image, creates the container, starts it, runs its postStart hook.
     pub(crate) async fn run_container(
-        &self,
+        self: &Arc<Self>,
         pod: &Pod,
         container: &Container,
         sandbox: SandboxId,

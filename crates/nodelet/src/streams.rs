@@ -90,7 +90,9 @@ fn stream_error(error: &RuntimeError) -> StreamError {
     let message = chain(error).to_string();
     match error {
         RuntimeError::NotFound { .. } => StreamError::NotFound(message),
-        RuntimeError::State { .. } | RuntimeError::Invalid { .. } => StreamError::Invalid(message),
+        RuntimeError::State { .. } | RuntimeError::Paused(_) | RuntimeError::Invalid { .. } => {
+            StreamError::Invalid(message)
+        }
         _ => StreamError::Internal(message),
     }
 }

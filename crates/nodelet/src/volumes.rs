@@ -1,15 +1,16 @@
 //! Volumes of a pod as the runtime takes them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use hypernetes_runtime::{VolumeConfig, VolumeFile, VolumeKind};
-use hypernetes_types::Quantity;
+use hypernetes_types::{PageSize, Quantity};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, KeyToPath, PodSpec, Volume};
 
 use crate::{
     fields::{self, FieldsError, PodFacts},
+    resources,
     sources::{Data, SourceError, Sources},
     tokens::{TokenError, Tokens},
 };
@@ -25,6 +26,8 @@ pub(crate) enum VolumeError {
     Field { volume: String, source: FieldsError },
     #[error("MountVolume.SetUp failed for volume \"{volume}\" : {source}")]
     Token { volume: String, source: TokenError },
+    #[error("MountVolume.SetUp failed for volume \"{volume}\" : {why}")]
+    Medium { volume: String, why: String },
     #[error("volume \"{volume}\": invalid path {path:?}: must be relative without ..")]
     Path { volume: String, path: String },
 }
@@ -154,13 +157,25 @@ impl Builder<'_> {
         } else {
             // An emptyDir; a volume with no source at all is one too, as Kubernetes defaults it.
             let empty = volume.empty_dir.clone().unwrap_or_default();
+            let size_limit = empty
+                .size_limit
+                .and_then(|quantity| quantity.0.parse::<Quantity>().ok())
+                .and_then(|quantity| u64::try_from(quantity.value()).ok())
+                .unwrap_or(0);
+            let medium = empty.medium.unwrap_or_default();
+            if medium.starts_with("HugePages") {
+                let page = huge_page(&medium, spec).map_err(|why| VolumeError::Medium {
+                    volume: name.to_owned(),
+                    why,
+                })?;
+                return Ok(VolumeKind::HugePages {
+                    page_size: page.to_string(),
+                    size_limit,
+                });
+            }
             return Ok(VolumeKind::EmptyDir {
-                memory: empty.medium.as_deref() == Some("Memory"),
-                size_limit: empty
-                    .size_limit
-                    .and_then(|quantity| quantity.0.parse::<Quantity>().ok())
-                    .and_then(|quantity| u64::try_from(quantity.value()).ok())
-                    .unwrap_or(0),
+                memory: medium == "Memory",
+                size_limit,
             });
         }
         Ok(VolumeKind::Files { files })
@@ -216,6 +231,35 @@ impl Builder<'_> {
         }
         Ok(())
     }
+}
+
+/// The size of the pages of a volume, which a container must have asked for; what is wrong in a
+/// kubelet's words.
+fn huge_page(medium: &str, spec: &PodSpec) -> Result<PageSize, String> {
+    let asked: BTreeSet<PageSize> = spec
+        .containers
+        .iter()
+        .chain(spec.init_containers.iter().flatten())
+        .flat_map(|container| resources::huge_pages(container).into_keys())
+        .collect();
+    let found = match medium.strip_prefix("HugePages-") {
+        Some(size) => {
+            let size = PageSize::from_quantity(size).map_err(|error| error.to_string())?;
+            asked.get(&size).copied()
+        }
+        None if asked.len() > 1 => {
+            return Err(format!(
+                "medium: {medium} can't be used if container requests multiple huge page sizes"
+            ));
+        }
+        None => asked.first().copied(),
+    };
+    found.ok_or_else(|| {
+        format!(
+            "medium {medium}: hugePages storage requested, but there is no resource request for \
+             huge pages"
+        )
+    })
 }
 
 /// The user that all containers of the pod run as, if the pod says so.
@@ -326,6 +370,8 @@ fn insert(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn data() -> Data {
@@ -380,6 +426,35 @@ mod tests {
                 select(data(), Some(&items), 0o644, false, "v").is_err(),
                 "{path}"
             );
+        }
+    }
+
+    #[test]
+    fn volumes_of_huge_pages_have_a_size_that_the_pod_asks_for() {
+        let spec = |limits: serde_json::Value| -> PodSpec {
+            let container = json!({"name": "c", "resources": {"limits": limits}});
+            serde_json::from_value(json!({"containers": [container]})).unwrap()
+        };
+        let one = spec(json!({"hugepages-2Mi": "4Mi"}));
+        let two = spec(json!({"hugepages-2Mi": "4Mi", "hugepages-1Gi": "1Gi"}));
+        let size = |medium: &str, spec: &PodSpec| {
+            let page = huge_page(medium, spec)?;
+            Ok::<_, String>(page.to_string())
+        };
+        assert_eq!(size("HugePages", &one).as_deref(), Ok("2MB"));
+        assert_eq!(size("HugePages-2Mi", &two).as_deref(), Ok("2MB"));
+        assert_eq!(size("HugePages-1Gi", &two).as_deref(), Ok("1GB"));
+        for (medium, spec, why) in [
+            ("HugePages", &two, "multiple huge page sizes"),
+            ("HugePages-1Gi", &one, "no resource request"),
+            (
+                "HugePages",
+                &spec(json!({"cpu": "1"})),
+                "no resource request",
+            ),
+        ] {
+            let error = size(medium, spec).unwrap_err();
+            assert!(error.contains(why), "{error}");
         }
     }
 }

@@ -3,10 +3,12 @@
 //! | annotation | meaning |
 //! | --- | --- |
 //! | `hypernetes.io/max-restarts` | containers are restarted so many times at most, whatever `restartPolicy` would have done then |
-//! | `hypernetes.io/stop-grace-seconds` | seconds that a stop at `activeDeadlineSeconds` may take, instead of `terminationGracePeriodSeconds` |
+//! | `hypernetes.io/stop-grace-seconds` | seconds that a stop at `activeDeadlineSeconds` may take, instead of `terminationGracePeriodSeconds`; with 0 there is no stop signal and no preStop hook, the containers are killed |
+//! | `hypernetes.io/paused` | with `true` the containers stand still, and none is started |
 //!
-//! A value that is not a number is as if it were not there.
+//! A value that is not a number, or not `true`, is as if it were not there.
 
+use hypernetes_types::kinds::PAUSED_ANNOTATION;
 use k8s_openapi::api::core::v1::Pod;
 
 const MAX_RESTARTS: &str = "hypernetes.io/max-restarts";
@@ -24,6 +26,13 @@ pub(crate) fn max_restarts(pod: &Pod) -> Option<u32> {
 /// Seconds from the stop signal to the kill when a pod that is not deleted ends.
 pub(crate) fn stop_grace(pod: &Pod) -> Option<i64> {
     number(pod, STOP_GRACE).map(i64::from)
+}
+
+/// Whether the containers of the pod shall stand still.
+pub(crate) fn is_paused(pod: &Pod) -> bool {
+    let annotations = pod.metadata.annotations.as_ref();
+    let value = annotations.and_then(|all| all.get(PAUSED_ANNOTATION));
+    value.is_some_and(|value| value == "true")
 }
 
 #[cfg(test)]
@@ -52,5 +61,20 @@ mod tests {
             );
         }
         assert_eq!(max_restarts(&Pod::default()), None);
+    }
+
+    #[test]
+    fn only_true_pauses() {
+        for (value, paused) in [
+            ("true", true),
+            ("false", false),
+            ("1", false),
+            ("True", false),
+        ] {
+            let pod = json!({"metadata": {"annotations": {PAUSED_ANNOTATION: value}}});
+            let pod: Pod = serde_json::from_value(pod).unwrap();
+            assert_eq!(is_paused(&pod), paused, "{value}");
+        }
+        assert!(!is_paused(&Pod::default()));
     }
 }

@@ -35,6 +35,7 @@ use crate::{
     steps::{Node, Outcome},
     stop::Ending,
     volumes::Built,
+    wishes,
 };
 
 /// The pod as the API has it.
@@ -175,6 +176,7 @@ impl Worker {
         }
         self.node.names.set(&self.uid, None).await;
         self.node.tokens.forget(&self.uid);
+        self.node.hooks.forget(&self.uid);
         lock(&self.board).remove(&self.uid);
     }
 
@@ -294,7 +296,12 @@ impl Worker {
             .filter(|record| record.state == ContainerState::Running)
             .collect();
         let runs = |id: &ContainerId| running.iter().any(|record| record.id == *id);
-        self.probers.retain(|id, _| runs(id));
+        let still = wishes::is_paused(pod);
+        let asked = |record: &ContainerStatus| !still && !record.paused;
+        self.probers.retain(|id, _| {
+            let record = running.iter().find(|record| record.id == *id);
+            record.is_some_and(|record| asked(record))
+        });
         self.memory
             .killed
             .retain(|id| containers.iter().any(|record| record.id == *id));
@@ -313,6 +320,9 @@ impl Worker {
             lock(&self.health)
                 .entry(record.id.clone())
                 .or_insert_with(|| known_health(pod, record, &container));
+            if !asked(record) {
+                continue;
+            }
             let prober = Prober {
                 node: self.node.clone(),
                 pod: Arc::new(pod.clone()),
@@ -651,6 +661,11 @@ impl Worker {
                     async move { node.resize(&pod, sandbox).await },
                 );
             }
+            Action::SetPaused { containers, paused } => {
+                self.spawn(Slot::Pause, async move {
+                    node.set_paused(&pod, containers, paused).await
+                });
+            }
             Action::RemoveContainer(id) => {
                 let slot = Slot::Container(format!("/{id}"));
                 if !self.busy.contains(&slot) {
@@ -751,6 +766,7 @@ impl Worker {
                 self.restart_for_resize(restarts);
             }
             Some(Outcome::Resized(Err(state))) => self.memory.resize = Some(state),
+            Some(Outcome::Paused(result)) => self.memory.pause = result.err(),
             Some(Outcome::Started(name)) => {
                 let memory = self.memory.container(&name);
                 memory.trouble = None;

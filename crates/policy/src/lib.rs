@@ -162,6 +162,9 @@ pub fn admit(request: &AdmissionRequest<'_>) -> Result<Outcome, Denied> {
     if request.is_kind("", "Service") && request.subresource.is_empty() {
         service::check(request, object, &mut causes);
     }
+    if request.is_kind("", "Pod") && request.subresource.is_empty() {
+        meta::check_paused(object, &mut causes);
+    }
     if request.tenant().is_some() {
         if request.is_kind("rbac.authorization.k8s.io", "RoleBinding") {
             binding::check(request, object, &mut causes);

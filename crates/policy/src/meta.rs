@@ -1,6 +1,8 @@
 //! Labels, annotations and finalizers that are the project's own, and the labels of namespaces.
 
-use hypernetes_types::kinds::{GROUP, KERNEL_ANNOTATION, NETWORK_LABEL, TENANT_LABEL};
+use hypernetes_types::kinds::{
+    GROUP, KERNEL_ANNOTATION, NETWORK_LABEL, PAUSED_ANNOTATION, TENANT_LABEL,
+};
 use serde_json::Value;
 
 use crate::{
@@ -25,10 +27,25 @@ pub(crate) fn annotation<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
 /// of the project trusts them.
 const CLIENT_DOMAIN: &str = "hyper.hypernetes.io";
 /// Annotations of a pod that the node honours and that may change while it runs.
-const WISHES: [&str; 2] = [
+const WISHES: [&str; 3] = [
     "hypernetes.io/max-restarts",
     "hypernetes.io/stop-grace-seconds",
+    PAUSED_ANNOTATION,
 ];
+
+/// A pod is paused or it is not.
+pub(crate) fn check_paused(object: &Value, causes: &mut Vec<FieldError>) {
+    let annotations = object
+        .get("metadata")
+        .and_then(|meta| meta.get("annotations"));
+    let value = annotations.and_then(|all| all.get(PAUSED_ANNOTATION));
+    if value.is_some_and(|value| !matches!(value.as_str(), Some("true" | "false"))) {
+        causes.push(FieldError::new(
+            format!("metadata.annotations[{PAUSED_ANNOTATION}]"),
+            "must be \"true\" or \"false\"",
+        ));
+    }
+}
 
 /// Whether the key's prefix is `hypernetes.io` or below it.
 fn is_reserved(key: &str) -> bool {
@@ -107,7 +124,7 @@ pub(crate) fn check_reserved(
         causes.push(FieldError::new(
             format!("metadata.annotations[{key}]"),
             if pod {
-                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts and stop-grace-seconds"
+                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts, stop-grace-seconds and paused"
             } else {
                 "annotations under hypernetes.io/ are set by controllers only"
             },

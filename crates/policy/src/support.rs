@@ -4,7 +4,7 @@
 //! refused by its name and never silently dropped. A value that asks for nothing (`null`, `false`,
 //! an empty text, list or object) needs no support.
 
-use hypernetes_types::Quantity;
+use hypernetes_types::{PageSize, Quantity};
 use serde_json::Value;
 
 use crate::FieldError;
@@ -143,7 +143,7 @@ const POD: &[(&str, Support)] = &[
     ("volumes[].configMap", Yes),
     ("volumes[].downwardAPI", Yes),
     ("volumes[].emptyDir", Inside),
-    ("volumes[].emptyDir.medium", Only(&["Memory"])),
+    ("volumes[].emptyDir.medium", Rule(medium)),
     ("volumes[].emptyDir.sizeLimit", Yes),
     ("volumes[].ephemeral", No(NO_PVC)),
     (
@@ -315,7 +315,7 @@ fn limited_volumes(spec: &Value, errors: &mut Vec<FieldError>) {
             Value::Number(number) => number.to_string().parse().unwrap_or_default(),
             _ => Quantity::default(),
         };
-        empty["medium"] != "Memory" && limit > Quantity::default()
+        asks_for_nothing(&empty["medium"]) && limit > Quantity::default()
     });
     for (index, _) in limited.skip(MAX_LIMITED) {
         errors.push(FieldError::new(
@@ -555,8 +555,25 @@ fn resource_names(value: &Value) -> Option<String> {
     value
         .as_object()?
         .keys()
-        .find(|name| !matches!(name.as_str(), "cpu" | "memory" | "ephemeral-storage"))
+        .find(|name| {
+            let page = name.strip_prefix("hugepages-");
+            let huge = page.is_some_and(|page| PageSize::from_quantity(page).is_ok());
+            !huge && !matches!(name.as_str(), "cpu" | "memory" | "ephemeral-storage")
+        })
         .map(|name| format!("{name} is not a resource of this node"))
+}
+
+/// What an emptyDir can be made of, beside the pod's disk.
+fn medium(value: &Value) -> Option<String> {
+    let medium = value.as_str().unwrap_or("?");
+    let page = medium.strip_prefix("HugePages-");
+    let huge = page.is_some_and(|page| PageSize::from_quantity(page).is_ok());
+    (!huge && !matches!(medium, "" | "Memory" | "HugePages")).then(|| {
+        format!(
+            "{value} is not supported by this node; supported: Memory, HugePages, HugePages-2Mi \
+             and other sizes of pages"
+        )
+    })
 }
 
 /// Fields of a pod that a variable can be of.
@@ -700,8 +717,15 @@ mod tests {
             );
         }
         let huge = json!({"containers": [],
-            "volumes": [{"name": "v", "emptyDir": {"medium": "HugePages"}}]});
+            "volumes": [{"name": "v", "emptyDir": {"medium": "HugePages-3Mi"}}]});
         assert_eq!(fields(huge), ["spec.volumes[0].emptyDir.medium"]);
+        for medium in ["", "Memory", "HugePages", "HugePages-2Mi", "HugePages-1Gi"] {
+            let volume = json!({"name": "v", "emptyDir": {"medium": medium}});
+            let spec = json!({"containers": [], "volumes": [volume]});
+            assert!(fields(spec).is_empty(), "{medium}");
+        }
+        let limits = json!({"hugepages-2Mi": "4Mi", "hugepages-1Gi": "0", "cpu": "1"});
+        assert!(fields(container(json!({"resources": {"limits": limits}}))).is_empty());
     }
 
     #[test]
@@ -759,7 +783,7 @@ mod tests {
             ),
             (
                 "resources.limits",
-                json!({"resources": {"limits": {"hugepages-2Mi": "2Mi"}}}),
+                json!({"resources": {"limits": {"hugepages-3Mi": "3Mi"}}}),
             ),
             (
                 "resources.requests",

@@ -301,6 +301,24 @@ fn a_pod_says_what_the_node_shall_do_at_its_end() {
 }
 
 #[test]
+fn a_pod_is_paused_or_not() {
+    let pod = |value: Value| {
+        let meta = json!({"annotations": {"hypernetes.io/paused": value}});
+        Case::create("", "Pod", json!({"metadata": meta, "spec": {}}))
+    };
+    for good in ["true", "false"] {
+        assert_eq!(pod(json!(good)).fields().len(), 0, "{good}");
+        let changed = pod(json!(good)).update(json!({"metadata": {}, "spec": {}}));
+        assert_eq!(changed.fields().len(), 0, "{good}");
+    }
+    for bad in [json!(""), json!("True"), json!("1"), json!(true)] {
+        let field = ["metadata.annotations[hypernetes.io/paused]"];
+        assert_eq!(pod(bad.clone()).fields(), field, "{bad}");
+        assert_eq!(pod(bad.clone()).by_operator().fields(), field, "{bad}");
+    }
+}
+
+#[test]
 fn role_bindings_stay_in_the_tenant() {
     let binding = |role: Value, subject: Value| {
         Case::create(

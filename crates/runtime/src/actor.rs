@@ -9,8 +9,10 @@
 
 mod boot;
 mod containers;
+mod cpus;
 mod extras;
 mod guest;
+mod pause;
 mod release;
 mod volumes;
 
@@ -20,7 +22,7 @@ use std::{
 };
 
 use hypernetes_agent_api::AgentClient;
-use hypernetes_types::{ContainerId, SandboxId};
+use hypernetes_types::{ContainerId, CpuSet, SandboxId};
 use hypernetes_vmm::{HostShare, Vm, VmExit};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -73,6 +75,7 @@ pub(crate) enum Request {
         all: bool,
         reply: Reply<()>,
     },
+    SetPaused(ContainerId, bool, Reply<()>),
     RemoveContainer(ContainerId, Reply<()>),
     Update(ContainerId, Box<ContainerUpdate>, Reply<()>),
     Reopener(ContainerId, Reply<Reopener>),
@@ -166,6 +169,8 @@ struct Actor {
     members: BTreeMap<ContainerId, Member>,
     vm: Option<Arc<dyn Vm>>,
     link: Option<Link>,
+    /// The CPUs that the VM was told to run on, if that is known.
+    pinned: Option<Option<CpuSet>>,
     /// Slots that the VM has disks in.
     plugged: BTreeSet<u32>,
     /// Those of devices that wait for their container.
@@ -214,6 +219,8 @@ pub(crate) fn spawn(
         members,
         vm: None,
         link: None,
+        // A VM that begins runs anywhere; of another the adoption says it.
+        pinned: Some(None),
         plugged: BTreeSet::new(),
         pending: BTreeSet::new(),
         late: JoinSet::new(),
@@ -349,6 +356,9 @@ impl Actor {
                 reply,
             } => {
                 drop(reply.send(self.signal(&id, signal, all).await));
+            }
+            Request::SetPaused(id, paused, reply) => {
+                drop(reply.send(self.set_paused(&id, paused).await));
             }
             Request::RemoveContainer(id, reply) => {
                 drop(reply.send(self.remove_container(&id).await));

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 use async_trait::async_trait;
 use bytes::Bytes;
 use hypernetes_network::HostPort;
-use hypernetes_types::{ContainerId, ImageReference, KernelName, NetworkId, SandboxId};
+use hypernetes_types::{ContainerId, CpuSet, ImageReference, KernelName, NetworkId, SandboxId};
 use hypernetes_vmm::{HostShare, VmExtras};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -282,6 +282,9 @@ pub struct SecurityConfig {
     pub add_capabilities: Vec<String>,
     /// Capabilities taken from the default set; `ALL`.
     pub drop_capabilities: Vec<String>,
+    /// Of those that it then has: ambient for any user, root too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ambient_capabilities: Vec<String>,
     /// Everything that the VM allows.
     pub privileged: bool,
     /// Root file system is not writable.
@@ -310,6 +313,12 @@ pub struct ResourceConfig {
     pub cpu_limit_milli: i64,
     /// Thousandths of a CPU, a weight; 0 = least.
     pub cpu_request_milli: i64,
+    /// CPUs of the host that the VM is to run on, beside those of the other containers; empty = any.
+    #[serde(default, skip_serializing_if = "CpuSet::is_empty")]
+    pub cpuset_cpus: CpuSet,
+    /// Memory nodes of the host: all of them, or empty.
+    #[serde(default, skip_serializing_if = "CpuSet::is_empty")]
+    pub cpuset_mems: CpuSet,
     /// Processes; 0 = none.
     pub pids_limit: i64,
     /// How soon the guest's kernel ends the first process when memory runs out, -1000 to 1000.
@@ -406,6 +415,8 @@ pub struct ContainerStatus {
     pub config: ContainerConfig,
     /// Where it stands.
     pub state: ContainerState,
+    /// Of a running one: its processes stand still.
+    pub paused: bool,
     /// Digest id of the image.
     pub image_id: String,
     /// `repository@digest` of the image, or its id.
@@ -723,6 +734,15 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
         id: &ContainerId,
         grace: std::time::Duration,
     ) -> Result<(), RuntimeError>;
+    /// Has all processes of a running container stand still, or go on. It is so after a restart of
+    /// the node too, until the container ends. Stopping it does not wait for it to go on.
+    async fn set_paused(&self, id: &ContainerId, paused: bool) -> Result<(), RuntimeError> {
+        let _ = paused;
+        Err(RuntimeError::Invalid {
+            field: "paused".to_owned(),
+            rule: format!("{id} runs on the node's own kernel and cannot be paused"),
+        })
+    }
     /// Forgets an exited container and its log. Kills a running one.
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError>;
     /// Changes the limits of a container that has not ended, at once and for later starts of the

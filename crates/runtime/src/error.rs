@@ -24,6 +24,9 @@ pub enum RuntimeError {
         /// Where it stands.
         state: String,
     },
+    /// Not possible while the container stands still.
+    #[error("container {0} is paused, unpause the container before exec")]
+    Paused(String),
     /// The request is wrong.
     #[error("invalid {field}: {rule}")]
     Invalid {

@@ -249,6 +249,7 @@ impl FakeRuntime {
         container.fanout.end();
         let status = &mut container.status;
         status.state = ContainerState::Exited;
+        status.paused = false;
         status.exit_code = code;
         status.finished_unix_nanos = now_nanos();
         reason.clone_into(&mut status.reason);
@@ -553,6 +554,7 @@ impl PodRuntime for FakeRuntime {
             sandbox: sandbox.clone(),
             log_path: directory.unwrap_or_default().join(&config.log_path),
             state: ContainerState::Created,
+            paused: false,
             image_id: image.id.to_string(),
             user: Some(ContainerUser {
                 uid: config.security.run_as_user.unwrap_or(0),
@@ -627,6 +629,20 @@ impl PodRuntime for FakeRuntime {
         if tokio::time::timeout(grace, ended).await.is_err() {
             self.exit(id, 137);
         }
+        Ok(())
+    }
+
+    async fn set_paused(&self, id: &ContainerId, paused: bool) -> Result<(), RuntimeError> {
+        self.enter(if paused { "pause" } else { "unpause" }, id.as_str())?;
+        self.running(id, "pause a container")?;
+        let mut state = self.lock();
+        let Some(container) = state.containers.get_mut(id) else {
+            return Ok(());
+        };
+        container.status.paused = paused;
+        let sandbox = container.status.sandbox.clone();
+        drop(state);
+        self.emit(RuntimeEvent::Container(sandbox, id.clone()));
         Ok(())
     }
 
@@ -776,6 +792,10 @@ impl PodRuntime for FakeRuntime {
     async fn exec(&self, id: &ContainerId, config: ExecConfig) -> Result<Session, RuntimeError> {
         self.enter("exec", id.as_str())?;
         self.running(id, "run a process")?;
+        let paused = self.lock().containers.get(id).map(|c| c.status.paused);
+        if paused == Some(true) {
+            return Err(RuntimeError::Paused(id.to_string()));
+        }
         let hook = Arc::clone(&self.lock().exec);
         let (stdin, mut input) = mpsc::channel::<Bytes>(8);
         let (output, output_rx) = mpsc::channel(8);

@@ -19,6 +19,7 @@ mod backoff;
 mod beat;
 mod config;
 mod container;
+mod cpus;
 mod error;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;

@@ -271,6 +271,9 @@ impl NodeRuntime {
                 state,
             });
         }
+        if record.paused && !guest {
+            return Err(RuntimeError::Paused(id.to_string()));
+        }
         let client = self.client(&handle, action).await?;
         if guest && !client.has(FEATURE_GUEST_EXEC) {
             return Err(crate::actor::unknown_to_guest("guest"));
@@ -446,6 +449,16 @@ impl PodRuntime for NodeRuntime {
         if !grace.is_zero() {
             let polite = async {
                 signal(record.stop_signal, false).await?;
+                // It takes the signal when it goes on. A kill needs no such thing.
+                let paused = |snapshot: &Snapshot| {
+                    let record = snapshot.containers.get(id);
+                    record.is_some_and(|record| record.paused)
+                };
+                if paused(&handle.snapshot.borrow().clone()) {
+                    handle
+                        .ask(|reply| Request::SetPaused(id.clone(), false, reply))
+                        .await?;
+                }
                 Self::ended(&handle, id).await;
                 Ok::<_, RuntimeError>(())
             };
@@ -467,6 +480,13 @@ impl PodRuntime for NodeRuntime {
         timeout(waited, kill).await.unwrap_or_else(|_late| {
             Err(crate::guest::silent(&handle.id, "end a container", waited))
         })
+    }
+
+    async fn set_paused(&self, id: &ContainerId, paused: bool) -> Result<(), RuntimeError> {
+        let handle = self.handle_of(id)?;
+        handle
+            .ask(|reply| Request::SetPaused(id.clone(), paused, reply))
+            .await
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {

@@ -1,6 +1,7 @@
 //! What a container's first process is, out of the image's wishes and the owner's.
 
 use hypernetes_agent_api::v1;
+use hypernetes_container::{CapabilitySpec, capabilities};
 use hypernetes_image::ImageConfig;
 
 use crate::{
@@ -119,6 +120,7 @@ pub(crate) fn container_process(
     if let Some(profile) = &security.seccomp {
         profile.check().map_err(|rule| invalid("seccomp", rule))?;
     }
+    check_ambient(security)?;
     if security.run_as_non_root && security.run_as_user == Some(0) {
         return Err(invalid("run_as_user", "must not be 0 with run_as_non_root"));
     }
@@ -224,7 +226,7 @@ pub(crate) fn guest_process(
 
 fn privileges(security: &SecurityConfig) -> v1::Process {
     v1::Process {
-        capabilities: capabilities(security),
+        capabilities: changed_capabilities(security),
         no_new_privs: security.no_new_privs,
         seccomp_default: security.seccomp_default
             && security.seccomp.is_none()
@@ -238,15 +240,29 @@ fn privileges(security: &SecurityConfig) -> v1::Process {
     }
 }
 
-fn capabilities(security: &SecurityConfig) -> Option<v1::Capabilities> {
-    let (add, drop) = (&security.add_capabilities, &security.drop_capabilities);
-    if add.is_empty() && drop.is_empty() {
-        return None;
+/// The kernel lets no capability be ambient that is not permitted (capabilities(7)).
+fn check_ambient(security: &SecurityConfig) -> Result<(), RuntimeError> {
+    if security.ambient_capabilities.is_empty() {
+        return Ok(());
     }
-    Some(v1::Capabilities {
-        add: add.clone(),
-        drop: drop.clone(),
-    })
+    let planned = capabilities::plan(&CapabilitySpec {
+        add: security.add_capabilities.clone(),
+        drop: security.drop_capabilities.clone(),
+        ambient: security.ambient_capabilities.clone(),
+        privileged: security.privileged,
+    });
+    planned
+        .map(drop)
+        .map_err(|error| invalid("ambient_capabilities", error.to_string()))
+}
+
+fn changed_capabilities(security: &SecurityConfig) -> Option<v1::Capabilities> {
+    let capabilities = v1::Capabilities {
+        add: security.add_capabilities.clone(),
+        drop: security.drop_capabilities.clone(),
+        ambient: security.ambient_capabilities.clone(),
+    };
+    (capabilities != v1::Capabilities::default()).then_some(capabilities)
 }
 
 /// Limits as the guest's cgroups want them.
@@ -399,6 +415,25 @@ mod tests {
         config.security.only_supplemental_groups = true;
         let process = container_process(&image(), &config, "h").unwrap();
         assert!(process.user.unwrap().only_additional_gids);
+    }
+
+    #[test]
+    fn only_capabilities_that_it_has_can_be_ambient() {
+        let mut config = container_config("a");
+        config.command = strings(&["c"]);
+        config.security.ambient_capabilities = strings(&["NET_BIND_SERVICE"]);
+        let process = container_process(&image(), &config, "h").unwrap();
+        assert_eq!(
+            process.capabilities.unwrap().ambient,
+            config.security.ambient_capabilities
+        );
+        config.security.drop_capabilities = strings(&["ALL"]);
+        let refused = container_process(&image(), &config, "h").unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "invalid ambient_capabilities: capability NET_BIND_SERVICE cannot be ambient: the \
+             container does not have it"
+        );
     }
 
     #[test]

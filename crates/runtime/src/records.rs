@@ -135,6 +135,9 @@ pub(crate) struct ContainerRecord {
     pub(crate) id: ContainerId,
     pub(crate) sandbox: SandboxId,
     pub(crate) phase: container::Phase,
+    /// Its processes stand still, as the guest told last.
+    #[serde(default)]
+    pub(crate) paused: bool,
     pub(crate) config: ContainerConfig,
     pub(crate) image_id: String,
     pub(crate) image_ref: String,
@@ -194,6 +197,7 @@ impl ContainerRecord {
             id,
             sandbox,
             phase: container::Phase::Creating,
+            paused: false,
             config,
             image_id: String::new(),
             image_ref: String::new(),

@@ -178,6 +178,7 @@ impl Snapshot {
             sandbox: record.sandbox.clone(),
             config: record.config.clone(),
             state,
+            paused: record.paused && record.phase == container::Phase::Running,
             image_id: record.image_id.clone(),
             image_ref: record.image_ref.clone(),
             user: record.user.clone(),

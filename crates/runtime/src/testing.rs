@@ -23,7 +23,9 @@ use hypernetes_network::{
     NetworkSpec, PodNetworkRequest,
 };
 use hypernetes_store::{Store, StoreConfig};
-use hypernetes_types::{ContainerId, Digest, ImageReference, KernelName, NetworkId, SandboxId};
+use hypernetes_types::{
+    ContainerId, CpuSet, Digest, ImageReference, KernelName, NetworkId, SandboxId,
+};
 use hypernetes_vmm::{
     Channel, Disk, GuestKernel, HostShare, Machine, Vm, VmEvent, VmExit, VmExtras, VmRecord,
     VmSpec, Vmm, VmmError, fake::FakeVmm,
@@ -747,6 +749,10 @@ impl Vm for GatedVm {
         let result = self.inner.set_extra_memory(mib).await;
         self.gate.step().await;
         result
+    }
+
+    async fn set_cpus(&self, cpus: Option<&CpuSet>) -> Result<(), VmmError> {
+        self.inner.set_cpus(cpus).await
     }
 
     async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError> {

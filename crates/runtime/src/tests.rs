@@ -1,8 +1,10 @@
 //! The runtime as a whole, on a node without a host.
 
+mod cpus;
 mod crashes;
 mod hostile;
 mod lifecycle;
+mod pause;
 mod streams;
 mod templates;
 mod upkeep;

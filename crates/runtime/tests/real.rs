@@ -10,6 +10,11 @@
     reason = "all of this file is a test"
 )]
 
+#[path = "real/frozen.rs"]
+mod frozen;
+#[path = "real/pinned.rs"]
+mod pinned;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -24,9 +29,10 @@ use hypernetes_image::ImageStore;
 use hypernetes_kernel::KernelCatalog;
 use hypernetes_network::FakeDriver;
 use hypernetes_runtime::{
-    ContainerConfig, ContainerState, Deadlines, Defaults, DnsConfig, ExecConfig, MountConfig,
-    NodeRuntime, Output, PodRuntime, ResourceConfig, RuntimeConfig, SandboxConfig, SandboxMetadata,
-    SandboxState, SecurityConfig, TemplateConfig, UidRange, VolumeConfig, VolumeKind,
+    ContainerConfig, ContainerState, ContainerStatus, Deadlines, Defaults, DnsConfig, ExecConfig,
+    MountConfig, NodeRuntime, Output, PodRuntime, ResourceConfig, RuntimeConfig, SandboxConfig,
+    SandboxMetadata, SandboxState, SecurityConfig, TemplateConfig, UidRange, VolumeConfig,
+    VolumeKind,
 };
 use hypernetes_store::{Store, StoreConfig};
 use hypernetes_types::{ContainerId, SandboxId};
@@ -375,6 +381,12 @@ async fn exec(
     )
 }
 
+async fn exited(runtime: &NodeRuntime, id: &ContainerId) -> ContainerStatus {
+    let ended = async || runtime.container(id).await.unwrap().state == ContainerState::Exited;
+    eventually("a container ends", ended).await;
+    runtime.container(id).await.unwrap()
+}
+
 fn assert_counts_up(lines: &[String]) {
     for (index, line) in lines.iter().enumerate() {
         assert_eq!(line, &format!("line {index}"), "a gap, or a line twice");
@@ -561,6 +573,10 @@ async fn pods_run_in_real_vms() {
         exec(&runtime, &counter, &["echo", "again"], None).await,
         ("again\n".into(), 0)
     );
+
+    let runtime = frozen::containers_stand_still(&bed, runtime, &sandbox).await;
+    frozen::capabilities_are_ambient(&bed, &runtime, &sandbox).await;
+    let runtime = pinned::vcpus_stay_on_named_cpus(&bed, runtime, &sandbox).await;
 
     // The layers' disks are still there for a new container after the adoption.
     let script = "id -u; cat /etc/hostname /small/sub/part/file; dd if=/dev/zero of=/part/x bs=4k \

@@ -10,6 +10,10 @@ pub const TENANT_LABEL: &str = "hypernetes.io/tenant";
 pub const NETWORK_LABEL: &str = "hypernetes.io/network";
 /// Annotation of a pod: the guest kernel it boots.
 pub const KERNEL_ANNOTATION: &str = "hypernetes.io/kernel";
+/// Annotation of a pod: `"true"` has its containers stand still, `"false"` go on.
+pub const PAUSED_ANNOTATION: &str = "hypernetes.io/paused";
+/// Condition of a pod whose containers stand still, or should.
+pub const PAUSED_CONDITION: &str = "hypernetes.io/Paused";
 /// Finalizer of everything that owns something outside the API.
 pub const CLEANUP_FINALIZER: &str = "hypernetes.io/cleanup";
 /// Prefix of the groups that a tenant's members are in: `hypernetes:tenant:<tenant>:<role>`.

@@ -14,7 +14,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use hypernetes_types::SandboxId;
+use hypernetes_types::{CpuSet, SandboxId};
 use tokio::{
     io::{DuplexStream, copy_bidirectional, duplex},
     sync::{broadcast, watch},
@@ -88,6 +88,13 @@ impl FakeVmm {
         Some(state.extra_memory.load(Ordering::Relaxed))
     }
 
+    /// The CPUs of the host that a running VM is kept to, if it is.
+    pub fn cpus(&self, sandbox: &SandboxId) -> Option<CpuSet> {
+        let state = self.running(sandbox)?;
+        let cpus = state.cpus.lock().expect("no holder of this lock panics");
+        cpus.clone()
+    }
+
     /// How many different paths of the host a running VM can see.
     pub fn shares(&self, sandbox: &SandboxId) -> Option<usize> {
         let state = self.running(sandbox)?;
@@ -133,6 +140,7 @@ struct State {
     shares: Mutex<Vec<(u64, u64, bool, bool)>>,
     /// MiB.
     extra_memory: AtomicU32,
+    cpus: Mutex<Option<CpuSet>>,
     channel: Mutex<Option<AbortHandle>>,
     exit: watch::Sender<Option<VmExit>>,
     events: broadcast::Sender<VmEvent>,
@@ -266,6 +274,16 @@ impl Vm for FakeVm {
         self.running()?;
         self.state.extra_memory.store(mib, Ordering::Relaxed);
         Ok(mib)
+    }
+
+    async fn set_cpus(&self, cpus: Option<&CpuSet>) -> Result<(), VmmError> {
+        self.running()?;
+        *self
+            .state
+            .cpus
+            .lock()
+            .expect("no holder of this lock panics") = cpus.cloned();
+        Ok(())
     }
 
     async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError> {
@@ -404,6 +422,7 @@ impl Vmm for FakeVmm {
             restored,
             shares: Mutex::default(),
             extra_memory: AtomicU32::new(0),
+            cpus: Mutex::default(),
             channel: Mutex::default(),
             exit: watch::Sender::new(None),
             events: broadcast::Sender::new(16),

@@ -20,7 +20,7 @@ mod template;
 use std::{fs::File, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
-use hypernetes_types::SandboxId;
+use hypernetes_types::{CpuSet, SandboxId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
@@ -219,6 +219,9 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     /// Gives the guest more memory than it was started with, in MiB, or takes that back. Returns how
     /// much more it has after a while: a guest may take its time to give memory back, or not do it.
     async fn set_extra_memory(&self, mib: u32) -> Result<u32, VmmError>;
+    /// Has the virtual CPUs run on these CPUs of the host only; `None` = where the VMM itself may. It is
+    /// so until it is changed, also for whoever adopts the VM. Idempotent.
+    async fn set_cpus(&self, cpus: Option<&CpuSet>) -> Result<(), VmmError>;
     /// Opens the raw byte stream to the agent. One at a time: a new one ends the former.
     async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError>;
     /// Events from now on; [`Vm::exit`] tells what was missed.

@@ -34,6 +34,7 @@ pub enum Method {
     UpdateContainer,
     Resize,
     Clock,
+    Pause,
     Signal,
     RemoveContainer,
     ListContainers,

@@ -191,6 +191,26 @@ impl Agent for FakeAgent {
         Ok(Response::new(v1::ClockResponse { unix_nanos }))
     }
 
+    async fn pause(&self, request: Request<v1::PauseRequest>) -> Answer<v1::PauseResponse> {
+        self.enter(Method::Pause).await?;
+        let v1::PauseRequest { id, paused } = request.into_inner();
+        let changed = {
+            let mut state = self.lock();
+            let container = state
+                .containers
+                .get_mut(&id)
+                .ok_or_else(|| Self::missing(&id))?;
+            if container.state.phase() != v1::ContainerPhase::Running {
+                let message = format!("container {id} is not running");
+                return Err(Status::failed_precondition(message));
+            }
+            container.state.paused = paused;
+            container.state.clone()
+        };
+        self.emit(changed);
+        Ok(Response::new(Default::default()))
+    }
+
     async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {
         self.enter(Method::Signal).await?;
         let v1::SignalRequest { id, signal, .. } = request.into_inner();

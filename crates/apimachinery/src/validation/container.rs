@@ -407,9 +407,8 @@ pub(super) fn resources(resources: &Value, path: &Path, found: &mut Found) {
             }
         }
     }
-    let (Some(limits), Some(requests)) = (limits, requests) else {
-        return;
-    };
+    let (limits, requests) = (limits.unwrap_or_default(), requests.unwrap_or_default());
+    huge_pages(&limits, &requests, path, found);
     let parsed = |value: &Value| {
         value
             .as_str()
@@ -417,18 +416,57 @@ pub(super) fn resources(resources: &Value, path: &Path, found: &mut Found) {
     };
     for (name, request) in &requests {
         let limit = limits.get(name);
-        if let (Some(request_value), Some(limit_value)) = (parsed(request), limit.and_then(parsed))
+        let shown = limit.and_then(Value::as_str).unwrap_or_default();
+        // What cannot be promised twice is asked for and limited to the same.
+        let overcommits = !name.starts_with(HUGE_PAGES) && !name.contains('/');
+        if !overcommits && limit.is_none() {
+            let detail = "Limit must be set for non overcommitable resources";
+            found.required(&path.field("limits"), detail);
+        } else if !overcommits && parsed(request) != limit.and_then(parsed) {
+            let detail = format!("must be equal to {name} limit of {shown}");
+            found.invalid(&path.field("requests"), request, detail);
+        } else if let (Some(request_value), Some(limit_value)) =
+            (parsed(request), limit.and_then(parsed))
             && request_value > limit_value
         {
             found.invalid(
                 &path.field("requests"),
                 request,
-                format!(
-                    "must be less than or equal to {name} limit of {}",
-                    limit.and_then(Value::as_str).unwrap_or_default()
-                ),
+                format!("must be less than or equal to {name} limit of {shown}"),
             );
         }
+    }
+}
+
+const HUGE_PAGES: &str = "hugepages-";
+
+/// Huge pages come whole, and not without CPU or memory.
+fn huge_pages(
+    limits: &serde_json::Map<String, Value>,
+    requests: &serde_json::Map<String, Value>,
+    path: &Path,
+    found: &mut Found,
+) {
+    for (part, list) in [("limits", limits), ("requests", requests)] {
+        for (name, value) in list {
+            let Some(size) = name.strip_prefix(HUGE_PAGES) else {
+                continue;
+            };
+            let bytes = |text: &str| Some(text.parse::<Quantity>().ok()?.value());
+            let size = bytes(size).filter(|size| *size > 0);
+            let amount = value.as_str().and_then(bytes);
+            let whole = size.zip(amount).is_some_and(|(size, all)| all % size == 0);
+            if !whole {
+                let shown = value.as_str().unwrap_or_default();
+                let detail = format!("{shown} is not positive integer multiple of {name}");
+                found.invalid(&path.field(part).key(name), value, detail);
+            }
+        }
+    }
+    let names = || limits.keys().chain(requests.keys());
+    let huge = names().any(|name| name.starts_with(HUGE_PAGES));
+    if huge && !names().any(|name| matches!(name.as_str(), "cpu" | "memory")) {
+        found.forbidden(path, "HugePages require cpu or memory");
     }
 }
 

@@ -99,6 +99,21 @@ fn pods_are_checked_field_by_field() {
              to cpu limit of 1",
         ),
         (
+            json!({"resources": {"limits": {"hugepages-2Mi": "2Mi"}}}),
+            "spec.containers[0].resources: Forbidden: HugePages require cpu or memory",
+        ),
+        (
+            json!({"resources": {"limits": {"cpu": "1", "hugepages-2Mi": "4Mi"},
+                "requests": {"hugepages-2Mi": "2Mi"}}}),
+            "spec.containers[0].resources.requests: Invalid value: \"2Mi\": must be equal to \
+             hugepages-2Mi limit of 4Mi",
+        ),
+        (
+            json!({"resources": {"requests": {"cpu": "1", "hugepages-2Mi": "2Mi"}}}),
+            "spec.containers[0].resources.limits: Required value: Limit must be set for non \
+             overcommitable resources",
+        ),
+        (
             json!({"livenessProbe": {}}),
             "spec.containers[0].livenessProbe: Required value: must specify a handler type",
         ),
@@ -120,6 +135,15 @@ fn pods_are_checked_field_by_field() {
     ] {
         assert_eq!(with(extra), [expected]);
     }
+    // The request is defaulted to the limit.
+    let part = ["limits", "requests"].map(|list| {
+        format!(
+            "spec.containers[0].resources.{list}[hugepages-2Mi]: Invalid value: \"3Mi\": 3Mi is not \
+             positive integer multiple of hugepages-2Mi"
+        )
+    });
+    let odd = json!({"resources": {"limits": {"cpu": "1", "hugepages-2Mi": "3Mi"}}});
+    assert_eq!(with(odd), part);
     let names = json!({"containers": [{"name": "c", "image": "i"}, {"name": "c", "image": "i"}]});
     assert_eq!(
         pod(names),

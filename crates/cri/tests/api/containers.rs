@@ -265,7 +265,7 @@ async fn what_cannot_be_had_is_refused_with_its_field() {
     case("config.linux.resources.cpuset_cpus", &|c| {
         c.linux = Some(v1::LinuxContainerConfig {
             resources: Some(v1::LinuxContainerResources {
-                cpuset_cpus: "0".into(),
+                cpuset_cpus: "0-".into(),
                 ..Default::default()
             }),
             ..Default::default()

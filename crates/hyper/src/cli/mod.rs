@@ -191,11 +191,9 @@ pub(crate) enum ContainerCommand {
     /// Remove all stopped containers
     #[command(hide = true)]
     Prune(Prune),
-    /// Not supported: stop a container instead
-    #[command(hide = true)]
+    /// Have all processes of containers stand still
     Pause(Names),
-    /// Not supported
-    #[command(hide = true)]
+    /// Have paused containers go on
     Unpause(Names),
     /// Not supported: cp what has changed
     #[command(hide = true)]

@@ -72,6 +72,14 @@ fn states_and_their_texts() {
         assert_eq!(container.state(), state, "{status}");
         assert_eq!(container.status_text(now()), text, "{status}");
     }
+    let mut paused = status(
+        "Running",
+        json!({"running": {"startedAt": "2026-01-02T03:00:00Z"}}),
+    );
+    paused["conditions"] = json!([{"type": "hypernetes.io/Paused", "status": "True"}]);
+    let paused = one(pod("web", 'a', paused));
+    assert_eq!(paused.state(), State::Paused);
+    assert_eq!(paused.status_text(now()), "Up 5 minutes (Paused)");
     let mut restarting = pod(
         "web",
         'a',

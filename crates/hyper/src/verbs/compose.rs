@@ -13,7 +13,7 @@ use crate::{
     format::{Row, Rows},
     logs::Query,
     meta,
-    model::{self, Container, State},
+    model::{self, Container},
     spec, terminal, units,
 };
 
@@ -104,7 +104,7 @@ pub(crate) async fn run(
             let found = chosen(cluster, &project, &only).await?;
             let found: Vec<_> = found
                 .into_iter()
-                .filter(|container| all || container.state() == State::Running)
+                .filter(|container| all || container.state().is_up())
                 .collect();
             ps(&found, format.as_deref(), quiet, services)
         }
@@ -187,7 +187,7 @@ pub(crate) async fn run(
         ComposeCommand::Kill { signal, services } => {
             let name = spec::signal(&signal)?;
             for container in chosen(cluster, &project, &services).await? {
-                if container.state() == State::Running {
+                if container.state().is_up() {
                     lifecycle::kill_one(cluster, &container, &name).await?;
                     progress(&container.name, "Killed");
                 }

@@ -50,6 +50,12 @@ async fn running(cluster: &Cluster, name: &str) -> Result<Container> {
     if container.state() == State::Running {
         return Ok(container);
     }
+    if container.state() == State::Paused {
+        return Err(Failure::refused(
+            format_args!("cp with the paused container {name}"),
+            "unpause it first",
+        ));
+    }
     Err(Failure::refused(
         format_args!("cp with the stopped container {name}"),
         "its files have gone with its microVM; start it, or keep files in a volume",

@@ -85,6 +85,10 @@ async fn refusal(
 fn running(container: &Container) -> Result<()> {
     match container.state() {
         State::Running => Ok(()),
+        State::Paused => Err(Failure::daemon(format_args!(
+            "Container {} is paused, unpause the container before exec",
+            container.id
+        ))),
         State::Restarting => Err(Failure::daemon(format_args!(
             "Container {} is restarting, wait until the container is running",
             container.id

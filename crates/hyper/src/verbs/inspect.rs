@@ -46,7 +46,7 @@ pub(crate) fn object(container: &Container) -> Value {
         .restart_policy()
         .split_once(':')
         .unwrap_or((container.restart_policy(), "0"));
-    let ended = container.ended().filter(|_| state != State::Running);
+    let ended = container.ended().filter(|_| !state.is_up());
     let status = container.pod.status.clone().unwrap_or_default();
     let address = status.pod_ip.clone().unwrap_or_default();
     let error = container
@@ -96,14 +96,14 @@ pub(crate) fn object(container: &Container) -> Value {
     }
     let mut state_object = json!({
         "Status": state.as_str(),
-        "Running": matches!(state, State::Running | State::Restarting),
-        "Paused": false,
+        "Running": state.is_up() || state == State::Restarting,
+        "Paused": state == State::Paused,
         "Restarting": state == State::Restarting,
         "OOMKilled": ended.is_some_and(|end| end.reason.as_deref() == Some("OOMKilled")),
         "Dead": state == State::Dead,
-        "Pid": i32::from(state == State::Running),
+        "Pid": i32::from(state.is_up()),
         "ExitCode": container.exit_code(),
-        "Error": if state == State::Running { String::new() } else { error },
+        "Error": if state.is_up() { String::new() } else { error },
         "StartedAt": time(container.started()),
         "FinishedAt": time(container.finished()),
     });

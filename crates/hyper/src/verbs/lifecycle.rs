@@ -11,7 +11,7 @@ use kube::api::{AttachParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
 use super::{
-    each, launch, publish,
+    each, launch, pause, publish,
     run::{self, Foreground},
     watch,
 };
@@ -149,6 +149,9 @@ pub(crate) async fn start_one(cluster: &Cluster, container: &Container) -> Resul
             "container is marked for removal and cannot be started: {}",
             container.name
         ))),
+        State::Paused => Err(Failure::daemon(
+            "cannot start a paused container, try unpause instead",
+        )),
         State::Running | State::Created | State::Restarting => Ok(container.clone()),
     }
 }
@@ -198,6 +201,7 @@ fn renewed(container: &Container) -> Result<Value> {
         .clone()
         .unwrap_or_default();
     annotations.remove(meta::STOP_GRACE);
+    annotations.remove(meta::PAUSED);
     annotations.insert(meta::ID.to_owned(), container.id.clone());
     annotations.insert(meta::CREATED.to_owned(), container.created().to_string());
     annotations.insert(
@@ -302,13 +306,17 @@ pub(crate) async fn kill(cluster: &Cluster, options: &Kill) -> Result<()> {
 
 /// Sends a signal to one container that runs.
 pub(crate) async fn kill_one(cluster: &Cluster, container: &Container, name: &str) -> Result<()> {
-    if container.state() != State::Running {
+    if !container.state().is_up() {
         return Err(Failure::daemon(format_args!(
             "cannot kill container: {}: container {} is not running",
             container.name, container.id
         )));
     }
     if name != "SIGKILL" {
+        if container.state() == State::Paused {
+            // It could not take the signal.
+            pause::set(cluster, container, false).await?;
+        }
         return signal(cluster, container, name).await;
     }
     stop_one(cluster, container, Some(0)).await
@@ -338,6 +346,12 @@ pub(crate) async fn remove_one(
     force: bool,
 ) -> Result<()> {
     let state = container.state();
+    if state == State::Paused && !force {
+        return Err(Failure::daemon(format_args!(
+            "cannot remove container \"/{}\": container is paused and must be unpaused first",
+            container.name
+        )));
+    }
     if matches!(state, State::Running | State::Restarting) && !force {
         let (what, advice) = match state {
             State::Restarting => (

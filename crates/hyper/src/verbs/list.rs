@@ -196,7 +196,7 @@ fn select(all: Vec<Container>, options: &Ps, filters: &Filters) -> Result<Vec<Co
     let mut kept: Vec<Container> = all
         .into_iter()
         .filter(|container| {
-            every || matches!(container.state(), State::Running | State::Restarting)
+            every || container.state().is_up() || container.state() == State::Restarting
         })
         .filter(|container| {
             let state = container.state();

@@ -12,6 +12,7 @@ mod lifecycle;
 mod list;
 mod logs;
 mod network;
+pub(crate) mod pause;
 mod publish;
 mod registry;
 mod run;
@@ -104,14 +105,8 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
         ContainerCommand::Stats(options) => stats::run(cluster, &options).await,
         ContainerCommand::Events(options) => events::run(cluster, &options).await,
         ContainerCommand::Prune(options) => lifecycle::prune(cluster, &options).await,
-        ContainerCommand::Pause(_) => Err(Failure::refused(
-            "pause",
-            "Kubernetes cannot say it of a pod; `hyper stop` keeps the container and its log, `hyper start` runs it again",
-        )),
-        ContainerCommand::Unpause(_) => Err(Failure::refused(
-            "unpause",
-            "there are no paused containers",
-        )),
+        ContainerCommand::Pause(options) => pause::pause(cluster, &options).await,
+        ContainerCommand::Unpause(options) => pause::unpause(cluster, &options).await,
         ContainerCommand::Diff(_) => Err(Failure::refused(
             "diff",
             "compare with `hyper cp CONTAINER:PATH -`",

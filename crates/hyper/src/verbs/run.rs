@@ -329,7 +329,9 @@ impl Foreground {
                     match now.map(Container::state) {
                         None | Some(State::Exited | State::Dead | State::Removing) => Some(None),
                         Some(State::Running) if run != followed => Some(Some(run)),
-                        Some(State::Running | State::Created | State::Restarting) => None,
+                        Some(
+                            State::Running | State::Paused | State::Created | State::Restarting,
+                        ) => None,
                     }
                 })
                 .await?;
@@ -438,6 +440,11 @@ pub(crate) async fn attach(cluster: &Cluster, options: &Attach) -> Result<()> {
     let container = cluster.find(&options.container).await?;
     match container.state() {
         State::Running => {}
+        State::Paused => {
+            return Err(Failure::plain(
+                "You cannot attach to a paused container, unpause it first",
+            ));
+        }
         State::Restarting => {
             return Err(Failure::plain(
                 "You cannot attach to a restarting container, wait until it is running",

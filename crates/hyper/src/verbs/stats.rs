@@ -9,7 +9,7 @@ use crate::{
     cluster::{self, Cluster},
     error::{Failure, Result},
     format::{Row, Rows},
-    model::{Container, State},
+    model::Container,
     terminal, units,
 };
 
@@ -146,7 +146,7 @@ async fn once(cluster: &Cluster, options: &Stats) -> Result<String> {
     if options.containers.is_empty() {
         wanted = all
             .into_iter()
-            .filter(|container| options.all || container.state() == State::Running)
+            .filter(|container| options.all || container.state().is_up())
             .collect();
     }
     let rows: Vec<Row> = wanted

@@ -83,12 +83,14 @@ pub(crate) async fn info(target: &Target, options: &Format) -> Result<()> {
             .count()
     };
     let running = count(&[State::Running, State::Restarting]);
+    let paused = count(&[State::Paused]);
+    let stopped = containers.len() - running - paused;
     let images: std::collections::BTreeSet<String> = containers
         .iter()
         .map(crate::model::Container::image)
         .collect();
     let object = json!({
-        "Containers": containers.len(), "ContainersRunning": running, "ContainersPaused": 0, "ContainersStopped": containers.len() - running,
+        "Containers": containers.len(), "ContainersRunning": running, "ContainersPaused": paused, "ContainersStopped": stopped,
         "Images": images.len(), "ServerVersion": version.git_version, "OperatingSystem": "Hypernetes", "OSType": "linux",
         "Name": cluster.server, "Namespace": cluster.namespace, "Tenant": cluster.tenant().await,
         "DefaultRuntime": "hypernetes", "SecurityOptions": ["name=microvm"],
@@ -105,8 +107,7 @@ pub(crate) async fn info(target: &Target, options: &Format) -> Result<()> {
     ];
     lines.push(format!(" Containers: {}", containers.len()));
     lines.push(format!(
-        "  Running: {running}\n  Paused: 0\n  Stopped: {}",
-        containers.len() - running
+        "  Running: {running}\n  Paused: {paused}\n  Stopped: {stopped}"
     ));
     lines.push(format!(" Images: {}", images.len()));
     lines.push(format!(" Server Version: {}", version.git_version));

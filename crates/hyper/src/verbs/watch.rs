@@ -70,9 +70,10 @@ pub(crate) async fn started(cluster: &Cluster, container: &Container) -> Result<
             return Some(Started::No(reason, message));
         }
         match now.state() {
-            model::State::Running | model::State::Exited | model::State::Restarting => {
-                Some(Started::Yes(Box::new(now.clone())))
-            }
+            model::State::Running
+            | model::State::Paused
+            | model::State::Exited
+            | model::State::Restarting => Some(Started::Yes(Box::new(now.clone()))),
             model::State::Dead => {
                 let status = now.pod.status.clone().unwrap_or_default();
                 Some(Started::No(

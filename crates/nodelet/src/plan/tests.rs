@@ -160,6 +160,7 @@ impl World {
             reason: String::new(),
             message: String::new(),
             log_path: format!("/logs/{name}/{attempt}.log").into(),
+            paused: false,
         });
         self
     }

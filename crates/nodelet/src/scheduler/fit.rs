@@ -365,6 +365,25 @@ pub(crate) fn request(spec: &PodSpec, name: &str) -> i64 {
     main.fold(sidecars, i64::saturating_add).max(most)
 }
 
+/// What of a resource of the node's a pod takes: huge pages are memory of its VM.
+fn needs(spec: &PodSpec, name: &str) -> i64 {
+    let asked = request(spec, name);
+    if name != "memory" {
+        return asked;
+    }
+    let (mut sidecars, mut most) = (0i64, 0i64);
+    for container in spec.init_containers.iter().flatten() {
+        let own = resources::huge_page_bytes(container);
+        let beside = sidecars.saturating_add(own);
+        most = most.max(beside);
+        if roles::of_init(container) == Role::Sidecar {
+            sidecars = beside;
+        }
+    }
+    let main = spec.containers.iter().map(resources::huge_page_bytes);
+    asked.saturating_add(main.fold(sidecars, i64::saturating_add).max(most))
+}
+
 fn shortages(spec: &PodSpec, node: &Node, here: &[&Pod]) -> Vec<String> {
     let allocatable = node
         .status
@@ -387,14 +406,14 @@ fn shortages(spec: &PodSpec, node: &Node, here: &[&Pod]) -> Vec<String> {
             "cpu" => room.milli_value(),
             _ => room.value(),
         };
-        let wanted = request(spec, name);
+        let wanted = needs(spec, name);
         if wanted == 0 {
             continue;
         }
         let used = here
             .iter()
             .filter_map(|other| other.spec.as_ref())
-            .map(|spec| request(spec, name))
+            .map(|spec| needs(spec, name))
             .fold(0i64, i64::saturating_add);
         if wanted > room.saturating_sub(used) {
             short.push(format!("Insufficient {name}"));

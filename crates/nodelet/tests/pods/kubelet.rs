@@ -28,7 +28,7 @@ async fn serve(healthy: Arc<AtomicBool>) -> std::net::SocketAddr {
     address
 }
 
-fn container(more: &Value) -> Value {
+pub(crate) fn container(more: &Value) -> Value {
     let mut container = json!({"name": "c", "image": "busybox", "imagePullPolicy": "IfNotPresent"});
     container
         .as_object_mut()

@@ -8,8 +8,8 @@ use std::{
 };
 
 use hypernetes_agent_api::{
-    AgentClient, FEATURE_HUGE_PAGES, FEATURE_PID_TARGET, FEATURE_SECCOMP_PROFILE,
-    IMAGE_VOLUME_FAILED, defaults, v1,
+    AgentClient, FEATURE_AMBIENT_CAPABILITIES, FEATURE_HUGE_PAGES, FEATURE_PID_TARGET,
+    FEATURE_SECCOMP_PROFILE, IMAGE_VOLUME_FAILED, defaults, v1,
 };
 use hypernetes_image::{Image, ImageError};
 use hypernetes_types::{ContainerId, Digest};
@@ -210,6 +210,7 @@ impl Actor {
             let rule = "must not be another container's of the sandbox";
             return Err(invalid("log_path", rule));
         }
+        crate::cpus::check(&config.resources)?;
         let target = config.pid_target.as_ref();
         if let Some(id) = target.filter(|id| !self.is_running(id)) {
             let rule = format!("must be a running container of the sandbox; {id} is none");
@@ -283,6 +284,7 @@ impl Actor {
         layers: BTreeMap<u32, File>,
     ) -> Result<(), RuntimeError> {
         let action = "create a container";
+        self.pin(None).await?;
         for (slot, file) in layers {
             // Noted before it is done: if it is cut short, the disk may be there.
             self.plugged.insert(slot);
@@ -318,6 +320,12 @@ impl Actor {
         let seccomp = seccomp.is_some_and(|process| process.seccomp.is_some());
         if seccomp && !client.has(FEATURE_SECCOMP_PROFILE) {
             return Err(unknown_to_guest("seccomp"));
+        }
+        let ambient = request.process.as_ref();
+        let ambient = ambient.and_then(|process| process.capabilities.as_ref());
+        let ambient = ambient.is_some_and(|capabilities| !capabilities.ambient.is_empty());
+        if ambient && !client.has(FEATURE_AMBIENT_CAPABILITIES) {
+            return Err(unknown_to_guest("ambient_capabilities"));
         }
         let huge = request.resources.as_ref();
         let huge = huge.is_some_and(|limits| limits.huge_pages.iter().any(|huge| huge.limit > 0));
@@ -381,6 +389,7 @@ impl Actor {
             Ok(()) => {
                 self.members.remove(id);
                 self.shared.forget_container(id);
+                self.pin_or_tell().await;
             }
             Err(error) => {
                 let error = hypernetes_telemetry::chain(&error).to_string();
@@ -565,6 +574,7 @@ impl Actor {
         if !phase.is_live() {
             return Err(self.refused_container("update", id, phase));
         }
+        crate::cpus::check(&update.resources)?;
         let mut intent = member.record.clone();
         intent.config.resources = update.resources;
         intent.config.memo = update.memo;
@@ -576,13 +586,20 @@ impl Actor {
         };
         let deadline = self.shared.config.deadlines.call;
         let sandbox = self.record.id.clone();
-        self.with_vm(action, &vm, async {
-            let updated = client.update_container(request, deadline).await;
-            updated
-                .map(drop)
-                .map_err(|error| crate::guest::error(&sandbox, action, &error))
-        })
-        .await?;
+        let cpus = &intent.config.resources.cpuset_cpus;
+        self.pin(Some((id, cpus))).await?;
+        let updated = self
+            .with_vm(action, &vm, async {
+                let updated = client.update_container(request, deadline).await;
+                updated
+                    .map(drop)
+                    .map_err(|error| crate::guest::error(&sandbox, action, &error))
+            })
+            .await;
+        if updated.is_err() {
+            self.pin_or_tell().await;
+        }
+        updated?;
         self.shared.records.put_container(&intent).await?;
         if let Some(member) = self.members.get_mut(id) {
             member.record = intent;
@@ -636,6 +653,7 @@ impl Actor {
         }
         self.shared.forget_container(id);
         self.publish_container(id);
+        self.pin_or_tell().await;
         Ok(())
     }
 }

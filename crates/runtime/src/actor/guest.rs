@@ -64,6 +64,8 @@ impl Actor {
             }
         };
         self.vm = Some(Arc::clone(&vm));
+        self.pinned = None;
+        self.pin_or_tell().await;
         self.link = Some(Link::spawn(
             &self.record.id,
             vm,
@@ -197,6 +199,7 @@ impl Actor {
             .collect();
         for state in &states {
             self.container_changed(state).await;
+            self.listed_paused(state).await;
             unheard.retain(|id| id.as_str() != state.id);
         }
         for id in unheard {
@@ -313,6 +316,7 @@ impl Actor {
         }
         self.store_or_tell(&record).await;
         self.publish_container(id);
+        self.pin_or_tell().await;
     }
 
     /// Notes when an ended container's output is complete, however long that takes.

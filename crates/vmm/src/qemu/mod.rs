@@ -12,6 +12,7 @@
 
 mod argv;
 mod console;
+mod cpus;
 mod disk;
 mod memory;
 pub mod probe;

@@ -12,6 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use hypernetes_types::CpuSet;
 use serde_json::json;
 use tokio::{
     sync::{broadcast, watch},
@@ -275,6 +276,10 @@ impl Vm for QemuVm {
 
     async fn set_extra_memory(&self, mib: u32) -> Result<u32, VmmError> {
         self.resize_memory(mib).await
+    }
+
+    async fn set_cpus(&self, cpus: Option<&CpuSet>) -> Result<(), VmmError> {
+        self.pin(cpus).await
     }
 
     async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError> {

@@ -166,7 +166,10 @@ async fn ensure(
         if let Some(old) = old {
             let same = model::annotation(&old.pod, CONFIG) == Some(config.as_str());
             if (same && !options.force_recreate) || options.no_recreate {
-                if old.state() == State::Running {
+                if old.state() == State::Paused {
+                    crate::verbs::pause::set(cluster, old, false).await?;
+                }
+                if old.state().is_up() {
                     progress(&old.name, "Running");
                     mine.push(old.clone());
                 } else {
