@@ -33,6 +33,7 @@ fn run(version: &str, names: &[&str], least: usize) {
         ("KUBECONFIG".to_owned(), config.display().to_string()),
         ("PATH".to_owned(), format!("{}:{path}", tools.display())),
         ("HOME".to_owned(), daemon.dir().display().to_string()),
+        ("SCRATCH".to_owned(), daemon.dir().display().to_string()),
         ("WEB".to_owned(), registry.image("web:1")),
         ("BOX".to_owned(), registry.image("busybox:1")),
     ]);
@@ -53,7 +54,7 @@ fn the_width_with_the_older_kubectl() {
     run(
         KUBECTL_VERSIONS[0],
         &["objects", "generators", "reading"],
-        150,
+        200,
     );
 }
 
@@ -62,6 +63,6 @@ fn the_width_with_the_newer_kubectl() {
     run(
         KUBECTL_VERSIONS[1],
         &["objects", "generators", "reading"],
-        150,
+        200,
     );
 }
