@@ -161,7 +161,8 @@ mod tests {
     #[test]
     fn requests_are_refused_by_the_field() {
         let kind = by_api_version("certificates.k8s.io/v1", "CertificateSigningRequest").unwrap();
-        let cases: [(fn(&mut Value), &str); 5] = [
+        type Change = fn(&mut Value);
+        let cases: [(Change, &str); 5] = [
             (|_| {}, ""),
             (
                 |o| o["spec"]["request"] = STANDARD.encode("x").into(),
