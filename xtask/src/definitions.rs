@@ -24,6 +24,8 @@ const ROOTS: &[(&str, &[&str])] = &[
             "Binding",
             "ConfigMap",
             "ConfigMapList",
+            "Endpoints",
+            "EndpointsList",
             "Event",
             "EventList",
             "LimitRange",
@@ -34,6 +36,8 @@ const ROOTS: &[(&str, &[&str])] = &[
             "NodeList",
             "Pod",
             "PodList",
+            "ReplicationController",
+            "ReplicationControllerList",
             "ResourceQuota",
             "ResourceQuotaList",
             "Secret",
@@ -58,6 +62,10 @@ const ROOTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("io.k8s.api.coordination.v1", &["Lease", "LeaseList"]),
+    (
+        "io.k8s.kube-aggregator.pkg.apis.apiregistration.v1",
+        &["APIService", "APIServiceList"],
+    ),
     (
         "io.k8s.api.discovery.v1",
         &["EndpointSlice", "EndpointSliceList"],
@@ -91,7 +99,18 @@ const ROOTS: &[(&str, &[&str])] = &[
         "io.k8s.api.batch.v1",
         &["CronJob", "CronJobList", "Job", "JobList"],
     ),
-    ("io.k8s.api.autoscaling.v1", &["Scale"]),
+    (
+        "io.k8s.api.autoscaling.v1",
+        &[
+            "HorizontalPodAutoscaler",
+            "HorizontalPodAutoscalerList",
+            "Scale",
+        ],
+    ),
+    (
+        "io.k8s.api.certificates.v1",
+        &["CertificateSigningRequest", "CertificateSigningRequestList"],
+    ),
     (
         "io.k8s.api.autoscaling.v2",
         &["HorizontalPodAutoscaler", "HorizontalPodAutoscalerList"],

@@ -1,5 +1,6 @@
 //! What Kubernetes fills in when an object leaves it out.
 
+mod legacy;
 mod pod;
 mod service;
 mod workloads;
@@ -21,6 +22,8 @@ pub fn apply(kind: &ResourceKind, object: &mut Value) {
         ("", "Secret") => secret(object),
         ("", "Service") => service::service(object),
         ("discovery.k8s.io", "EndpointSlice") => service::endpoint_slice(object),
+        ("", "ReplicationController") => legacy::replication_controller(object),
+        ("", "Endpoints") => legacy::endpoints(object),
         ("", "Namespace") => namespace(object),
         ("apiextensions.k8s.io", "CustomResourceDefinition") => crate::crd::prepare(object),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),

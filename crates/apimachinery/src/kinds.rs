@@ -1,6 +1,8 @@
 //! The table of served kinds: names, scope, verbs, subresources.
 
+mod cluster;
 pub mod images;
+mod legacy;
 mod workloads;
 
 /// A kind that the server serves under one group and version.
@@ -182,8 +184,11 @@ static KINDS: &[ResourceKind] = &[
         short_names: &["cm"],
         ..kind("", "v1", "ConfigMap", "configmaps", "configmap")
     },
+    legacy::ENDPOINTS,
     ResourceKind {
         short_names: &["ev"],
+        // Recorders name events after objects of any kind.
+        name_rule: NameRule::PathSegment,
         ..kind("", "v1", "Event", "events", "event")
     },
     workloads::LIMIT_RANGES,
@@ -224,6 +229,7 @@ static KINDS: &[ResourceKind] = &[
         ],
         ..kind("", "v1", "Pod", "pods", "pod")
     },
+    legacy::REPLICATION_CONTROLLERS,
     workloads::RESOURCE_QUOTAS,
     kind("", "v1", "Secret", "secrets", "secret"),
     ResourceKind {
@@ -300,9 +306,13 @@ static KINDS: &[ResourceKind] = &[
             "customresourcedefinition",
         )
     },
+    cluster::API_SERVICES,
+    // The first version of a group is the one that clients prefer.
     workloads::AUTOSCALERS,
+    legacy::AUTOSCALERS_V1,
     workloads::CRON_JOBS,
     workloads::JOBS,
+    cluster::SIGNING_REQUESTS,
     kind("coordination.k8s.io", "v1", "Lease", "leases", "lease"),
     kind(
         "discovery.k8s.io",
@@ -444,20 +454,22 @@ mod tests {
     }
 
     #[test]
-    fn both_views_of_events_share_a_store() {
+    fn views_share_a_store() {
         let core = by_api_version("v1", "Event").unwrap();
         let group = by_api_version("events.k8s.io/v1", "Event").unwrap();
         assert_eq!(core.storage, group.storage);
+        let (new, old) = (
+            by_resource("autoscaling", "v2", "horizontalpodautoscalers").unwrap(),
+            by_resource("autoscaling", "v1", "horizontalpodautoscalers").unwrap(),
+        );
+        assert_eq!(new.storage, old.storage);
     }
 
     #[test]
     fn groups_are_listed_once() {
         let groups = groups();
         assert_eq!(groups.iter().filter(|(g, _)| *g == RBAC).count(), 1);
-        assert!(
-            groups
-                .iter()
-                .all(|(group, versions)| !group.is_empty() && versions.len() == 1)
-        );
+        assert!(groups.iter().all(|(group, versions)| !group.is_empty()
+            && (versions.len() == 1 || *group == "autoscaling")));
     }
 }

@@ -36,4 +36,4 @@ pub mod validation;
 pub use definitions::{Definitions, Schema, definitions};
 pub use hypernetes_types::Quantity;
 pub use kinds::ResourceKind;
-pub use status::Status;
+pub use status::{Details, Status};

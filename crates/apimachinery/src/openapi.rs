@@ -4,6 +4,8 @@
 //! and for each kind a `patch` operation that says by its media types which patches the kind takes.
 //! Made at first use and kept as bytes.
 
+pub mod swagger;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write,

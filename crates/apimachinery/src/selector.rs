@@ -22,4 +22,10 @@ pub enum SelectorError {
     /// The kind cannot be selected by the field.
     #[error("field label not supported: {0}")]
     Field(String),
+    /// The kind cannot be selected by the field, and by none of its own.
+    #[error("{0:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\"")]
+    UnknownField(String),
+    /// Jobs cannot be selected by the field.
+    #[error("field label {0:?} not supported for batchv1.Job")]
+    JobField(String),
 }

@@ -3,6 +3,7 @@
 mod age;
 mod columns;
 mod images;
+mod legacy;
 mod pod;
 mod service;
 mod workloads;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 use crate::{kinds::ResourceKind, meta};
 
 pub use age::human_duration;
+pub use legacy::scale_table;
 
 /// What a row carries beside its cells (`includeObject`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -48,20 +50,22 @@ struct Column {
     cell: fn(&Value, Timestamp) -> Value,
 }
 
+impl Column {
+    /// One of `columnDefinitions`.
+    fn definition(&self) -> Value {
+        json!({
+            "name": self.name,
+            "type": self.kind,
+            "format": self.format,
+            "description": "",
+            "priority": self.priority,
+        })
+    }
+}
+
 /// The columns of a kind, as `columnDefinitions`.
 pub fn columns(kind: &ResourceKind) -> Value {
-    columns::of(kind)
-        .iter()
-        .map(|column| {
-            json!({
-                "name": column.name,
-                "type": column.kind,
-                "format": column.format,
-                "description": "",
-                "priority": column.priority,
-            })
-        })
-        .collect()
+    columns::of(kind).iter().map(Column::definition).collect()
 }
 
 /// The row of an object.

@@ -1,8 +1,11 @@
 //! The rules of each kind, with findings in upstream's words.
 
+mod certificates;
 mod cluster;
 mod container;
 mod error;
+mod jobs;
+mod legacy;
 mod meta;
 mod ours;
 mod parts;
@@ -93,8 +96,10 @@ pub fn validate_status_update(kind: &ResourceKind, new: &Value, old: &Value) -> 
     let mut found = Found::default();
     meta::validate(kind, new, &mut found);
     meta::validate_update(new, old, &mut found);
-    if (kind.group, kind.kind) == ("", "Pod") {
-        pod::validate_status(new, &mut found);
+    match (kind.group, kind.kind) {
+        ("", "Pod") => pod::validate_status(new, &mut found),
+        ("certificates.k8s.io", _) => certificates::status(new, old, &mut found),
+        _ => {}
     }
     found.errors
 }
@@ -106,6 +111,9 @@ fn specific(kind: &ResourceKind, object: &Value, found: &mut Found) {
         ("", "Secret") => cluster::secret(object, found),
         ("", "Service") => service::service(object, found),
         ("discovery.k8s.io", "EndpointSlice") => service::endpoint_slice(object, found),
+        ("", "ReplicationController") => legacy::replication_controller(object, found),
+        ("", "Endpoints") => legacy::endpoints(object, found),
+        ("certificates.k8s.io", _) => certificates::request(object, found),
         ("coordination.k8s.io", "Lease") => cluster::lease(object, found),
         ("node.k8s.io", "RuntimeClass") => cluster::runtime_class(object, found),
         ("rbac.authorization.k8s.io", "Role") => cluster::role(object, true, found),

@@ -1,4 +1,4 @@
-//! The stored form of objects: canonical JSON that begins with `apiVersion`, `kind` and
+//! The stored form of objects: canonical JSON that begins with `kind`, `apiVersion` and
 //! `metadata.resourceVersion`, so that the revision can be put in and replaced without parsing.
 
 use std::sync::Arc;
@@ -21,7 +21,7 @@ impl Encoded {
         let empty = Map::new();
         let fields = object.as_object().unwrap_or(&empty);
         let mut head = String::from("{");
-        for key in ["apiVersion", "kind"] {
+        for key in ["kind", "apiVersion"] {
             if let Some(value) = fields.get(key) {
                 head.push_str(&format!("\"{key}\":{value},"));
             }

@@ -23,7 +23,7 @@ pub(crate) struct Endpoints<'a> {
     pub(crate) customs: &'a Customs,
 }
 
-const PATHS: [&str; 12] = [
+const PATHS: [&str; 13] = [
     "/api",
     "/api/v1",
     "/apis",
@@ -32,6 +32,7 @@ const PATHS: [&str; 12] = [
     "/livez",
     "/livez/ping",
     "/metrics",
+    "/openapi/v2",
     "/openapi/v3",
     "/readyz",
     "/readyz/ping",
@@ -59,6 +60,8 @@ impl Endpoints<'_> {
         let known = match segments.as_slice() {
             [""] => Ok(json_value(&json!({"paths": PATHS}))),
             ["version"] => Ok(json_value(&self.version_body())),
+            [path @ ("healthz" | "livez")] if query.flag("verbose") => Ok(verbose(path)),
+            ["readyz"] if self.ready && query.flag("verbose") => Ok(verbose("readyz")),
             ["healthz" | "livez"] | ["healthz" | "livez", "ping"] => Ok(body::text(200, "ok")),
             ["readyz"] | ["readyz", "ping"] if self.ready => Ok(body::text(200, "ok")),
             ["readyz"] | ["readyz", "ping"] => Ok(body::text(503, "shutting down")),
@@ -74,6 +77,12 @@ impl Endpoints<'_> {
             ["apis", group] => found(discovery::api_group(group, &more)),
             ["api", version] => found(discovery::api_resource_list("", version, &[])),
             ["apis", group, version] => found(discovery::api_resource_list(group, version, &more)),
+            ["openapi", "v2"] if negotiate::wants_protobuf(headers) => Ok(body::with_type(
+                200,
+                openapi::swagger::PROTOBUF_MEDIA_TYPE,
+                body::full(openapi::swagger::protobuf()),
+            )),
+            ["openapi", "v2"] => Ok(document(openapi::swagger::json(), query, headers)),
             ["openapi", "v3"] => {
                 let index = openapi::index(&self.customs.documents()?);
                 Ok(document(&index, query, headers))
@@ -108,6 +117,11 @@ impl Endpoints<'_> {
             "platform": format!("{}/{}", std::env::consts::OS, arch()),
         })
     }
+}
+
+/// A health check that names its parts.
+fn verbose(path: &str) -> Response<ApiBody> {
+    body::text(200, format!("[+]ping ok\n{path} check passed\n"))
 }
 
 fn arch() -> &'static str {

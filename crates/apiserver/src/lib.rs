@@ -19,11 +19,14 @@
     reason = "a Status is made once, on the way out of a request that fails"
 )]
 
+mod api_services;
 mod audit;
 mod authentication;
 mod authorizer;
+mod autoscaling;
 mod body;
 mod bootstrap;
+mod certificates;
 mod codec;
 mod config;
 mod customs;
@@ -51,6 +54,7 @@ mod service_accounts;
 mod services;
 mod status;
 mod usage;
+mod views;
 
 pub use audit::AuditOptions;
 pub use authentication::InProcessUser;

@@ -77,6 +77,14 @@ fn one_view(range: &str, query: &Query) -> Result<Option<View>> {
     })
 }
 
+/// Whether the client wants the protobuf form of OpenAPI v2.
+pub(crate) fn wants_protobuf(headers: &HeaderMap) -> bool {
+    headers
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|accepted| accepted.contains("proto-openapi.spec.v2"))
+}
+
 /// Whether the client asks for discovery in the aggregated form.
 pub(crate) fn wants_aggregated(headers: &HeaderMap) -> bool {
     let ranges = headers

@@ -6,14 +6,14 @@ use hypernetes_apimachinery::{
     Status, definitions, meta,
     patch::{self, PatchType},
     selector::LabelSelector,
-    strict, validation,
+    strict, table, validation,
 };
 use serde_json::{Value, json};
 
 use crate::{
     body::{self, ApiBody},
     engine::{Call, Engine, Expected, Part, decode_body},
-    negotiate,
+    negotiate::{self, View},
     status::{self, Result},
 };
 
@@ -78,7 +78,7 @@ fn scale_of(call: &Call, object: &Value) -> Value {
             }
         }
         None => {
-            if let Ok(selector) = LabelSelector::from_json(&object["spec"]["selector"]) {
+            if let Ok(selector) = LabelSelector::of_owner(object) {
                 out["status"]["selector"] = selector.to_string().into();
             }
         }
@@ -98,21 +98,34 @@ fn set_number(object: &mut Value, pointer: &str, number: i64) {
     *at = number.into();
 }
 
+/// A scale in the form that the client asks for.
+fn answer(engine: &Engine, view: View, scale: &Value) -> Response<ApiBody> {
+    let metadata = json!({"resourceVersion": scale["metadata"]["resourceVersion"]});
+    match view {
+        View::Object => body::json_value(200, scale),
+        View::Metadata => body::json_value(200, &table::partial_object_metadata(scale)),
+        View::Table(_) => {
+            let now = (engine.clock)();
+            body::json_value(200, &table::scale_table(scale, &metadata, now))
+        }
+    }
+}
+
 /// Serves `scale`.
 pub(crate) async fn serve(
     engine: &Engine,
     call: &Call,
     bytes: &Bytes,
 ) -> Result<Response<ApiBody>> {
-    negotiate::view(&call.headers, &call.query)?;
+    let view = negotiate::view(&call.headers, &call.query)?;
     let info = &call.info;
     if info.verb == "get" {
         let (entry, mut object) = engine.find(call.kind, &info.namespace, &info.name)?;
         meta::set_resource_version(&mut object, entry.mod_revision);
-        return Ok(body::json_value(200, &scale_of(call, &object)));
+        return Ok(answer(engine, view, &scale_of(call, &object)));
     }
     if info.verb == "patch" && is_apply(call) {
-        return apply(engine, call, bytes).await;
+        return apply(engine, call, view, bytes).await;
     }
     let dry_run = call.is_dry_run()?;
     for _ in 0..ATTEMPTS {
@@ -142,7 +155,7 @@ pub(crate) async fn serve(
             .replace(call, Part::Main, &entry, object, dry_run)
             .await?;
         if let Some(written) = written {
-            return Ok(body::json_value(200, &scale_of(call, &written.object)));
+            return Ok(answer(engine, view, &scale_of(call, &written.object)));
         }
         if conditional {
             break;
@@ -164,7 +177,12 @@ fn is_apply(call: &Call) -> bool {
 }
 
 /// Server-side apply of a scale: of the one field of the object behind it.
-async fn apply(engine: &Engine, call: &Call, bytes: &Bytes) -> Result<Response<ApiBody>> {
+async fn apply(
+    engine: &Engine,
+    call: &Call,
+    view: View,
+    bytes: &Bytes,
+) -> Result<Response<ApiBody>> {
     let json = [(
         header::CONTENT_TYPE,
         http::HeaderValue::from_static("application/yaml"),
@@ -188,7 +206,7 @@ async fn apply(engine: &Engine, call: &Call, bytes: &Bytes) -> Result<Response<A
         set_number(&mut config, pointers(call)[0], replicas);
     }
     let written = engine.apply_config(call, Part::Main, &config).await?;
-    Ok(body::json_value(200, &scale_of(call, &written.object)))
+    Ok(answer(engine, view, &scale_of(call, &written.object)))
 }
 
 fn patched(call: &Call, old: &Value, bytes: &Bytes) -> Result<Value> {

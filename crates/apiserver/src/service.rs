@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout};
 use tower::Service;
 
 use crate::{
+    api_services,
     audit::Record,
     authentication::{self, InProcessUser},
     body::{self, ApiBody, BoxError},
@@ -137,6 +138,10 @@ impl Arrived {
         })
     }
 }
+
+/// What upstream says to whoever asks for Endpoints.
+const ENDPOINTS_WARNING: &str =
+    "v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice";
 
 impl Inner {
     async fn serve(self: Arc<Self>, request: Request<ApiBody>) -> Response<ApiBody> {
@@ -280,7 +285,23 @@ impl Inner {
         if usage::is_usage(kind) {
             return usage::serve(engine, call);
         }
-        match info.verb {
+        if api_services::is_api_service(kind) {
+            return api_services::serve(engine, call);
+        }
+        let answer = self.object(call, body, slot).await;
+        if kind.kind == "Endpoints" {
+            return answer.map(|mut response| {
+                body::warn(&mut response, &[ENDPOINTS_WARNING.to_owned()]);
+                response
+            });
+        }
+        answer
+    }
+
+    /// The verbs of stored kinds, and of those that exist as requests only.
+    async fn object(&self, call: &Call, body: ApiBody, slot: Slot) -> Result<Response<ApiBody>> {
+        let (engine, kind) = (&self.engine, call.kind);
+        match call.info.verb {
             "get" => engine.get(call).await,
             "list" => engine.list(call).await,
             "watch" => Ok(hold(engine.watch(call).await?, slot)),
@@ -326,6 +347,7 @@ impl Inner {
         let engine = &self.engine;
         let part = match subresource.name {
             "status" => Some(Part::Status),
+            "approval" => Some(Part::Approval),
             "finalize" => Some(Part::Finalize),
             "ephemeralcontainers" => Some(Part::Ephemeral),
             "resize" => Some(Part::Resize),

@@ -1,12 +1,15 @@
 //! Errors of the rooms below → Kubernetes' Status. Inner details stay here.
 
 use hypernetes_apimachinery::{
-    ResourceKind, Status, managed::ApplyError, patch::PatchError, protobuf::ProtobufError,
+    Details, ResourceKind, Status, managed::ApplyError, patch::PatchError, protobuf::ProtobufError,
     strict::DecodeError,
 };
 use hypernetes_identity::AuthenticationError;
 use hypernetes_store::StoreError;
 use hypernetes_streaming::StreamError;
+
+/// Upstream's answer to a patch that does not fit the object.
+const REJECTED: &str = "the server rejected our request due to an error in our request";
 
 /// What this server answers instead of an object.
 pub(crate) type Result<T> = std::result::Result<T, Status>;
@@ -64,9 +67,10 @@ pub(crate) fn of_patch(error: &PatchError, kind: &ResourceKind, name: &str) -> S
     match error {
         PatchError::Malformed(text) => Status::bad_request(text.clone()),
         PatchError::Inapplicable(text) => {
-            let mut status = Status::invalid(kind.group, kind.kind, name, &[]);
-            status.message =
-                format!("the server rejected our request due to an error in our request: {text}");
+            // Upstream keeps the reason to itself; the audit of a client's mistake goes to the log.
+            tracing::debug!(kind = kind.kind, name, error = %text, "a patch cannot be applied");
+            let mut status = Status::failure(422, "Invalid", REJECTED);
+            status.details = Some(Details::default());
             status
         }
         _ => Status::bad_request(error.to_string()),

@@ -686,7 +686,7 @@ async fn what_does_not_exist_is_said_so() {
         "/api/v1/pods/p",
         "/nothing",
         "/apis/extensions",
-        "/openapi/v2",
+        "/openapi/v1",
     ] {
         admin.get(path).await.refused(404, "NotFound", missing);
     }

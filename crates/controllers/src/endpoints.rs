@@ -1,9 +1,10 @@
-//! EndpointSlices of Services, from their pods.
+//! EndpointSlices of Services, from their pods, and Endpoints for who does not know slices.
 //!
 //! Watches services, pods and slices, and brings the slices of each service that something has
 //! happened to up to date, one after the other. What the slices shall be is planned in
 //! [`plan`]; a service that is gone has none.
 
+mod mirrored;
 mod plan;
 
 use std::{collections::BTreeSet, time::Duration};
@@ -12,7 +13,7 @@ use futures::{StreamExt, stream::BoxStream};
 use hypernetes_telemetry::chain;
 use hypernetes_types::kinds::NETWORK_LABEL;
 use k8s_openapi::api::{
-    core::v1::{Namespace, Pod, Service},
+    core::v1::{Endpoints as Mirrored, Namespace, Pod, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -45,6 +46,7 @@ struct Endpoints {
     services: Mirror<Service>,
     pods: Mirror<Pod>,
     slices: Mirror<EndpointSlice>,
+    mirrored: Mirror<Mirrored>,
     dirty: BTreeSet<Key>,
     due: Option<Instant>,
 }
@@ -58,6 +60,10 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
     let mut pods: Watch<Pod> = watcher(Api::all(client.clone()), any.clone())
         .default_backoff()
         .boxed();
+    let label = format!("{}={}", mirrored::MANAGED_BY, mirrored::MANAGER);
+    let mut mirror: Watch<Mirrored> = watcher(Api::all(client.clone()), any.clone().labels(&label))
+        .default_backoff()
+        .boxed();
     let ours = any.labels(&format!("{MANAGED_BY}={MANAGER}"));
     let mut slices: Watch<EndpointSlice> = watcher(Api::all(client.clone()), ours)
         .default_backoff()
@@ -67,6 +73,7 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
         services: Mirror::default(),
         pods: Mirror::default(),
         slices: Mirror::default(),
+        mirrored: Mirror::default(),
         dirty: BTreeSet::new(),
         due: None,
     };
@@ -85,6 +92,10 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
             Some(event) = slices.next() => match event {
                 Ok(event) => this.slice_event(event),
                 Err(error) => warn!(error = %chain(&error), "cannot watch endpoint slices"),
+            },
+            Some(event) = mirror.next() => match event {
+                Ok(event) => this.mirrored_event(event),
+                Err(error) => warn!(error = %chain(&error), "cannot watch endpoints"),
             },
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                 this.due = None;
@@ -112,7 +123,10 @@ fn matches(service: &Service, pod: &Pod) -> bool {
 
 impl Endpoints {
     fn is_complete(&self) -> bool {
-        self.services.is_complete() && self.pods.is_complete() && self.slices.is_complete()
+        self.services.is_complete()
+            && self.pods.is_complete()
+            && self.slices.is_complete()
+            && self.mirrored.is_complete()
     }
 
     fn mark(&mut self, keys: impl IntoIterator<Item = Key>, within: Duration) {
@@ -155,6 +169,11 @@ impl Endpoints {
         }
     }
 
+    fn mirrored_event(&mut self, event: Event<Mirrored>) {
+        let changes = self.mirrored.apply(event);
+        self.mark(changes.into_iter().map(|change| change.0), GATHER);
+    }
+
     async fn work(&mut self) {
         for key in std::mem::take(&mut self.dirty) {
             if let Err(error) = self.reconcile(&key).await {
@@ -177,6 +196,7 @@ impl Endpoints {
             .map(|(_key, slice)| slice.clone())
             .filter(|slice| service_of(slice).as_ref() == Some(name))
             .collect();
+        let mut mirror = None;
         let steps = match self.services.get(key).cloned() {
             None => existing.iter().map(|slice| Step::delete(slice)).collect(),
             Some(service) if service.metadata.deletion_timestamp.is_some() => return Ok(()),
@@ -190,13 +210,59 @@ impl Endpoints {
                     .collect();
                 match plan::endpoints(&service, &pods) {
                     None => Vec::new(),
-                    Some(groups) => plan::steps(&service, &groups, &existing),
+                    Some(groups) => {
+                        mirror = Some(mirrored::wanted(&service, &groups));
+                        plan::steps(&service, &groups, &existing)
+                    }
                 }
             }
         };
         let api: Api<EndpointSlice> = Api::namespaced(self.client.clone(), namespace);
         for step in steps {
             self.take(&api, namespace, step).await?;
+        }
+        self.show(key, mirror).await
+    }
+
+    /// Brings the Endpoints of a service to what they shall be; `None`: there are none of ours.
+    async fn show(&mut self, key: &Key, wanted: Option<Mirrored>) -> Result<(), ReconcileError> {
+        let (namespace, name) = key;
+        let api: Api<Mirrored> = Api::namespaced(self.client.clone(), namespace);
+        let failed = |action: &str| {
+            ReconcileError::api(format!(
+                "{action} endpoints {name} of namespace {namespace}"
+            ))
+        };
+        let params = PostParams::default();
+        match (self.mirrored.get(key).cloned(), wanted) {
+            (None, None) => {}
+            (Some(_), None) => match api.delete(name, &DeleteParams::default()).await {
+                Ok(_) => {
+                    self.mirrored.remove(key.clone());
+                }
+                Err(error) if code(&error) == Some(404) => {
+                    self.mirrored.remove(key.clone());
+                }
+                Err(error) => return Err(failed("delete")(error)),
+            },
+            (Some(old), Some(new)) if mirrored::is_same(&old, &new) => {}
+            (Some(old), Some(mut new)) => {
+                new.metadata.resource_version = old.metadata.resource_version.clone();
+                match api.replace(name, &params, &new).await {
+                    Ok(made) => {
+                        self.mirrored.put(made);
+                    }
+                    Err(error) => return Err(failed("write")(error)),
+                }
+            }
+            (None, Some(new)) => match api.create(&params, &new).await {
+                Ok(made) => {
+                    self.mirrored.put(made);
+                }
+                // Somebody's own, which stays; or the namespace ends.
+                Err(error) if matches!(code(&error), Some(403 | 404 | 409)) => {}
+                Err(error) => return Err(failed("create")(error)),
+            },
         }
         Ok(())
     }

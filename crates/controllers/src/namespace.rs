@@ -133,7 +133,7 @@ async fn delete_all(
     {
         return Ok(0);
     }
-    api.delete_collection(&DeleteParams::default(), &ListParams::default())
+    api.delete_collection(&DeleteParams::background(), &ListParams::default())
         .await
         .map_err(failed("delete"))?;
     Ok(api

@@ -16,6 +16,7 @@ mod owned;
 mod pods;
 mod queue;
 mod quota;
+mod recorder;
 mod replica_set;
 mod revisions;
 mod stateful_set;
@@ -62,7 +63,21 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
         simple(
             cluster::replica_sets(),
             vec![pods.clone()],
-            |cluster, set| { Box::pin(async move { replica_set::reconcile(&cluster, set).await }) }
+            |cluster, set| {
+                Box::pin(async move {
+                    replica_set::reconcile(&cluster, &cluster::replica_sets(), set).await
+                })
+            }
+        ),
+        simple(
+            cluster::replication_controllers(),
+            vec![pods.clone()],
+            |cluster, set| {
+                Box::pin(async move {
+                    let kind = cluster::replication_controllers();
+                    replica_set::reconcile(&cluster, &kind, set).await
+                })
+            }
         ),
         simple(
             cluster::deployments(),

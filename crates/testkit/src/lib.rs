@@ -61,6 +61,14 @@ pub fn kubectl(version: &str) -> PathBuf {
     PathBuf::from(String::from_utf8(output.stdout).expect("a path").trim())
 }
 
+/// What a script in `tests/tools` prints, a line each: paths of what it has installed.
+pub fn tool(name: &str) -> Vec<PathBuf> {
+    let printed = stdout(&mut Command::new(
+        workspace_root().join("tests/tools").join(name),
+    ));
+    printed.lines().map(PathBuf::from).collect()
+}
+
 /// Runs a command that must succeed.
 pub fn run(command: &mut Command) -> Output {
     let output = command

@@ -20,7 +20,8 @@
 //! `$` starts a command (bash; indented lines below it belong to it, for here-documents), lines after
 //! it are its expected output, standard error after standard output; `{{*}}` matches any text within
 //! a line, `...` any number of lines; `? N` is the exit code, 0 if absent; `@ SECONDS` before a
-//! command repeats it until it is as expected. Runs of blanks match any run of blanks.
+//! command repeats it until it is as expected. Runs of blanks match any run of blanks. Commands run in the
+//! directory that the variable `SCRATCH` names, if it is set.
 
 use std::{
     collections::BTreeMap,
@@ -109,10 +110,15 @@ impl Scenario {
 
 impl Step {
     fn attempt(&self, vars: &BTreeMap<String, String>) -> Result<(), String> {
-        let output = Command::new("timeout")
+        let mut command = Command::new("timeout");
+        command
             .args(["--kill-after=5", "240", "bash", "-c", &self.command])
             .envs(vars)
-            .stdin(Stdio::null())
+            .stdin(Stdio::null());
+        if let Some(dir) = vars.get("SCRATCH") {
+            command.current_dir(dir);
+        }
+        let output = command
             .output()
             .map_err(|error| format!("cannot run bash: {error}"))?;
         let mut text = String::from_utf8_lossy(&output.stdout).into_owned();

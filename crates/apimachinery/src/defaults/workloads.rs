@@ -43,7 +43,7 @@ pub(super) fn apply(kind: &ResourceKind, object: &mut Value) {
 }
 
 /// The pod template's own spec.
-fn template(spec: &mut Fields) {
+pub(super) fn template(spec: &mut Fields) {
     if let Some(template) = object_in(spec, "template")
         && let Some(spec) = object_in(template, "spec")
     {

@@ -4,7 +4,7 @@
 use super::{ResourceKind, STATUS, Subresource, kind, sub};
 
 /// `scale`: one body for all kinds that have a number of replicas.
-const SCALE: Subresource = Subresource {
+pub(super) const SCALE: Subresource = Subresource {
     group: Some("autoscaling"),
     version: Some("v1"),
     ..sub("scale", "Scale", STATUS)

@@ -99,6 +99,19 @@ impl LabelSelector {
         })
     }
 
+    /// The selector of what owns pods, whichever form its kind has.
+    ///
+    /// # Errors
+    /// [`SelectorError::Invalid`].
+    pub fn of_owner(object: &Value) -> Result<Self, SelectorError> {
+        let selector = &object["spec"]["selector"];
+        if object["kind"] == "ReplicationController" && selector.is_object() {
+            // A plain map, as services have it.
+            return Self::from_json(&serde_json::json!({"matchLabels": selector}));
+        }
+        Self::from_json(selector)
+    }
+
     /// From `{matchLabels, matchExpressions}`; null selects nothing, an empty one everything.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::{kinds::ResourceKind, meta};
 
-use super::{Column, age, age::since, or, pod, service, text, workloads};
+use super::{Column, age, age::since, legacy, or, pod, service, text, workloads};
 
 pub(super) const fn column(
     name: &'static str,
@@ -59,7 +59,9 @@ pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
         (crate::kinds::images::GROUP, "Image") => super::images::IMAGES,
         ("hypernetes.io", "Tenant") => TENANTS,
         ("hypernetes.io", "Network") => NETWORKS,
-        _ => workloads::of(kind).unwrap_or(OTHERS),
+        _ => workloads::of(kind)
+            .or_else(|| legacy::of(kind))
+            .unwrap_or(OTHERS),
     }
 }
 

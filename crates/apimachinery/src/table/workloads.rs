@@ -16,7 +16,7 @@ use super::{
 pub(super) fn of(kind: &ResourceKind) -> Option<&'static [Column]> {
     let columns: &'static [Column] = match (kind.group, kind.kind) {
         ("apps", "Deployment") => DEPLOYMENTS,
-        ("apps", "ReplicaSet") => REPLICA_SETS,
+        ("apps", "ReplicaSet") | ("", "ReplicationController") => REPLICA_SETS,
         ("apps", "StatefulSet") => STATEFUL_SETS,
         ("apps", "DaemonSet") => DAEMON_SETS,
         ("apps", "ControllerRevision") => REVISIONS,
@@ -63,11 +63,14 @@ fn of_template(object: &Value, field: &str) -> Value {
 }
 
 fn selector(object: &Value) -> Value {
-    let selector = match &object["spec"]["jobTemplate"] {
-        Value::Null => &object["spec"]["selector"],
-        job => &job["spec"]["selector"],
+    let (selector, read) = match &object["spec"]["jobTemplate"] {
+        Value::Null => (&object["spec"]["selector"], LabelSelector::of_owner(object)),
+        job => {
+            let selector = &job["spec"]["selector"];
+            (selector, LabelSelector::from_json(selector))
+        }
     };
-    match LabelSelector::from_json(selector) {
+    match read {
         Ok(_) if selector.is_null() => "<none>".into(),
         Ok(selector) => or(&selector.to_string(), "<none>").into(),
         Err(_invalid) => "<error>".into(),
@@ -305,6 +308,15 @@ static AUTOSCALERS: &[Column] = &[
         format!("{}/{}", text(target, &["kind"]), text(target, &["name"])).into()
     }),
     string("Targets", |scaler, _| {
+        if let Some(wanted) = scaler["spec"]["targetCPUUtilizationPercentage"].as_i64() {
+            // The form of version 1.
+            let current = &scaler["status"]["currentCPUUtilizationPercentage"];
+            let current = match current.as_i64() {
+                Some(percent) => format!("{percent}%"),
+                None => "<unknown>".to_owned(),
+            };
+            return format!("cpu: {current}/{wanted}%").into();
+        }
         let metrics = scaler["spec"]["metrics"].as_array();
         let texts: Vec<String> = metrics
             .into_iter()

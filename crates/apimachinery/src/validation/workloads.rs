@@ -75,7 +75,7 @@ pub(super) fn selector(value: &Value, path: &Path, found: &mut Found) -> Option<
     }
 }
 
-fn template(spec: &Value, path: &Path, policies: &[&str], found: &mut Found) {
+pub(super) fn template(spec: &Value, path: &Path, policies: &[&str], found: &mut Found) {
     let (template, at) = (&spec["template"], path.field("template"));
     let labels = at.field("metadata.labels");
     meta::labels(&template["metadata"]["labels"], &labels, found);
@@ -310,6 +310,7 @@ fn job(spec: &Value, path: &Path, own: bool, found: &mut Found) {
             "requires indexed completion mode",
         );
     }
+    super::jobs::success_policy(spec, path, found);
     for (rule, at) in items(
         &spec["podFailurePolicy"]["rules"],
         &path.field("podFailurePolicy.rules"),

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     body::ApiBody,
+    certificates,
     codec::{self, Encoded},
     definitions, keys, negotiate,
     status::{self, Result},
@@ -83,6 +84,7 @@ impl Engine {
         let name = meta::name(&object).unwrap_or_default().to_owned();
         let namespace = call.info.namespace.as_str();
         strategy::prepare_create(kind, &mut object, (self.clock)());
+        certificates::prepare_create(call, &mut object);
         defaults::apply(kind, &mut object);
         self.admit_account(kind, namespace, &mut object).await?;
         strategy::finish_create(kind, &mut object);

@@ -9,10 +9,10 @@ use serde_json::Value;
 
 use super::Call;
 use crate::{
-    events,
     negotiate::{self, BodyForm},
     query::Query,
     status::{self, Result},
+    views,
 };
 
 /// Group, version and kind that a body must have.
@@ -78,11 +78,7 @@ pub(crate) fn object(bytes: &[u8], call: &Call) -> Result<(Value, Vec<String>)> 
 
 /// The form in which an object is stored.
 pub(crate) fn stored(kind: &ResourceKind, object: Value) -> Value {
-    if events::is_view(kind) {
-        events::to_stored(object)
-    } else {
-        object
-    }
+    views::to_stored(kind, object)
 }
 
 /// Parses a body without a look at its fields.

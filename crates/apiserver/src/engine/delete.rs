@@ -271,7 +271,10 @@ impl Engine {
             0
         };
         let mut next = object.clone();
-        match options.propagation {
+        let propagation = options
+            .propagation
+            .or_else(|| default_propagation(kind, object));
+        match propagation {
             None => {}
             Some(policy) => {
                 for (finalizer, own) in [
@@ -362,4 +365,14 @@ fn check_preconditions(
         return refuse("ResourceVersion", wanted, &revision);
     }
     Ok(())
+}
+/// What becomes of dependents if nobody says: of kinds that are older than the garbage collector they
+/// stay, as upstream does.
+fn default_propagation(kind: &ResourceKind, object: &Value) -> Option<Propagation> {
+    let told = meta::finalizers(object).any(|name| matches!(name, FOREGROUND | ORPHAN));
+    let old = matches!(
+        (kind.group, kind.kind),
+        ("", "ReplicationController") | ("batch", "Job")
+    );
+    (old && !told).then_some(Propagation::Orphan)
 }

@@ -80,7 +80,7 @@ pub(super) fn ignored(call: &Call, part: Part) -> fn(&str) -> bool {
     match part {
         Part::Main if strategy::has_status(call.kind) => |name| name == "status",
         Part::Main => |_| false,
-        Part::Status => |name| name != "status",
+        Part::Status | Part::Approval => |name| name != "status",
         Part::Finalize | Part::Ephemeral | Part::Resize => |name| name != "spec",
     }
 }
@@ -156,6 +156,7 @@ pub(super) fn subresource_of(call: &Call, part: Part) -> &str {
     match part {
         Part::Main => call.info.subresource.as_str(),
         Part::Status => "status",
+        Part::Approval => "approval",
         Part::Finalize => "finalize",
         Part::Ephemeral => "ephemeralcontainers",
         Part::Resize => "resize",

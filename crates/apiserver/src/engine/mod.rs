@@ -46,10 +46,11 @@ use crate::{
     codec,
     config::{Clock, Limits},
     customs::Customs,
-    events, keys,
+    keys,
     query::Query,
     request_info::RequestInfo,
     status::{self, Result},
+    views,
 };
 
 /// What the generic verbs work with.
@@ -115,7 +116,7 @@ impl Call {
 
     /// The schema of the kind's objects as they are stored.
     pub(crate) fn stored_schema(&self) -> Result<&Schema> {
-        if events::is_view(self.kind) {
+        if views::is_view(self.kind) {
             return definitions()
                 .of(strategy::stored_kind(self.kind))
                 .ok_or_else(|| Status::internal("there is no schema for the kind"));
@@ -136,7 +137,7 @@ impl Call {
 
 /// Whether the stored bytes of a kind are not what its clients see.
 fn is_view(kind: &ResourceKind, custom: Option<&CustomKind>) -> bool {
-    events::is_view(kind) || custom.is_some_and(|custom| custom.has_versions)
+    views::is_view(kind) || custom.is_some_and(|custom| custom.has_versions)
 }
 
 /// The columns of a list.
@@ -225,8 +226,8 @@ impl Engine {
 
     /// The stored object of a kind in the form in which its clients know it.
     pub(crate) fn present(kind: &ResourceKind, mut object: Value) -> Value {
-        if events::is_view(kind) {
-            return events::to_view(object);
+        if views::is_view(kind) {
+            return views::to_view(kind, object);
         }
         if kinds::is_custom(kind) {
             object["apiVersion"] = kind.api_version().into();

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{parse_revision, strategy};
-use crate::{events, query::Query, status::Result};
+use crate::{query::Query, status::Result, views};
 
 /// Fields of a custom resource that selectors may name.
 pub(crate) fn selectable(custom: Option<&CustomKind>) -> &[String] {
@@ -39,9 +39,12 @@ impl Selection {
         let labels =
             LabelSelector::parse(query.get("labelSelector").unwrap_or_default()).map_err(bad)?;
         let text = query.get("fieldSelector").unwrap_or_default();
-        let fields = if events::is_view(kind) {
+        let fields = if views::is_view(kind) {
             // Objects are selected in the form in which they are stored.
-            FieldSelector::parse(&events::stored_fields(text), strategy::stored_kind(kind))
+            FieldSelector::parse(
+                &views::stored_fields(kind, text),
+                strategy::stored_kind(kind),
+            )
         } else {
             FieldSelector::parse_with(text, kind, selectable(custom))
         };
@@ -181,7 +184,7 @@ impl ListOptions {
                 ));
             }
             let token = read_token(token).ok_or_else(|| {
-                Status::bad_request("continue key is not valid: it was not made by this server")
+                Status::bad_request("invalid continue token: continue key is not valid: it was not made by this server")
             })?;
             let at = u64::try_from(token.rv).map_or(At::Newest, At::Exactly);
             let continued = at != At::Newest;

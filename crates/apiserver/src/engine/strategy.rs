@@ -6,7 +6,9 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::workloads;
-use crate::{events, services};
+use crate::{certificates, services};
+
+pub(crate) use crate::views::stored_kind;
 
 /// Fields of metadata that only the server sets.
 const SYSTEM_FIELDS: [&str; 5] = [
@@ -24,21 +26,14 @@ pub(crate) enum Part {
     Main,
     /// The status.
     Status,
+    /// The decision about a request for a certificate.
+    Approval,
     /// A namespace's finalizers.
     Finalize,
     /// A pod's ephemeral containers.
     Ephemeral,
     /// The resources of a pod's containers.
     Resize,
-}
-
-/// The kind under which objects are stored, validated and defaulted.
-pub(crate) fn stored_kind(kind: &'static ResourceKind) -> &'static ResourceKind {
-    if events::is_view(kind) {
-        kinds::by_resource("", "v1", "events").unwrap_or(kind)
-    } else {
-        kind
-    }
 }
 
 /// Whether the kind's objects have a status that only its subresource writes.
@@ -51,7 +46,12 @@ fn has_generation(kind: &ResourceKind) -> bool {
         || has_status(kind)
             && !matches!(
                 kind.kind,
-                "Namespace" | "Node" | "ResourceQuota" | "HorizontalPodAutoscaler" | "Service"
+                "Namespace"
+                    | "Node"
+                    | "ResourceQuota"
+                    | "HorizontalPodAutoscaler"
+                    | "Service"
+                    | "CertificateSigningRequest"
             )
 }
 
@@ -107,7 +107,13 @@ pub(crate) fn finish_create(kind: &ResourceKind, object: &mut Value) {
 }
 
 /// Takes over from the old object what the write may not change.
-pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, old: &Value) {
+pub(crate) fn prepare_update(
+    kind: &ResourceKind,
+    part: Part,
+    new: &mut Value,
+    old: &Value,
+    now: Timestamp,
+) {
     match part {
         Part::Main => {
             for field in SYSTEM_FIELDS {
@@ -116,6 +122,9 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
             meta::remove(new, "selfLink");
             if has_status(kind) {
                 restore_field(new, old, "status");
+            }
+            if certificates::is_request(kind) {
+                restore_field(new, old, "spec");
             }
             if kind.kind == "Namespace" {
                 restore_field(new, old, "spec");
@@ -130,7 +139,12 @@ pub(crate) fn prepare_update(kind: &ResourceKind, part: Part, new: &mut Value, o
                 meta::set(new, "generation", meta::generation(old) + 1);
             }
         }
-        Part::Status => keep_only(new, old, &["status"]),
+        Part::Status | Part::Approval => {
+            keep_only(new, old, &["status"]);
+            if certificates::is_request(kind) {
+                certificates::prepare_status(new, old, part == Part::Approval, now);
+            }
+        }
         Part::Finalize => keep_only(new, old, &["spec"]),
         Part::Ephemeral => {
             let list = new["spec"]["ephemeralContainers"].take();
@@ -291,7 +305,8 @@ mod tests {
             "status": {"phase": "Running"}});
         let mut new = json!({"metadata": {"name": "a", "uid": "2", "deletionTimestamp": "now"},
             "spec": {"x": 2}, "status": {"phase": "Failed"}});
-        prepare_update(kind("pods"), Part::Main, &mut new, &old);
+        let now = Timestamp::UNIX_EPOCH;
+        prepare_update(kind("pods"), Part::Main, &mut new, &old, now);
         assert_eq!(
             new["metadata"],
             json!({"name": "a", "uid": "1", "generation": 4})
@@ -299,7 +314,7 @@ mod tests {
         assert_eq!(new["status"]["phase"], "Running");
         let mut new =
             json!({"metadata": {"name": "a"}, "spec": {"x": 2}, "status": {"phase": "Failed"}});
-        prepare_update(kind("pods"), Part::Status, &mut new, &old);
+        prepare_update(kind("pods"), Part::Status, &mut new, &old, now);
         assert_eq!(new["spec"]["x"], 1);
         assert_eq!(new["metadata"]["generation"], 3);
         assert_eq!(new["status"]["phase"], "Failed");

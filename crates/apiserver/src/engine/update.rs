@@ -220,7 +220,12 @@ impl Engine {
             return Err(modified(call.kind, &call.info.name));
         }
         check_uid(call, meta::uid(&new), &old)?;
-        strategy::prepare_update(kind, part, &mut new, &old);
+        match part {
+            Part::Approval => self.check_signer(call, &old, "approve")?,
+            Part::Status => self.check_signer(call, &old, "sign")?,
+            _ => {}
+        }
+        strategy::prepare_update(kind, part, &mut new, &old, (self.clock)());
         if matches!(part, Part::Main | Part::Ephemeral | Part::Resize) {
             defaults::apply(kind, &mut new);
         }
@@ -252,7 +257,9 @@ impl Engine {
             Part::Main => validation::validate_update(kind, &new, &old),
             Part::Ephemeral => validation::validate_ephemeral_update(kind, &new, &old),
             Part::Resize => validation::validate_resize(kind, &new, &old),
-            Part::Status | Part::Finalize => validation::validate_status_update(kind, &new, &old),
+            Part::Status | Part::Approval | Part::Finalize => {
+                validation::validate_status_update(kind, &new, &old)
+            }
         };
         self.validate_custom(call, &new, Some(&old), &mut errors);
         if !errors.is_empty() {
@@ -269,7 +276,7 @@ impl Engine {
             _ => Allocation::default(),
         };
         let charge = match part {
-            Part::Status | Part::Finalize => Charge::default(),
+            Part::Status | Part::Approval | Part::Finalize => Charge::default(),
             _ => self.charge(call, &new, Some(&old))?,
         };
         if dry_run {

@@ -29,7 +29,7 @@ pub(super) const POD_NETWORK: &str = "hypernetes.io/network";
 const PER_SLICE: usize = 100;
 
 /// Name, protocol, number and application protocol of a port of pods.
-type PortKey = (String, String, i32, Option<String>);
+pub(super) type PortKey = (String, String, i32, Option<String>);
 /// Endpoints by the ports that they have.
 pub(super) type Groups = BTreeMap<Vec<PortKey>, Vec<Endpoint>>;
 

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::{
     cluster::{
         Cluster, Kind, autoscalers, deployments, name, namespace, pods, replica_sets,
-        stateful_sets, uid,
+        replication_controllers, stateful_sets, uid,
     },
     owned::{is_true, number, set_condition},
 };
@@ -201,6 +201,7 @@ async fn scale_of(
         ("apps", "Deployment") => Some(deployments()),
         ("apps", "ReplicaSet") => Some(replica_sets()),
         ("apps", "StatefulSet") => Some(stateful_sets()),
+        ("", "ReplicationController") => Some(replication_controllers()),
         (group, kind) => super::collector::kinds(cluster)
             .await?
             .into_iter()

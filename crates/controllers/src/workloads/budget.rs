@@ -13,7 +13,10 @@ use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    cluster::{Cluster, budgets, deployments, namespace, pods, replica_sets, stateful_sets},
+    cluster::{
+        Cluster, budgets, deployments, namespace, pods, replica_sets, replication_controllers,
+        stateful_sets,
+    },
     controller, of_namespace,
     owned::{amount, count, is_ready, number, phase, set_condition},
     replica_set::until,
@@ -121,6 +124,7 @@ async fn scale_of(
     let kind = match owner["kind"].as_str() {
         Some("ReplicaSet") => replica_sets(),
         Some("StatefulSet") => stateful_sets(),
+        Some("ReplicationController") => replication_controllers(),
         _ => return Ok(None),
     };
     let Some(set) = cluster.get(&kind, namespace, owner_name).await? else {

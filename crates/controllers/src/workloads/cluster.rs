@@ -6,11 +6,10 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hypernetes_apimachinery::meta;
-use jiff::Timestamp;
 use kube::Client;
 use serde_json::{Value, json};
 
-use super::autoscaler::Memory;
+use super::{autoscaler::Memory, recorder::Recorder};
 use crate::error::{ReconcileError, code};
 
 /// A kind, as paths name it.
@@ -77,6 +76,9 @@ pub(crate) fn pods() -> Kind {
 pub(crate) fn replica_sets() -> Kind {
     Kind::new("apps", "v1", "ReplicaSet", "replicasets")
 }
+pub(crate) fn replication_controllers() -> Kind {
+    Kind::new("", "v1", "ReplicationController", "replicationcontrollers")
+}
 pub(crate) fn deployments() -> Kind {
     Kind::new("apps", "v1", "Deployment", "deployments")
 }
@@ -120,7 +122,7 @@ pub(crate) fn nodes() -> Kind {
         ..Kind::new("", "v1", "Node", "nodes")
     }
 }
-fn events() -> Kind {
+pub(super) fn events() -> Kind {
     Kind::new("", "v1", "Event", "events")
 }
 
@@ -137,6 +139,7 @@ pub(crate) enum Propagation {
 pub(crate) struct Cluster {
     client: Client,
     memory: Mutex<Memory>,
+    recorder: Recorder,
 }
 
 impl Cluster {
@@ -144,6 +147,7 @@ impl Cluster {
         Self {
             client,
             memory: Mutex::default(),
+            recorder: Recorder::default(),
         }
     }
 
@@ -339,26 +343,11 @@ impl Cluster {
 
     /// Tells users what happened to an object. That it cannot be told stops nothing.
     pub(crate) async fn event(&self, object: &Value, kind: &str, reason: &str, message: &str) {
-        let namespace = match namespace(object) {
-            "" => "default",
-            namespace => namespace,
-        };
-        let now = meta::format_time(Timestamp::now());
-        let event = json!({
-            "apiVersion": "v1", "kind": "Event",
-            "metadata": {"generateName": format!("{}.", name(object)), "namespace": namespace},
-            "involvedObject": {
-                "apiVersion": object["apiVersion"], "kind": object["kind"],
-                "namespace": object["metadata"]["namespace"], "name": object["metadata"]["name"],
-                "uid": object["metadata"]["uid"],
-                "resourceVersion": object["metadata"]["resourceVersion"],
-            },
-            "type": kind, "reason": reason, "message": message, "count": 1,
-            "firstTimestamp": now, "lastTimestamp": now,
-            "source": {"component": "hypernetes-controllers"},
-            "reportingComponent": "hypernetes-controllers", "reportingInstance": "",
-        });
-        if let Err(error) = self.create(&events(), namespace, &event).await {
+        if let Err(error) = self
+            .recorder
+            .record(self, object, kind, reason, message)
+            .await
+        {
             tracing::debug!(error = %hypernetes_telemetry::chain(&error), "an event is lost");
         }
     }

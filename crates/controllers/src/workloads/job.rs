@@ -7,6 +7,7 @@
 mod count;
 mod failure;
 mod indexes;
+mod success;
 
 use hypernetes_apimachinery::meta;
 use jiff::{SignedDuration, Timestamp};
@@ -70,6 +71,17 @@ pub(super) async fn reconcile(cluster: &Cluster, job: Value) -> Result<Action, R
     let mut running = 0;
     if let Some((reason, message)) = failure::of(&job, &all, &count, now) {
         set_condition(&mut status, "FailureTarget", true, reason, &message, now);
+    } else if let Some(message) = success::met(&job, count.completed())
+        && !is_true(&status, "FailureTarget")
+    {
+        set_condition(
+            &mut status,
+            "SuccessCriteriaMet",
+            true,
+            "SuccessPolicy",
+            &message,
+            now,
+        );
     } else if count.is_enough(&job, active.len()) {
         let message = "Reached expected number of succeeded pods";
         set_condition(
@@ -181,8 +193,15 @@ async fn finish(cluster: &Cluster, job: &Value, status: &mut Value, now: Timesta
         set_condition(status, "Failed", true, &reason, &message, now);
         cluster.event(job, "Warning", &reason, &message).await;
     } else {
-        let message = "Reached expected number of succeeded pods";
-        set_condition(status, "Complete", true, "CompletionsReached", message, now);
+        // For the reason for which the rest of its pods were stopped.
+        let met = super::owned::condition(status, "SuccessCriteriaMet");
+        let text = |field: &str, otherwise: &str| {
+            let value = met.and_then(|met| met[field].as_str());
+            value.unwrap_or(otherwise).to_owned()
+        };
+        let reason = text("reason", "CompletionsReached");
+        let message = text("message", "Reached expected number of succeeded pods");
+        set_condition(status, "Complete", true, &reason, &message, now);
         status["completionTime"] = meta::format_time(now).into();
         cluster
             .event(job, "Normal", "Completed", "Job completed")

@@ -28,11 +28,9 @@ pub(crate) async fn claim(
     owner: &Value,
     kind: &Kind,
 ) -> Result<Vec<Value>, ReconcileError> {
-    let selector = LabelSelector::from_json(&owner["spec"]["selector"]).map_err(|error| {
-        ReconcileError::Invalid {
-            field: "spec.selector",
-            rule: error.to_string(),
-        }
+    let selector = LabelSelector::of_owner(owner).map_err(|error| ReconcileError::Invalid {
+        field: "spec.selector",
+        rule: error.to_string(),
     })?;
     let mut claimed = Vec::new();
     for object in cluster.list(kind, namespace(owner)).await? {
@@ -192,6 +190,11 @@ pub(crate) fn phase(pod: &Value) -> &str {
 /// Neither ended nor ending.
 pub(crate) fn is_active(pod: &Value) -> bool {
     !matches!(phase(pod), "Succeeded" | "Failed") && !meta::is_deleting(pod)
+}
+
+/// On its way to its end, which it has not reached.
+pub(crate) fn is_terminating(pod: &Value) -> bool {
+    !matches!(phase(pod), "Succeeded" | "Failed") && meta::is_deleting(pod)
 }
 
 fn ready_since(pod: &Value) -> Option<Timestamp> {

@@ -1,4 +1,4 @@
-//! ReplicaSet: as many pods as it says.
+//! ReplicaSet and ReplicationController: as many pods as they say.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use kube::runtime::controller::Action;
 use serde_json::{Value, json};
 
 use super::{
-    cluster::{Cluster, pods, replica_sets},
+    cluster::{Cluster, Kind, pods},
     owned::{
-        available, claim, count, create_pods, delete_pods, is_active, is_ready, number, pod_of,
-        remove_condition, set_condition, sort_for_deletion,
+        available, claim, count, create_pods, delete_pods, is_active, is_ready, is_terminating,
+        number, pod_of, remove_condition, set_condition, sort_for_deletion,
     },
 };
 use crate::error::ReconcileError;
@@ -19,7 +19,11 @@ use crate::error::ReconcileError;
 /// More are made at the next turn.
 const BURST: usize = 500;
 
-pub(super) async fn reconcile(cluster: &Cluster, set: Value) -> Result<Action, ReconcileError> {
+pub(super) async fn reconcile(
+    cluster: &Cluster,
+    kind: &Kind,
+    set: Value,
+) -> Result<Action, ReconcileError> {
     let claimed = claim(cluster, &set, &pods()).await?;
     let active: Vec<&Value> = claimed.iter().filter(|pod| is_active(pod)).collect();
     let wanted = usize::try_from(number(&set["spec"]["replicas"])).unwrap_or_default();
@@ -38,8 +42,13 @@ pub(super) async fn reconcile(cluster: &Cluster, set: Value) -> Result<Action, R
         }
     }
     let now = Timestamp::now();
-    let (status, next) = status(&set, &active, failure.as_ref(), now);
-    cluster.update_status(&replica_sets(), &set, status).await?;
+    let ending = claimed.iter().filter(|pod| is_terminating(pod)).count();
+    let (mut status, next) = status(&set, &active, failure.as_ref(), now);
+    if kind.group == "apps" {
+        // A deployment that recreates waits for this to be zero.
+        status["terminatingReplicas"] = count(ending).into();
+    }
+    cluster.update_status(kind, &set, status).await?;
     match (failure, next) {
         (Some(error), _) => Err(error),
         (None, Some(at)) => Ok(Action::requeue(until(at, now))),

@@ -32,6 +32,13 @@ pub(super) fn status(
             status[field] = value.into();
         }
     }
+    // Known as soon as every set has said it.
+    if sets
+        .all()
+        .all(|set| set["status"]["terminatingReplicas"].is_number())
+    {
+        status["terminatingReplicas"] = sum("terminatingReplicas").into();
+    }
     for field in ["collisionCount", "conditions"] {
         if !before[field].is_null() {
             status[field] = before[field].clone();

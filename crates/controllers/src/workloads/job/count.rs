@@ -118,6 +118,10 @@ impl Count {
         self.failed + self.failing.len()
     }
 
+    pub(super) fn completed(&self) -> &Indexes {
+        &self.completed
+    }
+
     pub(super) fn failed_indexes(&self) -> &Indexes {
         &self.given_up
     }

@@ -1,0 +1,307 @@
+//! Clients in other languages, and suites of clients that nobody here wrote, against the real daemon.
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is one module"
+)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "helpers of a test fail by panic and report by print"
+)]
+
+use std::{
+    collections::VecDeque,
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc::{Receiver, channel},
+    time::Duration,
+};
+
+use hypernetes_testkit::{
+    Daemon, DaemonOptions, Registry, can_run_pods, eventually, stdout, tool, workspace_root,
+};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(90);
+
+fn clients() -> PathBuf {
+    workspace_root().join("tests/clients")
+}
+
+/// What a suite's program printed, whether it has succeeded or not.
+fn report(command: &mut Command) -> (bool, String) {
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.push_str(&String::from_utf8_lossy(&output.stderr));
+    (output.status.success(), text)
+}
+
+// === Python ===
+
+/// Tests of the Python client that no server of this version can pass.
+const PYTHON_EXCLUDED: &[(&str, &str)] = &[
+    (
+        "test_cluster_custom_resources",
+        "defines its resource in apiextensions.k8s.io/v1beta1, which went with Kubernetes 1.22",
+    ),
+    (
+        "test_namespaced_custom_resources",
+        "defines its resource in apiextensions.k8s.io/v1beta1, which went with Kubernetes 1.22",
+    ),
+    (
+        "test_async_namespaced_custom_resources",
+        "defines its resource in apiextensions.k8s.io/v1beta1, which went with Kubernetes 1.22",
+    ),
+];
+
+#[test]
+fn the_python_client_passes_its_own_tests() {
+    if !can_run_pods() {
+        return;
+    }
+    let python = tool("python-clients").remove(0);
+    let daemon = Daemon::start(DaemonOptions::default());
+    let package = stdout(Command::new(&python).args([
+        "-c",
+        "import kubernetes, os; print(os.path.dirname(kubernetes.__file__))",
+    ]));
+    let mut command = Command::new(&python);
+    command
+        .args([
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "conftest",
+            "-q",
+            "--tb=short",
+        ])
+        .arg(Path::new(&package).join("dynamic/test_client.py"))
+        .env("PYTHONPATH", clients().join("python"))
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("KUBECONFIG", daemon.admin_kubeconfig())
+        .env("HOME", daemon.dir())
+        .current_dir(daemon.dir());
+    let mut selected = Vec::new();
+    for (name, why) in PYTHON_EXCLUDED {
+        println!("not run: {name}: {why}");
+        selected.push(format!("not {name}"));
+    }
+    command.args(["-k", &selected.join(" and ")]);
+    let (passed, text) = report(&mut command);
+    println!("{text}");
+    assert!(passed && text.contains("9 passed, 3 deselected"), "{text}");
+}
+
+// === JavaScript ===
+
+/// The informer of `tests/clients/node`, and what it has said.
+struct Informer {
+    child: Child,
+    stdin: ChildStdin,
+    said: Receiver<Value>,
+    waiting: VecDeque<Value>,
+}
+
+impl Informer {
+    fn start(namespace: &str, selector: &str, kubeconfig: &Path, daemon: &Daemon) -> Self {
+        let paths = tool("node-clients");
+        // Modules are looked for beside the program.
+        let program = daemon.dir().join("informer.mjs");
+        std::fs::copy(clients().join("node/informer.mjs"), &program).unwrap();
+        std::os::unix::fs::symlink(&paths[1], daemon.dir().join("node_modules")).unwrap();
+        let mut child = Command::new(&paths[0])
+            .arg(program)
+            .args([namespace, selector])
+            .env("KUBECONFIG", kubeconfig)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (out, said) = channel();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let Ok(value) = serde_json::from_str(&line) else {
+                    continue;
+                };
+                if out.send(value).is_err() {
+                    return;
+                }
+            }
+        });
+        let stdin = child.stdin.take().unwrap();
+        Self {
+            child,
+            stdin,
+            said,
+            waiting: VecDeque::new(),
+        }
+    }
+
+    /// The next line that is wanted; others are kept for later.
+    fn hear(&mut self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        if let Some(at) = self.waiting.iter().position(&wanted) {
+            return self.waiting.remove(at).unwrap();
+        }
+        loop {
+            let Ok(line) = self.said.recv_timeout(LIMIT) else {
+                panic!("{what}: not heard; there were {:?}", self.waiting);
+            };
+            if wanted(&line) {
+                return line;
+            }
+            self.waiting.push_back(line);
+        }
+    }
+
+    fn event(&mut self, event: &str, name: &str, value: &str) -> Value {
+        self.hear(&format!("{event} {name} {value}"), |line| {
+            line["event"] == event && line["name"] == name && line["value"] == value
+        })
+    }
+
+    fn command(&mut self, text: &str) {
+        writeln!(self.stdin, "{text}").unwrap();
+    }
+}
+
+impl Drop for Informer {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+#[test]
+fn an_informer_in_javascript_sees_everything_over_a_crash() {
+    if !can_run_pods() {
+        return;
+    }
+    let registry = Registry::start();
+    let mut daemon = Daemon::start(DaemonOptions::default());
+    let kubeconfig = daemon.tenant("acme", "10.90.0.0/24");
+    let k = |daemon: &Daemon, args: &[&str]| stdout(&mut daemon.kubectl_as(&kubeconfig, args));
+    k(
+        &daemon,
+        &[
+            "run",
+            "box",
+            &format!("--image={}", registry.image("busybox:1")),
+            "--",
+            "sleep",
+            "infinity",
+        ],
+    );
+    let put = |daemon: &Daemon, name: &str, value: &str| {
+        k(
+            daemon,
+            &[
+                "create",
+                "configmap",
+                name,
+                &format!("--from-literal=value={value}"),
+            ],
+        );
+        k(daemon, &["label", "configmap", name, "seen=yes"]);
+    };
+    let change = |daemon: &Daemon, name: &str, value: &str| {
+        let patch = format!(r#"{{"data":{{"value":"{value}"}}}}"#);
+        k(daemon, &["patch", "configmap", name, "-p", &patch]);
+    };
+    put(&daemon, "before", "1");
+    let mut informer = Informer::start("acme", "seen=yes", &kubeconfig, &daemon);
+    informer.event("add", "before", "1");
+    put(&daemon, "after", "1");
+    informer.event("add", "after", "1");
+    change(&daemon, "after", "2");
+    informer.event("update", "after", "2");
+    // What is not selected any more is gone for it.
+    k(&daemon, &["label", "configmap", "before", "seen-"]);
+    informer.hear("delete before", |line| {
+        line["event"] == "delete" && line["name"] == "before"
+    });
+
+    daemon.kill();
+    daemon.start_again();
+    change(&daemon, "after", "3");
+    informer.event("update", "after", "3");
+    put(&daemon, "later", "1");
+    informer.event("add", "later", "1");
+    k(&daemon, &["delete", "configmap", "after"]);
+    informer.hear("delete after", |line| {
+        line["event"] == "delete" && line["name"] == "after"
+    });
+
+    // Through a WebSocket, into a pod that has outlived the daemon.
+    k(
+        &daemon,
+        &["wait", "--for=condition=Ready", "pod/box", "--timeout=200s"],
+    );
+    informer.command("exec box through the socket");
+    let exec = informer.hear("exec", |line| line["event"] == "exec");
+    assert_eq!(
+        exec["out"],
+        "through the socketto stderr\n"
+            .strip_suffix("to stderr\n")
+            .unwrap(),
+        "{exec}"
+    );
+    assert_eq!(exec["status"], "Failure", "{exec}");
+    assert_eq!(exec["causes"][0]["message"], "3", "{exec}");
+    informer.command("stop");
+    eventually("the informer ends", LIMIT, || {
+        let ended = informer.child.try_wait().unwrap();
+        ended.map(|_| ()).ok_or_else(|| "it runs".to_owned())
+    });
+}
+
+// === the crates of kube ===
+
+/// Tests of the crates that do not hold here.
+const KUBE_EXCLUDED: &[(&str, &str)] = &[
+    (
+        "test::pod_can_exec_and_write_to_stdin_from_node_proxy",
+        "asks a kubelet's own port for an exec; the node agent has none",
+    ),
+    (
+        "events::test::event_recorder_attaches_events_without_namespace",
+        "asks for the ComponentStatus of a scheduler: deprecated with Kubernetes 1.19, and not served",
+    ),
+];
+
+#[test]
+fn the_kube_crates_pass_their_own_tests() {
+    if !can_run_pods() {
+        return;
+    }
+    let programs = tool("kube-tests");
+    let registry = Registry::start();
+    let daemon = Daemon::start(DaemonOptions::default());
+    daemon.wait_template();
+    let mut total = 0;
+    for program in programs {
+        let name = program.file_name().unwrap().to_string_lossy().into_owned();
+        let sources = program.parent().unwrap().parent().unwrap().join(&name);
+        let mut command = Command::new(&program);
+        // Some wait for a moment that their pod must have started in: not all at a time.
+        command
+            .args(["--ignored", "--test-threads=1"])
+            .current_dir(sources)
+            .env("KUBECONFIG", daemon.admin_kubeconfig())
+            .env("BUSYBOX", registry.image("busybox:1"))
+            .env("HOME", daemon.dir());
+        for (test, why) in KUBE_EXCLUDED {
+            println!("not run: {test}: {why}");
+            command.args(["--skip", test]);
+        }
+        let (passed, text) = report(&mut command);
+        println!("{name}:\n{text}");
+        assert!(passed, "{name}:\n{text}");
+        total += text.lines().filter(|line| line.ends_with("... ok")).count();
+    }
+    assert!(total >= 28, "{total} tests were run");
+}
