@@ -27,7 +27,7 @@ async fn a_pre_stop_hook_runs_once_though_a_deletion_comes_upon_a_kill() {
         }
         begun.fetch_add(1, Ordering::SeqCst);
         // It ends when the test says so.
-        drop(wait.lock().unwrap().recv());
+        let _released = wait.lock().unwrap().recv();
         (Vec::new(), Vec::new(), 0)
     });
     let spec = json!({"terminationGracePeriodSeconds": 60, "containers": [container(&json!({
