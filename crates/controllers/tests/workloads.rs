@@ -97,6 +97,8 @@ async fn a_deployment_rolls_out_scales_and_goes_back() {
     assert_eq!(scaled["status"]["selector"], "app=x");
     cluster.wait(&path, |d| is_rolled_out(d, 1)).await;
     cluster.wait_count(&pods(), 1).await;
+    let terminating = |d: &Value| d["status"]["terminatingReplicas"].as_i64().unwrap_or(0);
+    cluster.wait(&path, |d| terminating(d) == 0).await;
 
     // Nothing is written where nothing is to be done.
     let before = cluster.get(&path).await["metadata"]["resourceVersion"].clone();

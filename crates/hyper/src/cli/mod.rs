@@ -71,9 +71,10 @@ pub(crate) enum Command {
     },
     /// Multi-container applications from a compose file
     Compose(Compose),
-    /// The same as compose up
+    /// The same as compose up; down is the same as compose down
     Up(TopUp),
     /// The same as compose down
+    #[command(hide = true)]
     Down(TopDown),
     /// Volumes
     #[command(subcommand)]
@@ -84,9 +85,10 @@ pub(crate) enum Command {
     /// Clusters: contexts of the kubeconfig
     #[command(subcommand)]
     Context(ContextCommand),
-    /// Keep credentials of a registry in the namespace, for run and pull
+    /// Keep credentials of a registry in the namespace; logout forgets them
     Login(Login),
     /// Forget credentials of a registry
+    #[command(hide = true)]
     Logout(Logout),
     /// Versions of client and server
     Version(Format),
