@@ -12,6 +12,7 @@
 
 use std::{
     collections::VecDeque,
+    fs::File,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -20,7 +21,7 @@ use std::{
 };
 
 use hypernetes_testkit::{
-    Daemon, DaemonOptions, Registry, can_run_pods, eventually, stdout, tool, workspace_root,
+    Daemon, DaemonOptions, Registry, can_run_pods, eventually, run, stdout, tool, workspace_root,
 };
 use serde_json::Value;
 
@@ -94,6 +95,189 @@ fn the_python_client_passes_its_own_tests() {
     let (passed, text) = report(&mut command);
     println!("{text}");
     assert!(passed && text.contains("9 passed, 3 deselected"), "{text}");
+}
+
+/// The operator of `tests/clients/python` in a process of its own.
+struct Operator {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Operator {
+    fn start(python: &Path, daemon: &Daemon) -> Self {
+        let log = daemon.dir().join("operator.log");
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .unwrap();
+        let child = Command::new(python)
+            .args([
+                "-m",
+                "kopf",
+                "run",
+                "--namespace",
+                "default",
+                "--standalone",
+            ])
+            .arg(clients().join("python/operator_under_test.py"))
+            .env("KUBECONFIG", daemon.admin_kubeconfig())
+            .env("HOME", daemon.dir())
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().unwrap())
+            .stderr(file)
+            .spawn()
+            .unwrap();
+        Self { child, log }
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            println!(
+                "the operator's last lines:\n{}",
+                lines[lines.len().saturating_sub(30)..].join("\n")
+            );
+        }
+    }
+}
+
+fn greet(daemon: &Daemon, name: &str, whom: &str) {
+    let file = daemon.dir().join("greeting.yaml");
+    let text = format!(
+        "apiVersion: clients.example.org/v1\nkind: Greeting\nmetadata: {{name: {name}}}\nspec: {{whom: {whom}}}\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    run(daemon.kubectl(&["apply", "-f"]).arg(&file));
+}
+
+/// Waits until resource, status and what the operator has made of them agree.
+fn greeted(daemon: &Daemon, name: &str, text: &str) {
+    eventually(&format!("{name} is greeted"), LIMIT, || {
+        let status = daemon
+            .kubectl(&[
+                "get",
+                "greeting",
+                name,
+                "-o",
+                "jsonpath={.status.text} {.status.observedGeneration} {.metadata.generation}",
+            ])
+            .output()
+            .unwrap();
+        let map = daemon
+            .kubectl(&[
+                "get",
+                "configmap",
+                &format!("greeting-{name}"),
+                "-o",
+                "jsonpath={.data.text}",
+            ])
+            .output()
+            .unwrap();
+        let (status, map) = (
+            String::from_utf8_lossy(&status.stdout).into_owned(),
+            String::from_utf8_lossy(&map.stdout).into_owned(),
+        );
+        let whole = status.strip_prefix(text).is_some_and(|rest| {
+            let numbers: Vec<&str> = rest.split_whitespace().collect();
+            matches!(numbers.as_slice(), [seen, is] if seen == is)
+        });
+        if whole && map == text {
+            Ok(())
+        } else {
+            Err(format!("status {status:?}, map {map:?}"))
+        }
+    });
+}
+
+fn gone(daemon: &Daemon, what: &[&str]) {
+    eventually(&format!("{what:?} is gone"), LIMIT, || {
+        let found = stdout(
+            &mut daemon.kubectl(&[&["get", "--ignore-not-found", "-o", "name"], what].concat()),
+        );
+        if found.is_empty() { Ok(()) } else { Err(found) }
+    });
+}
+
+#[test]
+fn an_operator_in_python_loses_nothing_over_crashes() {
+    if !can_run_pods() {
+        return;
+    }
+    let python = tool("python-clients").remove(0);
+    let mut daemon = Daemon::start(DaemonOptions::default());
+    run(daemon
+        .kubectl(&["apply", "-f"])
+        .arg(clients().join("python/greetings.yaml")));
+    run(&mut daemon.kubectl(&[
+        "wait",
+        "--for=condition=Established",
+        "crd/greetings.clients.example.org",
+        "--timeout=30s",
+    ]));
+    let mut operator = Operator::start(&python, &daemon);
+    greet(&daemon, "one", "ann");
+    greeted(&daemon, "one", "hello ann");
+    let finalizers = stdout(&mut daemon.kubectl(&[
+        "get",
+        "greeting",
+        "one",
+        "-o",
+        "jsonpath={.metadata.finalizers}",
+    ]));
+    assert_eq!(finalizers, r#"["clients.example.org/operator"]"#);
+    let table = stdout(&mut daemon.kubectl(&["get", "gr", "one", "--no-headers"]));
+    assert_eq!(
+        table.split_whitespace().collect::<Vec<_>>(),
+        ["one", "ann", "hello", "ann"],
+        "{table}"
+    );
+
+    // The server is killed; the watch goes on where it was, and what is new comes.
+    daemon.kill();
+    daemon.start_again();
+    greet(&daemon, "two", "bob");
+    greet(&daemon, "one", "eve");
+    greeted(&daemon, "two", "hello bob");
+    greeted(&daemon, "one", "hello eve");
+
+    // Killed right after a write that it has acknowledged: the event is not lost.
+    greet(&daemon, "three", "joe");
+    daemon.kill();
+    daemon.start_again();
+    greeted(&daemon, "three", "hello joe");
+
+    // Deletions wait for the operator, also when both have been away.
+    operator.kill();
+    run(&mut daemon.kubectl(&["delete", "greeting", "one", "--wait=false"]));
+    greet(&daemon, "two", "max");
+    daemon.kill();
+    daemon.start_again();
+    let held = stdout(&mut daemon.kubectl(&[
+        "get",
+        "greeting",
+        "one",
+        "-o",
+        "jsonpath={.metadata.deletionTimestamp}",
+    ]));
+    assert!(!held.is_empty(), "the finalizer holds it");
+    let _second = Operator::start(&python, &daemon);
+    gone(&daemon, &["greeting", "one"]);
+    gone(&daemon, &["configmap", "greeting-one"]);
+    greeted(&daemon, "two", "hello max");
+    run(&mut daemon.kubectl(&["delete", "greeting", "--all", "--timeout=60s"]));
+    gone(&daemon, &["configmap", "greeting-two", "greeting-three"]);
 }
 
 // === JavaScript ===
