@@ -5,7 +5,6 @@
 )]
 #![allow(
     clippy::unwrap_used,
-    clippy::print_stdout,
     reason = "helpers of a test fail by panic and report by print"
 )]
 
@@ -33,25 +32,18 @@ fn a_chart_of_a_tenant() {
     let path = std::env::var("PATH").unwrap();
     let dir = daemon.dir().display().to_string();
     let chart = workspace_root().join("tests/clients/helm/chart");
-    let report = scenario.run(&BTreeMap::from([
-        ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
-        ("PATH".to_owned(), format!("{}:{path}", tools.display())),
-        ("HOME".to_owned(), dir.clone()),
-        ("HELM_CONFIG_HOME".to_owned(), format!("{dir}/helm/config")),
-        ("HELM_CACHE_HOME".to_owned(), format!("{dir}/helm/cache")),
-        ("HELM_DATA_HOME".to_owned(), format!("{dir}/helm/data")),
-        ("CHART".to_owned(), chart.display().to_string()),
-        ("WEB".to_owned(), registry.image("web:1")),
-        ("BOX".to_owned(), registry.image("busybox:1")),
-    ]));
-    println!(
-        "helm: {} of {} commands as expected",
-        report.passed,
-        scenario.len()
-    );
-    assert!(
-        report.failures.is_empty(),
-        "{}",
-        report.failures.join("\n\n")
+    scenario.must_pass(
+        20,
+        &BTreeMap::from([
+            ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
+            ("PATH".to_owned(), format!("{}:{path}", tools.display())),
+            ("HOME".to_owned(), dir.clone()),
+            ("HELM_CONFIG_HOME".to_owned(), format!("{dir}/helm/config")),
+            ("HELM_CACHE_HOME".to_owned(), format!("{dir}/helm/cache")),
+            ("HELM_DATA_HOME".to_owned(), format!("{dir}/helm/data")),
+            ("CHART".to_owned(), chart.display().to_string()),
+            ("WEB".to_owned(), registry.image("web:1")),
+            ("BOX".to_owned(), registry.image("busybox:1")),
+        ]),
     );
 }

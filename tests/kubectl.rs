@@ -5,7 +5,6 @@
 )]
 #![allow(
     clippy::unwrap_used,
-    clippy::print_stdout,
     reason = "helpers of a test fail by panic and report by print"
 )]
 
@@ -21,7 +20,6 @@ fn first_hour(version: &str) {
         return;
     }
     let scenario = Scenario::read(&workspace_root().join("tests/scenarios/first-hour.txt"));
-    assert!(scenario.len() >= 40, "{} commands", scenario.len());
     let registry = Registry::start();
     let daemon = Daemon::start(DaemonOptions::default());
     let kubeconfig = daemon.tenant("acme", "10.88.0.0/24");
@@ -30,23 +28,16 @@ fn first_hour(version: &str) {
     fs::create_dir(&tools).unwrap();
     symlink(kubectl(version), tools.join("kubectl")).unwrap();
     let path = std::env::var("PATH").unwrap();
-    let report = scenario.run(&BTreeMap::from([
-        ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
-        ("PATH".to_owned(), format!("{}:{path}", tools.display())),
-        ("HOME".to_owned(), daemon.dir().display().to_string()),
-        ("WEB".to_owned(), registry.image("web:1")),
-        ("BOX".to_owned(), registry.image("busybox:1")),
-        ("REGISTRY".to_owned(), registry.address().to_owned()),
-    ]));
-    println!(
-        "kubectl {version}: {} of {} commands as expected",
-        report.passed,
-        scenario.len()
-    );
-    assert!(
-        report.failures.is_empty(),
-        "{}",
-        report.failures.join("\n\n")
+    scenario.must_pass(
+        40,
+        &BTreeMap::from([
+            ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
+            ("PATH".to_owned(), format!("{}:{path}", tools.display())),
+            ("HOME".to_owned(), daemon.dir().display().to_string()),
+            ("WEB".to_owned(), registry.image("web:1")),
+            ("BOX".to_owned(), registry.image("busybox:1")),
+            ("REGISTRY".to_owned(), registry.address().to_owned()),
+        ]),
     );
 }
 

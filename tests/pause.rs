@@ -5,7 +5,6 @@
 )]
 #![allow(
     clippy::unwrap_used,
-    clippy::print_stdout,
     reason = "helpers of a test fail by panic and report by print"
 )]
 
@@ -22,7 +21,6 @@ fn containers_stand_still() {
         return;
     }
     let scenario = Scenario::read(&workspace_root().join("tests/scenarios/pause.txt"));
-    assert!(scenario.len() >= 16, "{} commands", scenario.len());
     let registry = Registry::start();
     let daemon = Daemon::start(DaemonOptions::default());
     let kubeconfig = daemon.tenant("acme", "10.98.0.0/24");
@@ -31,22 +29,15 @@ fn containers_stand_still() {
     symlink(kubectl(KUBECTL_VERSIONS[0]), tools.join("kubectl")).unwrap();
     symlink(release_dir().join("hyper"), tools.join("hyper")).unwrap();
     let path = std::env::var("PATH").unwrap();
-    let report = scenario.run(&BTreeMap::from([
-        ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
-        ("PATH".to_owned(), format!("{}:{path}", tools.display())),
-        ("HOME".to_owned(), daemon.dir().display().to_string()),
-        ("WORK".to_owned(), daemon.dir().display().to_string()),
-        ("BOX".to_owned(), registry.image("busybox:1")),
-        ("NO_COLOR".to_owned(), "1".to_owned()),
-    ]));
-    println!(
-        "{} of {} commands as expected",
-        report.passed,
-        scenario.len()
-    );
-    assert!(
-        report.failures.is_empty(),
-        "{}",
-        report.failures.join("\n\n")
+    scenario.must_pass(
+        16,
+        &BTreeMap::from([
+            ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
+            ("PATH".to_owned(), format!("{}:{path}", tools.display())),
+            ("HOME".to_owned(), daemon.dir().display().to_string()),
+            ("WORK".to_owned(), daemon.dir().display().to_string()),
+            ("BOX".to_owned(), registry.image("busybox:1")),
+            ("NO_COLOR".to_owned(), "1".to_owned()),
+        ]),
     );
 }

@@ -6,6 +6,7 @@
     clippy::panic,
     clippy::unwrap_used,
     clippy::print_stderr,
+    clippy::print_stdout,
     clippy::disallowed_methods,
     reason = "test code: failures panic, and waiting for another process means looking again"
 )]

@@ -78,6 +78,27 @@ impl Scenario {
         self.steps.is_empty()
     }
 
+    /// Runs all commands, of which there are `at_least` so many, and fails the test with what was not as
+    /// expected.
+    ///
+    /// # Panics
+    /// If there are fewer, or one is not as expected.
+    pub fn must_pass(&self, at_least: usize, vars: &BTreeMap<String, String>) {
+        assert!(self.len() >= at_least, "{} commands", self.len());
+        let report = self.run(vars);
+        println!(
+            "{}: {} of {} commands as expected",
+            self.name,
+            report.passed,
+            self.len()
+        );
+        assert!(
+            report.failures.is_empty(),
+            "{}",
+            report.failures.join("\n\n")
+        );
+    }
+
     /// Runs all commands in order with `vars` in the environment.
     pub fn run(&self, vars: &BTreeMap<String, String>) -> ScenarioReport {
         let mut report = ScenarioReport {
