@@ -119,7 +119,7 @@ pub(crate) async fn measure() -> Result<Value> {
 }
 
 /// Runs `total` requests over all clients; rate and latency of each in milliseconds.
-async fn load(
+pub(crate) async fn load(
     endpoint: &Arc<Endpoint>,
     total: usize,
     request: impl Fn(usize) -> (&'static str, String, Option<String>) + Send + Sync + 'static,

@@ -2,21 +2,25 @@
 
 use std::{path::Path, sync::Arc};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Full};
-use hyper::{Request, client::conn::http1::SendRequest};
-use hyper_util::rt::TokioIo;
+use hyper::{
+    Request,
+    body::Incoming,
+    client::conn::{http1::SendRequest, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// A server and who we are to it.
 pub(crate) struct Endpoint {
     address: String,
-    tls: TlsConnector,
+    tls: Arc<ClientConfig>,
 }
 
 /// One connection.
@@ -58,11 +62,31 @@ impl Endpoint {
             .to_owned();
         Ok(Self {
             address,
-            tls: TlsConnector::from(Arc::new(tls)),
+            tls: Arc::new(tls),
         })
     }
 
     pub(crate) async fn connect(&self) -> Result<Connection> {
+        let stream = self.stream(b"http/1.1").await?;
+        let (sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(Connection { sender })
+    }
+
+    /// A connection of HTTP/2.
+    pub(crate) async fn connect_multiplexed(&self) -> Result<Multiplexed> {
+        let stream = self.stream(b"h2").await?;
+        let (sender, connection) =
+            http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await?;
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(Multiplexed {
+            sender,
+            authority: self.address.clone(),
+        })
+    }
+
+    async fn stream(&self, protocol: &[u8]) -> Result<TlsStream<TcpStream>> {
         let tcp = TcpStream::connect(&self.address).await?;
         tcp.set_nodelay(true)?;
         let host = self
@@ -70,11 +94,66 @@ impl Endpoint {
             .rsplit_once(':')
             .map_or(self.address.as_str(), |(host, _)| host);
         let name = ServerName::try_from(host.to_owned())?;
-        let stream = self.tls.connect(name, tcp).await?;
-        let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(async move { drop(connection.await) });
-        Ok(Connection { sender })
+        let mut tls = ClientConfig::clone(&self.tls);
+        tls.alpn_protocols = vec![protocol.to_vec()];
+        Ok(TlsConnector::from(Arc::new(tls)).connect(name, tcp).await?)
+    }
+}
+
+/// A connection that carries many requests at once.
+pub(crate) struct Multiplexed {
+    sender: http2::SendRequest<Full<Bytes>>,
+    authority: String,
+}
+
+impl Multiplexed {
+    /// Opens a watch; it lasts as long as what is returned.
+    pub(crate) async fn watch(&self, path: &str) -> Result<Incoming> {
+        let mut sender = self.sender.clone();
+        sender.ready().await?;
+        let request = Request::get(format!("https://{}{path}", self.authority))
+            .header("accept", "application/json")
+            .body(Full::default())?;
+        let response = sender.send_request(request).await?;
+        ensure!(
+            response.status().is_success(),
+            "watch: {}",
+            response.status()
+        );
+        Ok(response.into_body())
+    }
+}
+
+/// A watch on a connection of its own.
+pub(crate) struct Watch {
+    body: Incoming,
+    pending: BytesMut,
+    _connection: Connection,
+}
+
+impl Watch {
+    pub(crate) async fn open(mut connection: Connection, path: &str) -> Result<Self> {
+        let body = connection.send("GET", path, None).await?;
+        Ok(Self {
+            body,
+            pending: BytesMut::new(),
+            _connection: connection,
+        })
+    }
+
+    /// The next event's line; `None` at the end.
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>> {
+        loop {
+            if let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
+                return Ok(Some(self.pending.split_to(end + 1).freeze()));
+            }
+            let Some(frame) = self.body.frame().await else {
+                return Ok(None);
+            };
+            if let Ok(data) = frame?.into_data() {
+                self.pending.extend_from_slice(&data);
+            }
+        }
     }
 }
 
@@ -86,6 +165,11 @@ impl Connection {
         path: &str,
         body: Option<String>,
     ) -> Result<Bytes> {
+        let body = self.send(method, path, body).await?;
+        Ok(body.collect().await?.to_bytes())
+    }
+
+    async fn send(&mut self, method: &str, path: &str, body: Option<String>) -> Result<Incoming> {
         self.sender.ready().await?;
         let request = Request::builder()
             .method(method)
@@ -96,8 +180,9 @@ impl Connection {
             .body(Full::from(body.unwrap_or_default()))?;
         let response = self.sender.send_request(request).await?;
         let status = response.status();
-        let body = response.into_body().collect().await?.to_bytes();
+        let body = response.into_body();
         if !status.is_success() {
+            let body = body.collect().await?.to_bytes();
             bail!(
                 "{method} {path}: {status}: {}",
                 String::from_utf8_lossy(&body)

@@ -2,7 +2,8 @@
 //!
 //! `start`: request → first byte of a container's output, beside the bare boot of the same kernel in
 //! the same VMM. `memory`: host memory a pod, beside that bare VMM. `api`: rates and latencies of the
-//! API server and what it holds in memory. `runtime`: the runtime interface beside containerd with
+//! API server and what it holds in memory. `scale`: the same with 10,000 pods, 1,000 watchers, and its start
+//! with 50,000 objects. `runtime`: the runtime interface beside containerd with
 //! runc. `network`: throughput between pods, beside a veth pair. Raw samples go to a JSON file.
 #![forbid(unsafe_code)]
 #![allow(
@@ -18,6 +19,7 @@ mod client;
 mod memory;
 mod network;
 mod runtime;
+mod scale;
 mod start;
 mod stats;
 
@@ -36,6 +38,8 @@ enum What {
     Memory,
     /// The API server
     Api,
+    /// The API server with 10,000 pods and 1,000 watchers
+    Scale,
     /// The runtime interface, beside containerd and runc
     Runtime,
     /// Throughput between pods, beside a veth pair
@@ -67,6 +71,7 @@ fn main() -> Result<()> {
         What::Start,
         What::Memory,
         What::Api,
+        What::Scale,
         What::Runtime,
         What::Network,
     ];
@@ -86,6 +91,7 @@ fn main() -> Result<()> {
             What::Start => ("start", runtime.block_on(start::measure(options.starts))?),
             What::Memory => ("memory", runtime.block_on(memory::measure())?),
             What::Api => ("api", runtime.block_on(api::measure())?),
+            What::Scale => ("scale", runtime.block_on(scale::measure())?),
             What::Network => ("network", runtime.block_on(network::measure())?),
             What::Runtime => (
                 "runtime",
