@@ -4,13 +4,12 @@
 use std::collections::BTreeSet;
 
 use http::Response;
-use hypernetes_apimachinery::{ResourceKind, Status, kinds, table};
+use hypernetes_apimachinery::{ResourceKind, Status, kinds};
 use serde_json::{Value, json};
 
 use crate::{
-    body::{self, ApiBody},
-    engine::{Call, Engine, ListOptions},
-    negotiate::{self, View},
+    body::ApiBody,
+    engine::{Call, Engine},
     status::Result,
 };
 
@@ -29,27 +28,8 @@ pub(crate) fn serve(engine: &Engine, call: &Call) -> Result<Response<ApiBody>> {
             engine.one(call, 200, found.ok_or_else(|| call.not_found())?)
         }
         "list" => {
-            let view = negotiate::view(&call.headers, &call.query)?;
-            let options = ListOptions::parse(&call.query, call.kind, None)?;
-            let objects: Vec<&Value> = all
-                .iter()
-                .filter(|object| options.selection.matches(object))
-                .collect();
             let metadata = json!({"resourceVersion": engine.store.revision().to_string()});
-            let value = match view {
-                View::Object => json!({
-                    "kind": call.kind.list_kind(),
-                    "apiVersion": call.kind.api_version(),
-                    "metadata": metadata,
-                    "items": objects,
-                }),
-                View::Metadata => table::partial_object_metadata_list(&objects, &metadata),
-                View::Table(include) => {
-                    let now = (engine.clock)();
-                    table::table(call.kind, &objects, include, &metadata, true, now)
-                }
-            };
-            Ok(body::json_value(200, &value))
+            engine.computed(call, &all, &metadata)
         }
         _ => Err(Status::method_not_allowed()),
     }

@@ -2,15 +2,14 @@
 //! there and the latest figures of the node.
 
 use http::Response;
-use hypernetes_apimachinery::{Status, kinds, table, usage};
+use hypernetes_apimachinery::{Status, kinds, usage};
 use serde_json::{Value, json};
 
 use crate::{
-    body::{self, ApiBody},
+    body::ApiBody,
     codec,
-    engine::{Call, Engine, ListOptions},
+    engine::{Call, Engine},
     keys,
-    negotiate::{self, View},
     status::Result,
 };
 
@@ -37,8 +36,6 @@ pub(crate) fn serve(engine: &Engine, call: &Call) -> Result<Response<ApiBody>> {
             engine.one(call, 200, &found.ok_or_else(|| call.not_found())?)
         }
         "list" => {
-            let view = negotiate::view(&call.headers, &call.query)?;
-            let options = ListOptions::parse(&call.query, call.kind, None)?;
             let prefix = keys::prefix(of, &info.namespace);
             let page = engine
                 .store
@@ -48,24 +45,8 @@ pub(crate) fn serve(engine: &Engine, call: &Call) -> Result<Response<ApiBody>> {
                 .entries
                 .iter()
                 .filter_map(|entry| metrics(&codec::decode(&entry.value)))
-                .filter(|object| options.selection.matches(object))
                 .collect();
-            let objects: Vec<&Value> = found.iter().collect();
-            let metadata = json!({});
-            let value = match view {
-                View::Object => json!({
-                    "kind": call.kind.list_kind(),
-                    "apiVersion": call.kind.api_version(),
-                    "metadata": metadata,
-                    "items": objects,
-                }),
-                View::Metadata => table::partial_object_metadata_list(&objects, &metadata),
-                View::Table(include) => {
-                    let now = (engine.clock)();
-                    table::table(call.kind, &objects, include, &metadata, true, now)
-                }
-            };
-            Ok(body::json_value(200, &value))
+            engine.computed(call, &found, &json!({}))
         }
         _ => Err(Status::method_not_allowed()),
     }

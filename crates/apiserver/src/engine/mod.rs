@@ -37,7 +37,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use decode::{Expected, body as decode_body};
 pub(crate) use delete::{DeleteOptions, Deleted};
-pub(crate) use options::{ListOptions, selectable};
+pub(crate) use options::selectable;
 pub(crate) use strategy::Part;
 
 use crate::{

@@ -51,6 +51,33 @@ impl Engine {
         Ok(body::json_value(code, &value))
     }
 
+    /// A list of objects that are computed and not stored, in the view that was asked for; those that the
+    /// request's selectors leave out are not in it.
+    pub(crate) fn computed(
+        &self,
+        call: &Call,
+        objects: &[Value],
+        metadata: &Value,
+    ) -> Result<Response<ApiBody>> {
+        let view = negotiate::view(&call.headers, &call.query)?;
+        let options = ListOptions::parse(&call.query, call.kind, None)?;
+        let objects: Vec<&Value> = objects
+            .iter()
+            .filter(|object| options.selection.matches(object))
+            .collect();
+        let value = match view {
+            View::Object => json!({
+                "kind": call.kind.list_kind(),
+                "apiVersion": call.kind.api_version(),
+                "metadata": metadata,
+                "items": objects,
+            }),
+            View::Metadata => table::partial_object_metadata_list(&objects, metadata),
+            View::Table(include) => self.table(call, &objects, include, metadata),
+        };
+        Ok(body::json_value(200, &value))
+    }
+
     fn table(
         &self,
         call: &Call,
