@@ -98,7 +98,10 @@ pub(crate) async fn measure() -> Result<Value> {
     })
     .await??;
     let objects = PODS + OTHERS + MORE;
-    println!("start to /readyz with {objects} objects: {}", full.line("s"));
+    println!(
+        "start to /readyz with {objects} objects: {}",
+        full.line("s")
+    );
     let after_start = rss_kib(daemon.pid()).context("the daemon runs")?;
     println!("resident memory then: {} MiB", after_start / 1024);
     tokio::task::spawn_blocking(move || drop(daemon)).await?;

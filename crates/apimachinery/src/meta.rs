@@ -471,6 +471,24 @@ pub fn check_name(rule: NameRule, name: &str) -> Vec<String> {
     }
 }
 
+/// Removes the lists and maps of the metadata that have nothing in them, which Kubernetes' types leave out.
+pub fn drop_empty(object: &mut Value) {
+    let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) else {
+        return;
+    };
+    for field in ["labels", "annotations", "finalizers", "ownerReferences"] {
+        let nothing = match metadata.get(field) {
+            Some(Value::Array(items)) => items.is_empty(),
+            Some(Value::Object(entries)) => entries.is_empty(),
+            Some(Value::Null) => true,
+            _ => false,
+        };
+        if nothing {
+            metadata.remove(field);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -541,6 +559,16 @@ mod tests {
         assert_eq!(rules::qualified_name("a/b/c").len(), 1);
         assert!(rules::label_value("").is_empty());
         assert!(!rules::label_value("-x").is_empty());
+    }
+
+    #[test]
+    fn empty_lists_and_maps_of_the_metadata_go() {
+        let mut object = serde_json::json!({"metadata": {
+            "name": "a", "labels": {}, "annotations": {"k": "v"}, "finalizers": [], "ownerReferences": null,
+        }});
+        drop_empty(&mut object);
+        let wanted = serde_json::json!({"metadata": {"name": "a", "annotations": {"k": "v"}}});
+        assert_eq!(object, wanted);
     }
 
     #[test]

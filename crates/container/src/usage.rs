@@ -137,7 +137,7 @@ pub fn of(cgroup: &Cgroup, first: i32) -> Detail {
 }
 
 /// All descriptors of these processes, and those that are sockets.
-fn descriptors(processes: &[i32]) -> (u64, u64) {
+pub fn descriptors(processes: &[i32]) -> (u64, u64) {
     let (mut all, mut sockets) = (0, 0);
     for pid in processes.iter().take(MAX_PROCESSES) {
         let entries = fs::read_dir(format!("/proc/{pid}/fd"))
@@ -156,7 +156,7 @@ fn descriptors(processes: &[i32]) -> (u64, u64) {
 }
 
 /// The soft limit in /proc/PID/limits.
-fn open_files(limits: &str) -> u64 {
+pub fn open_files(limits: &str) -> u64 {
     let line = limits
         .lines()
         .find_map(|line| line.strip_prefix("Max open files"));
@@ -186,7 +186,7 @@ fn huge_pages(cgroup: &Cgroup) -> Vec<HugePages> {
 }
 
 /// Lines of io.stat: `8:0 rbytes=1 wbytes=2 rios=3 wios=4 …`.
-fn devices(text: &str, name: impl Fn(u32, u32) -> Option<String>) -> Vec<Device> {
+pub fn devices(text: &str, name: impl Fn(u32, u32) -> Option<String>) -> Vec<Device> {
     let line = |line: &str| {
         let (number, counts) = line.split_once(' ')?;
         let (major, minor) = number.split_once(':')?;
@@ -211,13 +211,14 @@ fn devices(text: &str, name: impl Fn(u32, u32) -> Option<String>) -> Vec<Device>
     text.lines().filter_map(line).take(MAX_DEVICES).collect()
 }
 
-fn device_name(major: u32, minor: u32) -> Option<String> {
+/// The name of a block device in `/dev`.
+pub fn device_name(major: u32, minor: u32) -> Option<String> {
     let link = fs::read_link(format!("/sys/dev/block/{major}:{minor}")).ok()?;
     Some(link.file_name()?.to_str()?.to_owned())
 }
 
 /// Files with lines `some avg10=0.00 … total=12`, in microseconds.
-fn pressure(read: impl Fn(&str) -> String) -> Option<Pressure> {
+pub fn pressure(read: impl Fn(&str) -> String) -> Option<Pressure> {
     let of = |kind: &str| {
         let text = read(kind);
         let total = |who: &str| {

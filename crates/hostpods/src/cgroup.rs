@@ -56,7 +56,7 @@ impl Hierarchies {
     }
 
     /// Directory of a group in the hierarchy that has this controller, and whether that is version 2.
-    fn of(&self, controller: &str, group: &str) -> Option<(PathBuf, bool)> {
+    pub(crate) fn of(&self, controller: &str, group: &str) -> Option<(PathBuf, bool)> {
         let group = plain(group)?;
         let has = |hierarchy: &&Hierarchy| hierarchy.controllers.iter().any(|c| c == controller);
         let found = self.0.iter().find(has)?;
@@ -130,7 +130,7 @@ impl Hierarchies {
     }
 
     /// Processes in a group and below it.
-    fn pids(&self, group: &str) -> BTreeSet<i32> {
+    pub(crate) fn pids(&self, group: &str) -> BTreeSet<i32> {
         let mut pids = BTreeSet::new();
         if let Some(path) = plain(group) {
             for hierarchy in &self.0 {
@@ -250,7 +250,7 @@ impl Hierarchies {
 }
 
 /// The number behind a name, one pair a line.
-fn field(text: &str, name: &str) -> u64 {
+pub(crate) fn field(text: &str, name: &str) -> u64 {
     let value = |line: &str| {
         line.strip_prefix(name)?
             .strip_prefix(' ')?

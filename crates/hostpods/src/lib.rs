@@ -21,6 +21,7 @@ mod attach;
 mod cgroup;
 mod config;
 mod container;
+mod detail;
 mod devices;
 mod exec;
 mod forward;

@@ -27,7 +27,7 @@ pub(crate) async fn of_sandbox(
         .iter()
         .map(|container| container.record())
         .filter(|record| record.phase == ContainerPhase::Running)
-        .map(|record| (record.id, record.cgroup))
+        .map(|record| (inner.bundle(&record.id), record.id, record.cgroup))
         .collect();
     let netns = record.netns();
     blocking("measure a sandbox", move || {
@@ -45,7 +45,11 @@ pub(crate) async fn of_sandbox(
             interfaces: interfaces(&traffic),
             containers: running
                 .iter()
-                .map(|(id, group)| cgroups.stats(id, group))
+                .map(|(bundle, id, group)| {
+                    let mut stats = cgroups.stats(id, group);
+                    stats.detail = Some(Box::new(cgroups.detail(group, bundle)));
+                    stats
+                })
                 .collect(),
         })
     })

@@ -315,8 +315,10 @@ impl Engine {
 }
 
 impl Engine {
-    /// Fills in the defaults of a custom resource, in the version in which it is stored.
+    /// Brings an object into the form in which it is stored: for a custom resource with its defaults, in the
+    /// stored version.
     pub(super) fn complete(&self, call: &Call, object: &mut Value) {
+        meta::drop_empty(object);
         if let Some(custom) = &call.custom {
             custom.complete(object);
             object["apiVersion"] = custom.stored_as.as_str().into();
