@@ -53,7 +53,7 @@ fn run(version: &str, names: &[&str], least: usize) {
 fn the_width_with_the_older_kubectl() {
     run(
         KUBECTL_VERSIONS[0],
-        &["objects", "generators", "reading", "custom"],
+        &["objects", "generators", "reading", "custom", "endpoints"],
         200,
     );
 }
@@ -62,7 +62,7 @@ fn the_width_with_the_older_kubectl() {
 fn the_width_with_the_newer_kubectl() {
     run(
         KUBECTL_VERSIONS[1],
-        &["objects", "generators", "reading", "custom"],
+        &["objects", "generators", "reading", "custom", "endpoints"],
         200,
     );
 }

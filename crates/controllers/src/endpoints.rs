@@ -1,4 +1,5 @@
-//! EndpointSlices of Services, from their pods, and Endpoints for who does not know slices.
+//! EndpointSlices of Services, from their pods, and Endpoints for who does not know slices; for services that
+//! select no pods, EndpointSlices from the Endpoints that somebody has written.
 //!
 //! Watches services, pods and slices, and brings the slices of each service that something has
 //! happened to up to date, one after the other. What the slices shall be is planned in
@@ -32,7 +33,7 @@ use crate::{
     error::{ReconcileError, code},
     mirror::{Key, Mirror},
 };
-use plan::{MANAGED_BY, MANAGER, SERVICE_NAME, Step};
+use plan::{MANAGED_BY, MANAGER, MIRRORING, SERVICE_NAME, Step};
 
 /// How long after a change others may come that are dealt with together.
 const GATHER: Duration = Duration::from_millis(20);
@@ -60,11 +61,10 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
     let mut pods: Watch<Pod> = watcher(Api::all(client.clone()), any.clone())
         .default_backoff()
         .boxed();
-    let label = format!("{}={}", mirrored::MANAGED_BY, mirrored::MANAGER);
-    let mut mirror: Watch<Mirrored> = watcher(Api::all(client.clone()), any.clone().labels(&label))
+    let mut mirror: Watch<Mirrored> = watcher(Api::all(client.clone()), any.clone())
         .default_backoff()
         .boxed();
-    let ours = any.labels(&format!("{MANAGED_BY}={MANAGER}"));
+    let ours = any.labels(&format!("{MANAGED_BY} in ({MANAGER},{MIRRORING})"));
     let mut slices: Watch<EndpointSlice> = watcher(Api::all(client.clone()), ours)
         .default_backoff()
         .boxed();
@@ -200,6 +200,19 @@ impl Endpoints {
         let steps = match self.services.get(key).cloned() {
             None => existing.iter().map(|slice| Step::delete(slice)).collect(),
             Some(service) if service.metadata.deletion_timestamp.is_some() => return Ok(()),
+            Some(service) if !plan::selects(&service) => {
+                let of_written: Vec<_> = existing
+                    .into_iter()
+                    .filter(|slice| manager_of(slice) == Some(MIRRORING))
+                    .collect();
+                let object = self.mirrored.get(key);
+                match object.and_then(|object| mirrored::written(object)) {
+                    Some(groups) if !plan::is_external(&service) => {
+                        plan::steps(&service, &groups, &of_written)
+                    }
+                    _ => of_written.iter().map(|slice| Step::delete(slice)).collect(),
+                }
+            }
             Some(service) => {
                 let network = self.network(namespace).await?;
                 let pods: Vec<_> = self
@@ -236,6 +249,8 @@ impl Endpoints {
         let params = PostParams::default();
         match (self.mirrored.get(key).cloned(), wanted) {
             (None, None) => {}
+            // Somebody's own, which stays.
+            (Some(old), _) if !mirrored::is_ours(&old) => {}
             (Some(_), None) => match api.delete(name, &DeleteParams::default()).await {
                 Ok(_) => {
                     self.mirrored.remove(key.clone());
@@ -259,7 +274,7 @@ impl Endpoints {
                 Ok(made) => {
                     self.mirrored.put(made);
                 }
-                // Somebody's own, which stays; or the namespace ends.
+                // It has come meanwhile, or the namespace ends.
                 Err(error) if matches!(code(&error), Some(403 | 404 | 409)) => {}
                 Err(error) => return Err(failed("create")(error)),
             },
@@ -326,6 +341,11 @@ fn is_on(pod: &Pod, network: &str) -> bool {
     annotations
         .and_then(|map| map.get(plan::POD_NETWORK))
         .is_none_or(|name| name == network)
+}
+
+fn manager_of(slice: &EndpointSlice) -> Option<&str> {
+    let labels = slice.metadata.labels.as_ref()?;
+    labels.get(MANAGED_BY).map(String::as_str)
 }
 
 fn service_of(slice: &EndpointSlice) -> Option<String> {

@@ -1,10 +1,11 @@
-//! The Endpoints of a service, from which older clients read what its slices say.
+//! Endpoints: of a service that selects pods, what older clients read of its slices; of one that does
+//! not, what its slices are made from.
 
 use k8s_openapi::api::{
     core::v1::{
         EndpointAddress, EndpointPort as Port, EndpointSubset, Endpoints, ObjectReference, Service,
     },
-    discovery::v1::Endpoint,
+    discovery::v1::{Endpoint, EndpointConditions},
 };
 use kube::api::ObjectMeta;
 
@@ -16,8 +17,65 @@ pub(super) const MANAGER: &str = "endpoint-controller";
 const HEADLESS: &str = "service.kubernetes.io/headless";
 /// Says that there are more endpoints than are shown.
 const OVER_CAPACITY: &str = "endpoints.kubernetes.io/over-capacity";
-/// As many addresses as one object has.
+/// As many addresses as one object has; of each subset as many are taken over.
 const MOST: usize = 1000;
+/// Says that an object is not to be taken over.
+const SKIP: &str = "endpointslice.kubernetes.io/skip-mirror";
+/// Such objects are locks.
+const LEADER: &str = "control-plane.alpha.kubernetes.io/leader";
+
+/// Whether the object is written here.
+pub(super) fn is_ours(object: &Endpoints) -> bool {
+    let labels = object.metadata.labels.as_ref();
+    labels.is_some_and(|labels| labels.get(MANAGED_BY).is_some_and(|by| by == MANAGER))
+}
+
+/// The endpoints that somebody has written for a service; `None`: they are not to be taken over.
+pub(super) fn written(object: &Endpoints) -> Option<Groups> {
+    let meta = &object.metadata;
+    let skipped = (meta.labels.as_ref())
+        .is_some_and(|labels| labels.get(SKIP).is_some_and(|skip| skip == "true"));
+    let lock = (meta.annotations.as_ref()).is_some_and(|notes| notes.contains_key(LEADER));
+    if is_ours(object) || skipped || lock || meta.deletion_timestamp.is_some() {
+        return None;
+    }
+    let mut groups = Groups::new();
+    for subset in object.subsets.iter().flatten() {
+        let ports = subset.ports.iter().flatten().map(key).collect();
+        let of = |list: &Option<Vec<EndpointAddress>>, ready| -> Vec<Endpoint> {
+            let addresses = list.iter().flatten();
+            addresses.map(|address| endpoint(address, ready)).collect()
+        };
+        let all = of(&subset.addresses, true)
+            .into_iter()
+            .chain(of(&subset.not_ready_addresses, false));
+        groups.entry(ports).or_default().extend(all.take(MOST));
+    }
+    Some(groups)
+}
+
+fn key(port: &Port) -> super::plan::PortKey {
+    (
+        port.name.clone().unwrap_or_default(),
+        port.protocol.clone().unwrap_or_else(|| "TCP".to_owned()),
+        port.port,
+        port.app_protocol.clone(),
+    )
+}
+
+fn endpoint(address: &EndpointAddress, ready: bool) -> Endpoint {
+    Endpoint {
+        addresses: vec![address.ip.clone()],
+        conditions: Some(EndpointConditions {
+            ready: Some(ready),
+            ..EndpointConditions::default()
+        }),
+        hostname: address.hostname.clone(),
+        node_name: address.node_name.clone(),
+        target_ref: address.target_ref.clone(),
+        ..Endpoint::default()
+    }
+}
 
 /// The object that shall be.
 pub(super) fn wanted(service: &Service, groups: &Groups) -> Endpoints {
@@ -111,6 +169,35 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn what_somebody_has_written_is_taken_over_unless_it_says_no() {
+        let made = |metadata: serde_json::Value| -> Endpoints {
+            serde_json::from_value(json!({"metadata": metadata, "subsets": [{
+                "addresses": [{"ip": "10.0.0.1", "hostname": "db"}], "notReadyAddresses": [{"ip": "10.0.0.2"}],
+                "ports": [{"port": 5432, "name": "sql"}]}]}))
+            .unwrap()
+        };
+        let groups = written(&made(json!({"name": "db"}))).unwrap();
+        let key = vec![("sql".to_owned(), "TCP".to_owned(), 5432, None)];
+        let ready: Vec<(&str, Option<bool>)> = groups[&key]
+            .iter()
+            .map(|one| {
+                (
+                    one.addresses[0].as_str(),
+                    one.conditions.as_ref().unwrap().ready,
+                )
+            })
+            .collect();
+        assert_eq!(ready, [("10.0.0.1", Some(true)), ("10.0.0.2", Some(false))]);
+        for other in [
+            json!({"labels": {(SKIP): "true"}}),
+            json!({"labels": {(MANAGED_BY): MANAGER}}),
+            json!({"annotations": {(LEADER): "{}"}}),
+        ] {
+            assert!(written(&made(other)).is_none());
+        }
+    }
 
     #[test]
     fn ready_and_other_addresses_are_told_apart() {

@@ -7,7 +7,7 @@ use std::{
 
 use k8s_openapi::{
     api::{
-        core::v1::{ObjectReference, Pod, Service, ServicePort},
+        core::v1::{ObjectReference, Pod, Service, ServicePort, ServiceSpec},
         discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice},
     },
     apimachinery::pkg::{
@@ -21,6 +21,8 @@ pub(super) const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Label with who writes a slice.
 pub(super) const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 pub(super) const MANAGER: &str = "endpointslice-controller.k8s.io";
+/// Who writes slices from the Endpoints of services that select no pods.
+pub(super) const MIRRORING: &str = "endpointslicemirroring-controller.k8s.io";
 /// Label of slices of services without an address.
 const HEADLESS: &str = "service.kubernetes.io/headless";
 /// Annotation of a pod that is on another network than its namespace.
@@ -47,12 +49,22 @@ impl Step {
     }
 }
 
+/// Whether the service says itself which pods it has.
+pub(super) fn selects(service: &Service) -> bool {
+    let selector = |spec: &ServiceSpec| spec.selector.as_ref().is_some_and(|map| !map.is_empty());
+    service.spec.as_ref().is_some_and(selector)
+}
+
+/// Whether the service is another name alone.
+pub(super) fn is_external(service: &Service) -> bool {
+    let of = |spec: &ServiceSpec| spec.type_.as_deref() == Some("ExternalName");
+    service.spec.as_ref().is_some_and(of)
+}
+
 /// The endpoints of a service; `None` if it has no selector: they are somebody else's to write.
 pub(super) fn endpoints(service: &Service, pods: &[Arc<Pod>]) -> Option<Groups> {
     let spec = service.spec.as_ref()?;
-    if spec.type_.as_deref() == Some("ExternalName")
-        || spec.selector.as_ref().is_none_or(BTreeMap::is_empty)
-    {
+    if is_external(service) || !selects(service) {
         return None;
     }
     let mut groups = Groups::new();
@@ -242,7 +254,8 @@ fn slice_of(
     let name = service.metadata.name.clone().unwrap_or_default();
     let mut labels = service.metadata.labels.clone().unwrap_or_default();
     labels.insert(SERVICE_NAME.to_owned(), name.clone());
-    labels.insert(MANAGED_BY.to_owned(), MANAGER.to_owned());
+    let manager = if selects(service) { MANAGER } else { MIRRORING };
+    labels.insert(MANAGED_BY.to_owned(), manager.to_owned());
     let address = service
         .spec
         .as_ref()
