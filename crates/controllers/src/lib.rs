@@ -34,7 +34,7 @@ use hypernetes_types::kinds::TENANT_LABEL;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{
     Api, Client, ResourceExt,
-    api::DynamicObject,
+    api::{DynamicObject, PartialObjectMeta},
     runtime::{
         controller::{Action, Controller},
         reflector::ObjectRef,
@@ -152,9 +152,9 @@ async fn networks(context: Arc<ControllersConfig>, stop: &CancellationToken) {
 
 async fn namespaces(context: Arc<ControllersConfig>, stop: &CancellationToken) {
     let namespaces: Api<Namespace> = Api::all(context.client.clone());
-    let pods: Api<Pod> = Api::all(context.client.clone());
+    let pods: Api<PartialObjectMeta<Pod>> = Api::all(context.client.clone());
     // The end of a namespace's last pod is what its deletion mostly waits for.
-    let of_pod = |pod: Pod| {
+    let of_pod = |pod: PartialObjectMeta<Pod>| {
         let leaving = pod.metadata.deletion_timestamp.is_some();
         pod.namespace()
             .filter(|_| leaving)

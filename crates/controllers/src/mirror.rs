@@ -1,4 +1,5 @@
-//! What a watch has shown, by namespace and name.
+//! What a watch has shown, by namespace and name, without who has written which field: that would be the larger
+//! half of it in memory.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -62,7 +63,8 @@ impl<K: Resource + Debug> Mirror<K> {
     }
 
     /// Takes an object in that was just written.
-    pub(crate) fn put(&mut self, object: K) -> Change<K> {
+    pub(crate) fn put(&mut self, mut object: K) -> Change<K> {
+        object.meta_mut().managed_fields = None;
         let key = key(&object);
         let object = Arc::new(object);
         let old = self.objects.insert(key.clone(), Arc::clone(&object));

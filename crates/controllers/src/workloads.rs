@@ -31,7 +31,7 @@ use futures::{StreamExt, future::BoxFuture};
 use hypernetes_telemetry::chain;
 use kube::{
     Api, Client, ResourceExt,
-    api::DynamicObject,
+    api::{DynamicObject, PartialObjectMeta},
     runtime::{
         controller::{self, Action, Controller},
         reflector::{ObjectRef, Store},
@@ -121,7 +121,8 @@ fn controller(cluster: &Cluster, kind: &Kind, owned: &[Kind]) -> Controller<Dyna
         Controller::new_with(api, watcher::Config::default(), resource).with_config(config);
     for child in owned {
         let resource = child.resource();
-        let api: Api<DynamicObject> = Api::all_with(cluster.client(), &resource);
+        // Whose they are is in their metadata; nothing else of them is decoded.
+        let api: Api<PartialObjectMeta<DynamicObject>> = Api::all_with(cluster.client(), &resource);
         controller = controller.owns_with(api, resource, watcher::Config::default());
     }
     controller

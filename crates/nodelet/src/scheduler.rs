@@ -6,7 +6,7 @@
 
 mod fit;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
 use hypernetes_telemetry::chain;
@@ -21,6 +21,7 @@ use kube::{
     },
 };
 use serde_json::json;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -30,6 +31,9 @@ use crate::{
 use fit::{Misfit, is_finished, is_on, priority};
 
 const NAME: &str = "default-scheduler";
+const GATED: &str = "SchedulingGated";
+/// Others that come within this after a change are looked at with it at most.
+const GATHER: Duration = Duration::from_millis(100);
 
 /// Places pods until `stop`.
 pub(crate) async fn run(client: Client, node: String, events: Recorder, stop: CancellationToken) {
@@ -49,9 +53,21 @@ pub(crate) async fn run(client: Client, node: String, events: Recorder, stop: Ca
     let mut nodes = watcher(Api::<NodeObject>::all(client), mine)
         .default_backoff()
         .boxed();
+    // When what has changed is looked at.
+    let mut due: Option<Instant> = None;
+    // As long as a look takes, changes are gathered for the next: at once where there are few pods.
+    let mut took = Duration::ZERO;
     loop {
+        let at = due.filter(|_| this.listing.is_none());
         let changed = tokio::select! {
             () = stop.cancelled() => return,
+            () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {
+                due = None;
+                let started = Instant::now();
+                this.pass().await;
+                took = started.elapsed().min(GATHER);
+                false
+            }
             Some(event) = pods.next() => match event {
                 Ok(event) => this.pod_event(event),
                 Err(error) => {
@@ -71,8 +87,8 @@ pub(crate) async fn run(client: Client, node: String, events: Recorder, stop: Ca
                 Event::Init | Event::InitDone => false,
             },
         };
-        if changed && this.listing.is_none() {
-            this.pass().await;
+        if changed {
+            due.get_or_insert_with(|| Instant::now() + took);
         }
     }
 }
@@ -95,7 +111,8 @@ impl Scheduler {
                 self.listing = Some(HashMap::new());
                 false
             }
-            Event::InitApply(pod) => {
+            Event::InitApply(mut pod) => {
+                pod.metadata.managed_fields = None;
                 if let (Some(uid), Some(list)) = (pod.uid(), &mut self.listing) {
                     list.insert(uid, Arc::new(pod));
                 }
@@ -105,10 +122,12 @@ impl Scheduler {
                 self.pods = self.listing.take().unwrap_or_default();
                 true
             }
-            Event::Apply(pod) => {
+            Event::Apply(mut pod) => {
+                pod.metadata.managed_fields = None;
                 let Some(uid) = pod.uid() else { return false };
+                let still = is_gated(&pod) && is_noted(&pod);
                 self.pods.insert(uid, Arc::new(pod));
-                true
+                !still
             }
             Event::Delete(pod) => pod
                 .uid()
@@ -118,16 +137,16 @@ impl Scheduler {
 
     /// Places what waits.
     async fn pass(&mut self) {
-        let mut waiting: Vec<Arc<Pod>> = self.pods.values().filter(|p| waits(p)).cloned().collect();
-        waiting.sort_by_key(|pod| {
+        let waits = |pod: &&Arc<Pod>| waits(pod) && !(is_gated(pod) && is_noted(pod));
+        let mut waiting: Vec<Arc<Pod>> = self.pods.values().filter(waits).cloned().collect();
+        waiting.sort_by_cached_key(|pod| {
             let created = pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
             (std::cmp::Reverse(priority(pod)), created, pod.name_any())
         });
         for pod in waiting {
-            let gates = pod.spec.as_ref().and_then(|s| s.scheduling_gates.as_ref());
-            if gates.is_some_and(|gates| !gates.is_empty()) {
+            if is_gated(&pod) {
                 let message = "Scheduling is blocked due to non-empty scheduling gates";
-                self.note(&pod, "SchedulingGated", message.to_owned()).await;
+                self.note(&pod, GATED, message.to_owned()).await;
                 continue;
             }
             let Some(node) = self.node.clone() else {
@@ -235,7 +254,8 @@ impl Scheduler {
             .patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch))
             .await
         {
-            Ok(written) => {
+            Ok(mut written) => {
+                written.metadata.managed_fields = None;
                 if let Some(uid) = written.uid() {
                     self.pods.insert(uid, Arc::new(written));
                 }
@@ -314,6 +334,19 @@ impl Scheduler {
         }
         true
     }
+}
+
+/// Somebody keeps the pod from being placed.
+fn is_gated(pod: &Pod) -> bool {
+    let gates = (pod.spec.as_ref()).and_then(|spec| spec.scheduling_gates.as_ref());
+    gates.is_some_and(|gates| !gates.is_empty())
+}
+
+/// It has been said that somebody does.
+fn is_noted(pod: &Pod) -> bool {
+    let conditions = (pod.status.as_ref()).and_then(|status| status.conditions.as_ref());
+    let mut conditions = conditions.into_iter().flatten();
+    conditions.any(|one| one.type_ == "PodScheduled" && one.reason.as_deref() == Some(GATED))
 }
 
 /// The pod is for this scheduler and has no node yet.

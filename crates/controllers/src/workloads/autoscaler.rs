@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{
     cluster::{
-        Cluster, Kind, autoscalers, deployments, name, namespace, pods, replica_sets,
+        Cluster, Kind, autoscalers, deployments, encode, name, namespace, pods, replica_sets,
         replication_controllers, stateful_sets, uid,
     },
     owned::{is_true, number, set_condition},
@@ -348,16 +348,4 @@ async fn samples(
         .iter()
         .filter_map(|pod| Sample::of(pod, resource, container, usage_of(pod), now))
         .collect())
-}
-
-/// A text as part of a query.
-fn encode(text: &str) -> String {
-    text.bytes()
-        .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' => {
-                char::from(byte).to_string()
-            }
-            _ => format!("%{byte:02X}"),
-        })
-        .collect()
 }

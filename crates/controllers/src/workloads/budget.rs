@@ -6,7 +6,7 @@ use hypernetes_apimachinery::{meta, selector::LabelSelector};
 use jiff::{SignedDuration, Timestamp};
 use kube::{
     Api, ResourceExt,
-    api::DynamicObject,
+    api::{DynamicObject, PartialObjectMeta},
     runtime::{controller::Action, watcher},
 };
 use serde_json::{Map, Value, json};
@@ -31,7 +31,8 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let kind = budgets();
     let controller = controller(cluster, &kind, &[]);
     let (store, own) = (controller.store(), kind.clone());
-    let api: Api<DynamicObject> = Api::all_with(cluster.client(), &pods().resource());
+    let api: Api<PartialObjectMeta<DynamicObject>> =
+        Api::all_with(cluster.client(), &pods().resource());
     let controller = controller.watches_with(
         api,
         pods().resource(),
@@ -57,11 +58,8 @@ async fn reconcile(cluster: &Cluster, budget: Value) -> Result<Action, Reconcile
     })?;
     let now = Timestamp::now();
     let all: Vec<Value> = cluster
-        .list(&pods(), namespace(&budget))
-        .await?
-        .into_iter()
-        .filter(|pod| selector.matches(pod))
-        .collect();
+        .list_kept(&pods(), namespace(&budget), |pod| selector.matches(pod))
+        .await?;
     let expected = match expected(cluster, &budget, &all).await? {
         Ok(expected) => Some(expected),
         Err(why) => {

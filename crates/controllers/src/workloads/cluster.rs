@@ -126,6 +126,9 @@ pub(super) fn events() -> Kind {
     Kind::new("", "v1", "Event", "events")
 }
 
+/// Objects that are read at a time.
+const PAGE: usize = 500;
+
 type Done<T> = Result<T, ReconcileError>;
 
 /// How dependents are deleted.
@@ -208,6 +211,26 @@ impl Cluster {
         self.list_selected(kind, namespace, "").await
     }
 
+    /// The objects of a kind, in a namespace or (empty) in all, that are to be kept. The others are in memory
+    /// for a moment, a page at a time: objects as JSON are large, and of a kind there can be many.
+    pub(crate) async fn list_kept(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        mut keep: impl FnMut(&Value) -> bool,
+    ) -> Done<Vec<Value>> {
+        let mut kept = Vec::new();
+        let mut query = format!("?limit={PAGE}");
+        loop {
+            let (page, next) = self.page(kind, namespace, &query).await?;
+            kept.extend(page.into_iter().filter(&mut keep));
+            match next {
+                Some(next) => query = format!("?limit={PAGE}&continue={}", encode(&next)),
+                None => return Ok(kept),
+            }
+        }
+    }
+
     /// The scale of an object.
     pub(crate) async fn get_scale(&self, kind: &Kind, namespace: &str, name: &str) -> Done<Value> {
         self.read(&format!("{}/scale", kind.path(namespace, name)))
@@ -221,17 +244,33 @@ impl Cluster {
         namespace: &str,
         query: &str,
     ) -> Done<Vec<Value>> {
+        self.page(kind, namespace, query).await.map(|page| page.0)
+    }
+
+    /// What a query lists, and where the list goes on.
+    async fn page(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        query: &str,
+    ) -> Done<(Vec<Value>, Option<String>)> {
         let path = format!("{}{query}", kind.path(namespace, ""));
         let mut list = self.read(&path).await?;
+        let next = list["metadata"]["continue"]
+            .as_str()
+            .filter(|token| !token.is_empty())
+            .map(str::to_owned);
         let Value::Array(mut items) = list["items"].take() else {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), None));
         };
-        // Lists leave out what is the same of all.
         for item in &mut items {
+            // Lists leave out what is the same of all.
             item["apiVersion"] = kind.api_version().into();
             item["kind"] = kind.kind.as_str().into();
+            // The larger half of many an object, and of no use here: a write without it leaves it.
+            meta::remove(item, "managedFields");
         }
-        Ok(items)
+        Ok((items, next))
     }
 
     pub(crate) async fn create(&self, kind: &Kind, namespace: &str, object: &Value) -> Done<Value> {
@@ -351,6 +390,18 @@ impl Cluster {
             tracing::debug!(error = %hypernetes_telemetry::chain(&error), "an event is lost");
         }
     }
+}
+
+/// A text as part of a query.
+pub(super) fn encode(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' => {
+                char::from(byte).to_string()
+            }
+            _ => format!("%{byte:02X}"),
+        })
+        .collect()
 }
 
 pub(crate) fn name(object: &Value) -> &str {

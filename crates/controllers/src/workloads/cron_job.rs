@@ -22,8 +22,10 @@ pub(super) async fn reconcile(cluster: &Cluster, cron: Value) -> Result<Action, 
         return Ok(Action::await_change());
     }
     let now = Timestamp::now();
-    let all = cluster.list(&jobs(), namespace(&cron)).await?;
-    let own: Vec<&Value> = all.iter().filter(|job| controls(&cron, job)).collect();
+    let all = cluster
+        .list_kept(&jobs(), namespace(&cron), |job| controls(&cron, job))
+        .await?;
+    let own: Vec<&Value> = all.iter().collect();
     clean_up(cluster, &cron, &own).await?;
     let mut status = cron["status"].clone();
     if !status.is_object() {

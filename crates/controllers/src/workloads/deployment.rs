@@ -139,11 +139,14 @@ async fn old_pods_run(cluster: &Cluster, sets: &Sets) -> Result<bool, ReconcileE
     let Some(first) = sets.old.first() else {
         return Ok(false);
     };
-    let all = cluster.list(&pods(), namespace(first)).await?;
-    Ok(all.iter().any(|pod| {
-        !matches!(phase(pod), "Succeeded" | "Failed")
-            && sets.old.iter().any(|set| controls(set, pod))
-    }))
+    let mut any = false;
+    let look = |pod: &Value| {
+        any |= !matches!(phase(pod), "Succeeded" | "Failed")
+            && sets.old.iter().any(|set| controls(set, pod));
+        false
+    };
+    cluster.list_kept(&pods(), namespace(first), look).await?;
+    Ok(any)
 }
 
 /// Makes the set of the present template if it is not there, and writes down its revision.

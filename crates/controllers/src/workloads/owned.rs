@@ -33,7 +33,12 @@ pub(crate) async fn claim(
         rule: error.to_string(),
     })?;
     let mut claimed = Vec::new();
-    for object in cluster.list(kind, namespace(owner)).await? {
+    let concerned = |object: &Value| {
+        let free = meta::controller(object).is_none();
+        controls(owner, object) || (free && selector.matches(object))
+    };
+    let objects = cluster.list_kept(kind, namespace(owner), concerned);
+    for object in objects.await? {
         let fits = selector.matches(&object);
         if controls(owner, &object) {
             if fits || meta::is_deleting(owner) {
@@ -43,8 +48,7 @@ pub(crate) async fn claim(
             }
             continue;
         }
-        let free = meta::controller(&object).is_none();
-        if !free || !fits || meta::is_deleting(&object) || meta::is_deleting(owner) {
+        if meta::is_deleting(&object) || meta::is_deleting(owner) {
             continue;
         }
         if let Some(object) = adopt(cluster, owner, kind, &object).await? {

@@ -1,17 +1,23 @@
 //! Pods that nobody else looks after: of nodes that are gone, and of jobs that are gone.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
+use futures::StreamExt;
 use hypernetes_apimachinery::meta;
-use kube::runtime::controller::Action;
-use serde_json::Value;
+use hypernetes_telemetry::chain;
+use kube::{
+    Api, ResourceExt,
+    api::{DynamicObject, PartialObjectMeta},
+    runtime::{WatchStreamExt, watcher},
+};
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     cluster::{Cluster, jobs, namespace, nodes, pods, uid},
-    control,
     job::{TRACKING, is_finished, release},
     owned::phase,
+    queue::Queue,
 };
 use crate::error::ReconcileError;
 
@@ -21,20 +27,58 @@ const QUARANTINE: Duration = Duration::from_secs(40);
 const KEPT: usize = 12_500;
 
 pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
-    let pods = control(
-        cluster,
-        pods(),
-        &[],
-        |cluster, pod| Box::pin(async move { reconcile(&cluster, pod).await }),
-        stop,
+    let queue = Queue::default();
+    tokio::join!(
+        Box::pin(watch(cluster, &queue, stop)),
+        Box::pin(work(cluster, &queue, stop)),
+        Box::pin(sweep(cluster, stop))
     );
-    tokio::join!(Box::pin(pods), Box::pin(sweep(cluster, stop)));
+}
+
+/// Notes pods that wait to be counted by a job. Of all others nothing is kept.
+async fn watch(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {
+    let api: Api<PartialObjectMeta<DynamicObject>> =
+        Api::all_with(cluster.client(), &pods().resource());
+    let events = watcher(api, watcher::Config::default()).default_backoff();
+    let mut events = pin!(events.take_until(stop.cancelled()));
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(watcher::Event::Apply(pod) | watcher::Event::InitApply(pod)) => {
+                if pod.finalizers().iter().any(|own| own == TRACKING) {
+                    let namespace = pod.namespace().unwrap_or_default();
+                    queue.add(format!("{namespace}/{}", pod.name_any()));
+                }
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the watch of pods is begun anew"),
+        }
+    }
+}
+
+async fn work(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {
+    loop {
+        let key = tokio::select! {
+            () = stop.cancelled() => return,
+            key = queue.next() => key,
+        };
+        let outcome = reconcile(cluster, &key).await;
+        if let Err(error) = &outcome {
+            tracing::debug!(pod = key, error = %chain(error), "a pod is not let go yet; again");
+        }
+        queue.done(key, outcome.is_err());
+    }
 }
 
 /// A pod that waits to be counted by a job that is no more, or that has ended, waits for nobody.
-async fn reconcile(cluster: &Cluster, pod: Value) -> Result<Action, ReconcileError> {
+async fn reconcile(cluster: &Cluster, key: &str) -> Result<(), ReconcileError> {
+    let Some((home, name)) = key.split_once('/') else {
+        return Ok(());
+    };
+    let Some(pod) = cluster.get(&pods(), home, name).await? else {
+        return Ok(());
+    };
     if !meta::finalizers(&pod).any(|finalizer| finalizer == TRACKING) {
-        return Ok(Action::await_change());
+        return Ok(());
     }
     let owner = meta::controller(&pod).filter(|owner| owner["kind"] == "Job");
     let job = match owner {
@@ -48,7 +92,7 @@ async fn reconcile(cluster: &Cluster, pod: Value) -> Result<Action, ReconcileErr
     if job.is_none_or(|job| is_finished(&job)) {
         release(cluster, &pod).await?;
     }
-    Ok(Action::await_change())
+    Ok(())
 }
 
 /// Looks at all pods now and then.
@@ -62,7 +106,7 @@ async fn sweep(cluster: &Cluster, stop: &CancellationToken) {
         match collect(cluster, &away).await {
             Ok(missing) => away = missing,
             Err(error) => {
-                tracing::debug!(error = %hypernetes_telemetry::chain(&error), "pods are not swept");
+                tracing::debug!(error = %chain(&error), "pods are not swept");
             }
         }
     }
@@ -70,17 +114,24 @@ async fn sweep(cluster: &Cluster, stop: &CancellationToken) {
 
 /// Deletes pods of nodes that were away before and are still; which are away now.
 async fn collect(cluster: &Cluster, before: &[String]) -> Result<Vec<String>, ReconcileError> {
-    let all = cluster.list(&pods(), "").await?;
     let nodes = cluster.list(&nodes(), "").await?;
-    let mut away = Vec::new();
-    for pod in &all {
-        let node = pod["spec"]["nodeName"].as_str().unwrap_or_default();
-        let there = nodes.iter().any(|own| meta::name(own) == Some(node));
-        if node.is_empty() || there {
+    let mut ended = Vec::new();
+    let lost = |pod: &Value| {
+        if matches!(phase(pod), "Succeeded" | "Failed") && !meta::is_deleting(pod) {
+            ended.push((meta::creation_timestamp(pod), identity(pod)));
+        }
+        match node_of(pod) {
             // A pod that ends before it has a node has nobody who lets it go.
-            if node.is_empty() && meta::is_deleting(pod) {
-                remove(cluster, pod).await?;
-            }
+            "" => meta::is_deleting(pod),
+            node => !nodes.iter().any(|own| meta::name(own) == Some(node)),
+        }
+    };
+    let lost = cluster.list_kept(&pods(), "", lost).await?;
+    let mut away = Vec::new();
+    for pod in &lost {
+        let node = node_of(pod);
+        if node.is_empty() {
+            remove(cluster, pod).await?;
             continue;
         }
         if before.iter().any(|own| own == node) {
@@ -90,20 +141,27 @@ async fn collect(cluster: &Cluster, before: &[String]) -> Result<Vec<String>, Re
             away.push(node.to_owned());
         }
     }
-    let mut ended: Vec<&Value> = all
-        .iter()
-        .filter(|pod| matches!(phase(pod), "Succeeded" | "Failed") && !meta::is_deleting(pod))
-        .collect();
-    ended.sort_by_key(|pod| meta::creation_timestamp(pod));
-    for pod in ended.iter().take(ended.len().saturating_sub(KEPT)) {
+    ended.sort_by_key(|(created, _)| *created);
+    let surplus = ended.len().saturating_sub(KEPT);
+    for (_, pod) in ended.iter().take(surplus) {
         cluster.delete(&super::cluster::pods(), pod, None).await?;
     }
     Ok(away)
 }
 
+fn node_of(pod: &Value) -> &str {
+    pod["spec"]["nodeName"].as_str().unwrap_or_default()
+}
+
+/// As much of a pod as its deletion needs.
+fn identity(pod: &Value) -> Value {
+    let metadata = &pod["metadata"];
+    json!({"metadata": {"namespace": metadata["namespace"], "name": metadata["name"], "uid": metadata["uid"]}})
+}
+
 async fn remove(cluster: &Cluster, pod: &Value) -> Result<(), ReconcileError> {
     if !matches!(phase(pod), "Succeeded" | "Failed") {
-        let patch = serde_json::json!({"status": {"phase": "Failed"}});
+        let patch = json!({"status": {"phase": "Failed"}});
         let at = (namespace(pod), meta::name(pod).unwrap_or_default());
         cluster.patch(&pods(), at, "status", &patch).await?;
     }

@@ -9,7 +9,7 @@ use hypernetes_apimachinery::{
 };
 use kube::{
     Api, ResourceExt,
-    api::DynamicObject,
+    api::{DynamicObject, PartialObjectMeta},
     runtime::{controller::Action, watcher},
 };
 use serde_json::Value;
@@ -28,7 +28,8 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let kind = quotas();
     let controller = controller(cluster, &kind, &[]);
     let (store, own) = (controller.store(), kind.clone());
-    let api: Api<DynamicObject> = Api::all_with(cluster.client(), &pods().resource());
+    let api: Api<PartialObjectMeta<DynamicObject>> =
+        Api::all_with(cluster.client(), &pods().resource());
     let controller = controller.watches_with(
         api,
         pods().resource(),
@@ -61,12 +62,14 @@ async fn reconcile(cluster: &Cluster, quota: Value) -> Result<Action, ReconcileE
         let is_pods = kind.group.is_empty() && kind.plural == "pods";
         unwatched |= !is_pods;
         let read = Kind::new(kind.group, kind.version, kind.kind, kind.plural);
-        for object in cluster.list(&read, namespace(&quota)).await? {
-            if quota::counts(&quota, kind, &object) {
-                let bounded = quota::bounded(&quota::usage(kind, &object), &hard);
+        let count = |object: &Value| {
+            if quota::counts(&quota, kind, object) {
+                let bounded = quota::bounded(&quota::usage(kind, object), &hard);
                 quota::add(&mut used, &bounded);
             }
-        }
+            false
+        };
+        cluster.list_kept(&read, namespace(&quota), count).await?;
     }
     let mut status = quota["status"].clone();
     if !status.is_object() {

@@ -15,11 +15,10 @@ pub(super) const REVISION_LABEL: &str = "controller-revision-hash";
 /// All revisions of a set, oldest first, the last of them that of its present template.
 pub(super) async fn ensure(cluster: &Cluster, set: &Value) -> Result<Vec<Value>, ReconcileError> {
     let mut all: Vec<Value> = cluster
-        .list(&revisions(), namespace(set))
-        .await?
-        .into_iter()
-        .filter(|revision| controls(set, revision))
-        .collect();
+        .list_kept(&revisions(), namespace(set), |revision| {
+            controls(set, revision)
+        })
+        .await?;
     all.sort_by_key(|revision| number(&revision["revision"]));
     // What a patch sets the template back with; `kubectl rollout undo` sends it as it is.
     let mut template = set["spec"]["template"].clone();

@@ -188,13 +188,12 @@ async fn orphan(
 ) -> Result<(), ReconcileError> {
     // What is missed here would be deleted later: everything is looked at, not the graph alone.
     for kind in kinds(cluster).await? {
-        for dependent in cluster.list(&kind, namespace(object)).await? {
-            let owned = meta::owner_references(&dependent)
-                .iter()
-                .any(|reference| reference["uid"] == id);
-            if owned {
-                drop_owners(cluster, &kind, &dependent, &[id]).await?;
-            }
+        let owned = |dependent: &Value| {
+            let mut owners = meta::owner_references(dependent).iter();
+            owners.any(|reference| reference["uid"] == id)
+        };
+        for dependent in cluster.list_kept(&kind, namespace(object), owned).await? {
+            drop_owners(cluster, &kind, &dependent, &[id]).await?;
         }
     }
     remove_finalizer(cluster, &node.kind, object, ORPHAN).await
