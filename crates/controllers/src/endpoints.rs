@@ -14,7 +14,7 @@ use futures::{StreamExt, stream::BoxStream};
 use hypernetes_telemetry::chain;
 use hypernetes_types::kinds::NETWORK_LABEL;
 use k8s_openapi::api::{
-    core::v1::{Endpoints as Mirrored, Namespace, Pod, Service},
+    core::v1::{Container, Endpoints as Mirrored, Namespace, Pod, PodSpec, PodStatus, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -85,7 +85,7 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
                 Ok(event) => this.service_event(event),
                 Err(error) => warn!(error = %chain(&error), "cannot watch services"),
             },
-            Some(event) = pods.next() => match event {
+            Some(event) = pods.next() => match event.map(|event| event.modify(slim)) {
                 Ok(event) => this.pod_event(event),
                 Err(error) => warn!(error = %chain(&error), "cannot watch pods"),
             },
@@ -102,6 +102,35 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
                 this.work().await;
             }
         }
+    }
+}
+
+/// Takes from a pod what is of no use here: all pods are kept.
+fn slim(pod: &mut Pod) {
+    if let Some(spec) = pod.spec.take() {
+        let ports = |container: Container| Container {
+            name: container.name,
+            ports: container.ports,
+            restart_policy: container.restart_policy,
+            ..Container::default()
+        };
+        pod.spec = Some(PodSpec {
+            containers: spec.containers.into_iter().map(ports).collect(),
+            init_containers: (spec.init_containers)
+                .map(|containers| containers.into_iter().map(ports).collect()),
+            hostname: spec.hostname,
+            subdomain: spec.subdomain,
+            node_name: spec.node_name,
+            ..PodSpec::default()
+        });
+    }
+    if let Some(status) = pod.status.take() {
+        pod.status = Some(PodStatus {
+            phase: status.phase,
+            pod_ip: status.pod_ip,
+            conditions: status.conditions,
+            ..PodStatus::default()
+        });
     }
 }
 

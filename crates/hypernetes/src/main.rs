@@ -27,6 +27,10 @@ use crate::{
     paths::Paths,
 };
 
+/// Objects come and go by the ten thousand: the system's allocator keeps several times what is in use.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Command::VmmLaunch { args } = &cli.command {

@@ -11,7 +11,9 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use futures::StreamExt as _;
 use hypernetes_telemetry::chain;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Binding, Node as NodeObject, ObjectReference, Pod, PodCondition};
+use k8s_openapi::api::core::v1::{
+    Binding, Container, Node as NodeObject, ObjectReference, Pod, PodCondition,
+};
 use kube::{
     Api, Client, ResourceExt as _,
     api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions},
@@ -111,8 +113,8 @@ impl Scheduler {
                 self.listing = Some(HashMap::new());
                 false
             }
-            Event::InitApply(mut pod) => {
-                pod.metadata.managed_fields = None;
+            Event::InitApply(pod) => {
+                let pod = placing(pod);
                 if let (Some(uid), Some(list)) = (pod.uid(), &mut self.listing) {
                     list.insert(uid, Arc::new(pod));
                 }
@@ -122,8 +124,8 @@ impl Scheduler {
                 self.pods = self.listing.take().unwrap_or_default();
                 true
             }
-            Event::Apply(mut pod) => {
-                pod.metadata.managed_fields = None;
+            Event::Apply(pod) => {
+                let pod = placing(pod);
                 let Some(uid) = pod.uid() else { return false };
                 let still = is_gated(&pod) && is_noted(&pod);
                 self.pods.insert(uid, Arc::new(pod));
@@ -254,10 +256,9 @@ impl Scheduler {
             .patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch))
             .await
         {
-            Ok(mut written) => {
-                written.metadata.managed_fields = None;
+            Ok(written) => {
                 if let Some(uid) = written.uid() {
-                    self.pods.insert(uid, Arc::new(written));
+                    self.pods.insert(uid, Arc::new(placing(written)));
                 }
                 true
             }
@@ -334,6 +335,30 @@ impl Scheduler {
         }
         true
     }
+}
+
+/// A pod without what is of no use for placing it: all pods are kept.
+fn placing(mut pod: Pod) -> Pod {
+    pod.metadata.managed_fields = None;
+    if let Some(spec) = &mut pod.spec {
+        spec.ephemeral_containers = None;
+        let init = spec.init_containers.iter_mut().flatten();
+        for container in spec.containers.iter_mut().chain(init) {
+            *container = Container {
+                name: std::mem::take(&mut container.name),
+                ports: container.ports.take(),
+                resources: container.resources.take(),
+                restart_policy: container.restart_policy.take(),
+                ..Container::default()
+            };
+        }
+    }
+    if let Some(status) = &mut pod.status {
+        status.container_statuses = None;
+        status.init_container_statuses = None;
+        status.ephemeral_container_statuses = None;
+    }
+    pod
 }
 
 /// Somebody keeps the pod from being placed.
