@@ -6,6 +6,7 @@ use hypernetes_network::NetworkDriver;
 use hypernetes_store::Store;
 use hypernetes_types::SandboxId;
 use hypernetes_vmm::Vmm;
+use hypernetes_volume::VolumeDriver;
 
 use crate::ports::{Images, Kernels};
 
@@ -24,6 +25,8 @@ pub struct RuntimeConfig {
     pub network: Arc<dyn NetworkDriver>,
     /// Driver of VMs.
     pub vmm: Arc<dyn Vmm>,
+    /// Volumes that outlive pods, if this node has such.
+    pub volumes: Option<Arc<dyn VolumeDriver>>,
     /// Guest kernels.
     pub kernels: Arc<dyn Kernels>,
     /// The static HyperStart program, `/init` of every guest.

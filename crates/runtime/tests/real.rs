@@ -210,6 +210,7 @@ impl Bed {
             images: Arc::new(images),
             network: Arc::new(FakeDriver::new()),
             vmm: Arc::new(vmm),
+            volumes: None,
             kernels: Arc::new(kernels),
             hyperstart,
             uid_range: UidRange::default(),

@@ -14,7 +14,7 @@ use super::{
     containers::{invalid, unknown_to_guest},
 };
 use crate::{
-    api::{VolumeConfig, VolumeKind},
+    api::{GroupChange, VolumeConfig, VolumeKind},
     error::RuntimeError,
     records::VolumeDisk,
     scratch::ScratchDisks,
@@ -31,7 +31,9 @@ const PROTOCOL_WITH_DISKS: u32 = 2;
 fn has_owners(kind: &VolumeKind) -> bool {
     match kind {
         VolumeKind::Files { files } => files.values().any(|file| file.uid != 0),
-        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } => false,
+        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } | VolumeKind::Disk { .. } => {
+            false
+        }
     }
 }
 
@@ -167,9 +169,10 @@ fn own_disk(kind: &VolumeKind, scratch_mib: u64) -> Option<u64> {
             let scratch = scratch_mib << 20;
             (scratch == 0 || *limit < scratch).then_some(*limit)
         }
-        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } | VolumeKind::Files { .. } => {
-            None
-        }
+        VolumeKind::EmptyDir { .. }
+        | VolumeKind::HugePages { .. }
+        | VolumeKind::Files { .. }
+        | VolumeKind::Disk { .. } => None,
     }
 }
 
@@ -179,6 +182,15 @@ fn request(volume: VolumeConfig, disk_slot: u32) -> Result<v1::WriteVolumeReques
             memory,
             size_limit,
             disk_slot,
+        }),
+        VolumeKind::Disk {
+            read_only,
+            group_change,
+            ..
+        } => v1::volume::Kind::Disk(v1::DiskVolume {
+            slot: disk_slot,
+            read_only,
+            keep_matching_root: group_change == GroupChange::OnRootMismatch,
         }),
         VolumeKind::HugePages {
             page_size,
