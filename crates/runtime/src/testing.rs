@@ -263,6 +263,7 @@ impl World {
                 kill: Duration::from_secs(5),
                 drain: Duration::from_secs(5),
                 shutdown: Duration::from_secs(5),
+                flush: Duration::from_secs(5),
                 beat: Duration::from_secs(30),
                 silent: Duration::from_secs(30),
                 readopt: Duration::from_secs(10),
@@ -835,6 +836,11 @@ impl Vm for GatedVm {
         let result = self.inner.unplug_disk(slot).await;
         self.gate.step().await;
         result
+    }
+
+    async fn resize_disk(&self, slot: u32, bytes: u64) -> Result<(), VmmError> {
+        self.gate.step().await;
+        self.inner.resize_disk(slot, bytes).await
     }
 
     async fn list_disks(&self) -> Result<Vec<u32>, VmmError> {

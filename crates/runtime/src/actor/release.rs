@@ -50,6 +50,11 @@ impl Actor {
         }
         // The reply may be lost with the VM.
         drop(client.shutdown(v1::ShutdownRequest {}, patience).await);
+        // What is in the guest's memory of a volume that outlives it is not to be lost.
+        let patience = match self.record.attached.is_empty() {
+            true => patience,
+            false => self.shared.config.deadlines.flush,
+        };
         if timeout(patience, vm.wait()).await.is_err() {
             tracing::warn!("the guest did not power off in time and is killed");
         }
@@ -125,6 +130,8 @@ impl Actor {
             .vmm
             .destroy(&self.shared.run_dir(&id))
             .await?;
+        // Only now nobody writes any more.
+        self.detach_volumes().await?;
         self.link = None;
         self.vm = None;
         self.plugged.clear();
