@@ -367,6 +367,9 @@ impl World {
     pub(crate) async fn assert_clean(&self) {
         assert_eq!(self.vmm.sandboxes(), []);
         assert_eq!(self.network.leases().await, 0);
+        for volume in self.volumes.inner.list().await.unwrap() {
+            assert!(volume.attached_to.is_empty(), "{volume:?}");
+        }
         let left: Vec<_> = self.store.list("/node/", None, None, None).unwrap().entries;
         assert!(left.is_empty(), "{left:?}");
         for directory in ["run", "state/sandboxes", "logs"] {
