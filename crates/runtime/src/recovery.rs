@@ -5,7 +5,7 @@
 //! | `Starting` | undone: VM killed, lease, disk, directories and record removed |
 //! | `Ready` | VM adopted; if it is gone, the sandbox has failed and its containers have exited |
 //! | `Failed`, `Stopped` | kept |
-//! | `Stopping` | stopped to the end |
+//! | `Stopping` | stopped to the end; a VM that has volumes which outlive it is asked to write them back |
 //! | `Removing` | removed to the end |
 //!
 //! Then everything in the runtime's directories that no record names goes, and volumes that are attached to
@@ -98,6 +98,14 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
                     actor::spawn(shared, record, members, Start::Rest)
                 }
             },
+            // Its guest may be writing back what its volumes are to keep.
+            Phase::Stopping if !record.attached.is_empty() => {
+                let start = match adopt(shared, &record).await {
+                    Ok(vm) => Start::Adopted(vm),
+                    Err(_ended) => Start::Rest,
+                };
+                actor::spawn(shared, record, members, start)
+            }
             Phase::Starting
             | Phase::Failed
             | Phase::Stopping

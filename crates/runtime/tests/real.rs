@@ -73,7 +73,7 @@ fn main() -> ExitCode {
     );
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let named = |test: &&str| arguments.iter().any(|argument| argument == test);
-    let all = !TESTS.iter().any(|test| named(test));
+    let all = !TESTS.iter().any(named);
     for test in TESTS.into_iter().filter(|test| all || named(test)) {
         match test {
             POD => runtime.block_on(pods_run_in_real_vms()),

@@ -286,6 +286,28 @@ async fn attachments_of_sandboxes_that_are_gone_go_at_the_start() {
     assert!(runtime.recovery_report().failures.is_empty());
 }
 
+#[tokio::test]
+async fn a_stop_that_was_cut_short_is_not_a_power_failure_for_the_volumes() {
+    let world = world().await;
+    let runtime = world.open().await;
+    let (sandbox, _) = bring_up(&world, &runtime).await;
+    let agent = world.agent(&sandbox);
+    // Its intent is stored, and no more.
+    world.gate.close_after(1);
+    tokio::select! {
+        stopped = runtime.stop_sandbox(&sandbox) => panic!("{stopped:?}"),
+        () = world.gate.hit() => {}
+    }
+    drop(runtime);
+    assert!(!agent.calls().contains(&Method::Shutdown));
+    world.gate.open();
+    let runtime = world.open().await;
+    assert_eq!(runtime.recovery_report().finished, 1);
+    assert!(agent.calls().contains(&Method::Shutdown));
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
+}
+
 async fn bring_up(world: &World, runtime: &NodeRuntime) -> (SandboxId, ContainerId) {
     let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
     let volume = disk("v", "data", false);
