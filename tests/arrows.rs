@@ -21,6 +21,7 @@ const FLOORS: &[(u8, &[&str])] = &[
         &[
             "image",
             "network",
+            "volume",
             "vmm",
             "kernel",
             "container",

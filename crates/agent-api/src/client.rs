@@ -233,6 +233,7 @@ unary! {
     start_container: "StartContainer", StartContainerRequest -> StartContainerResponse;
     update_container: "UpdateContainer", UpdateContainerRequest -> UpdateContainerResponse;
     resize: "Resize", ResizeRequest -> ResizeResponse;
+    grow_disk: "GrowDisk", GrowDiskRequest -> GrowDiskResponse;
     clock: "Clock", ClockRequest -> ClockResponse;
     pause: "Pause", PauseRequest -> PauseResponse;
     signal: "Signal", SignalRequest -> SignalResponse;

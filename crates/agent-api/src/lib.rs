@@ -55,6 +55,9 @@ pub const FEATURE_GUEST_EXEC: &str = "guest-exec";
 pub const FEATURE_PAUSE: &str = "pause";
 /// Feature of an agent: ambient capabilities by name ([`v1::Capabilities::ambient`]).
 pub const FEATURE_AMBIENT_CAPABILITIES: &str = "ambient-capabilities";
+/// Feature of an agent: volumes that are disks which outlive the pod ([`v1::DiskVolume`],
+/// [`v1::GrowDiskRequest`]).
+pub const FEATURE_DISK_VOLUMES: &str = "disk-volumes";
 /// All features of an agent of this build.
 pub const FEATURES: &[&str] = &[
     FEATURE_SECCOMP_PROFILE,
@@ -65,6 +68,7 @@ pub const FEATURES: &[&str] = &[
     FEATURE_GUEST_EXEC,
     FEATURE_PAUSE,
     FEATURE_AMBIENT_CAPABILITIES,
+    FEATURE_DISK_VOLUMES,
 ];
 /// Most features that are taken from an agent.
 const MAX_FEATURES: usize = 64;

@@ -223,7 +223,11 @@ impl Service {
                     .map_err(|_panic| CriError::Lost("opening the devices was lost"))??;
                 for (device, destination) in open {
                     let slot = self.runtime.attach_device(&sandbox.id, device).await?;
-                    mounts.devices.push(DeviceConfig { slot, destination });
+                    mounts.devices.push(DeviceConfig {
+                        slot,
+                        destination,
+                        ..DeviceConfig::default()
+                    });
                 }
             }
             let config = container::plan(asked, sandbox, &mounts, confinement)?;

@@ -122,6 +122,10 @@ impl PodRuntime for JointRuntime {
         self.of_sandbox(id).attach_device(id, device).await
     }
 
+    async fn grow_volume(&self, id: &SandboxId, volume: &str) -> Result<(), RuntimeError> {
+        self.of_sandbox(id).grow_volume(id, volume).await
+    }
+
     async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError> {
         self.of_sandbox(id).detach_unused(id).await
     }

@@ -364,6 +364,7 @@ impl NodeConfig {
             templates: self.templates,
             host_pods: self.host_pods(),
             virtiofsd: some(&self.host_paths.virtiofsd),
+            volumes: false,
             usual_vm: self.cri(PathBuf::new(), "").usual_vm(),
         }
     }

@@ -29,6 +29,7 @@ use hypernetes_vmm::{
     VmExtras, Vmm,
     qemu::{QemuConfig, QemuDriver},
 };
+use hypernetes_volume::{LocalVolumes, VolumeDriver};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 use tracing::info;
@@ -59,6 +60,8 @@ pub(crate) struct PartsOptions {
     pub(crate) host_pods: HostPodsOptions,
     /// Virtual CPUs and memory in MiB of most pods' VMs: a template of them is made at once.
     pub(crate) usual_vm: (u32, u32, VmExtras),
+    /// Whether there are volumes that outlive pods. With a kubelet they are its CSI drivers'.
+    pub(crate) volumes: bool,
     /// The program that serves host directories to guests, if not QEMU's.
     pub(crate) virtiofsd: Option<PathBuf>,
 }
@@ -120,6 +123,8 @@ pub(crate) struct Parts {
     /// Connections of pods to the API server.
     pub(crate) api_connections: mpsc::Receiver<ApiConnection>,
     pub(crate) runtime: Arc<dyn PodRuntime>,
+    /// Volumes that outlive pods.
+    pub(crate) volumes: Option<Arc<dyn VolumeDriver>>,
     /// The runtime's images.
     pub(crate) images: ImageStore,
     /// Prefix of what this daemon makes on the host.
@@ -196,6 +201,10 @@ impl Parts {
             Some(dir) => std::path::absolute(dir)?,
             None => PathBuf::from(RUN_DIR),
         };
+        let volumes: Option<Arc<dyn VolumeDriver>> = match options.volumes {
+            true => Some(Arc::new(LocalVolumes::open(paths.volumes(), None).await?)),
+            false => None,
+        };
         let own_images = images.clone();
         let images = Arc::new(images);
         let runtime = NodeRuntime::open(RuntimeConfig {
@@ -205,6 +214,7 @@ impl Parts {
             images: images.clone(),
             network: networks.clone(),
             vmm,
+            volumes: volumes.clone(),
             kernels: Arc::new(Arc::new(kernels)),
             hyperstart,
             uid_range: UidRange {
@@ -237,6 +247,7 @@ impl Parts {
             networks,
             api_connections,
             runtime,
+            volumes,
             images: own_images,
             instance,
         })

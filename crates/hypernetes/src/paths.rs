@@ -70,6 +70,11 @@ impl Paths {
         self.state.join("cni")
     }
 
+    /// Volumes that outlive pods.
+    pub(crate) fn volumes(&self) -> PathBuf {
+        self.state.join("volumes")
+    }
+
     /// Scratch disks and what else the runtime keeps in files.
     pub(crate) fn runtime(&self) -> PathBuf {
         self.state.join("runtime")

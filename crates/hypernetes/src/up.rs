@@ -81,8 +81,17 @@ impl Node {
                 (vcpus, memory_mib, hypernetes_vmm::VmExtras::default())
             },
             virtiofsd: None,
+            volumes: true,
         };
         let parts = Parts::open(paths, &parts).await?;
+        if let Some(volumes) = &parts.volumes {
+            let capacity = volumes.capacity().await?;
+            info!(
+                total = capacity.total,
+                promised = capacity.allocated,
+                "bytes for volumes"
+            );
+        }
         Ok(Self { authority, parts })
     }
 

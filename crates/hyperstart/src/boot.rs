@@ -33,6 +33,8 @@ pub(crate) mod dir {
     pub(crate) const VOLUMES: &str = "/volumes";
     /// emptyDirs that have a disk of their own.
     pub(crate) const DISKS: &str = "/disks";
+    /// File systems that outlive the pod, by the slots of their disks.
+    pub(crate) const PERSISTENT: &str = "/persistent";
     /// File systems of the host, by volume.
     pub(crate) const SHARED: &str = "/shared";
     /// The pod's hosts, resolv.conf, hostname.
@@ -99,6 +101,7 @@ pub(crate) fn prepare() -> Result<(), GuestError> {
         dir::SCRATCH,
         dir::VOLUMES,
         dir::DISKS,
+        dir::PERSISTENT,
         dir::SHARED,
         dir::FILES,
         dir::SHM,

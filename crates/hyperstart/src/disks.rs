@@ -74,6 +74,35 @@ fn look(slot: u32) -> Option<PathBuf> {
     None
 }
 
+/// Asks the disk in a slot for its size until that is as large as told, and returns its device node.
+pub(crate) async fn await_size(slot: u32, bytes: u64) -> Result<PathBuf, GuestError> {
+    let device = find(slot).await?;
+    let name = device.file_name().unwrap_or_default();
+    let block = Path::new("/sys/class/block").join(name);
+    let deadline = Instant::now() + APPEAR;
+    loop {
+        let asked = block.clone();
+        // The kernel may have heard of it by itself; it does no harm to ask.
+        let has = blocking(move || {
+            fs::write(asked.join("device/rescan"), "1")?;
+            fs::read_to_string(asked.join("size"))
+        });
+        let sectors = has
+            .await
+            .attempt(format!("look at the disk in slot {slot}"))?;
+        let sectors: u64 = sectors.trim().parse().unwrap_or(0);
+        if sectors.saturating_mul(512) >= bytes {
+            return Ok(device);
+        }
+        if Instant::now() > deadline {
+            return Err(GuestError::Internal(format!(
+                "the disk in slot {slot} has {sectors} sectors, not {bytes} bytes"
+            )));
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
 fn is_ready(device: &Path) -> bool {
     let Some(name) = device.file_name() else {
         return false;
@@ -212,7 +241,7 @@ impl Layers {
 
 /// Waits until no mount holds a disk. A container's mount namespace, which has a copy of each
 /// mount while it is being made, may end a moment after its last process.
-async fn wait_unused(device: &Path) {
+pub(crate) async fn wait_unused(device: &Path) {
     let deadline = Instant::now() + RELEASE;
     loop {
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;

@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -17,6 +20,7 @@ use crate::{
     container::Container,
     disks::{Layers, blocking},
     error::{Attempt, GuestError},
+    filesystem,
     hugepages::HugePages,
     reaper::{Ended, Reaper},
     request, sandbox,
@@ -58,6 +62,8 @@ struct Inner {
     state: Mutex<State>,
     configuring: tokio::sync::Mutex<()>,
     writing: tokio::sync::Mutex<()>,
+    /// The machine ends: nothing long is to go on.
+    leaving: Arc<AtomicBool>,
     events: broadcast::Sender<v1::ContainerState>,
     execs: Arc<Semaphore>,
 }
@@ -83,6 +89,7 @@ impl Pod {
             state: Mutex::default(),
             configuring: tokio::sync::Mutex::default(),
             writing: tokio::sync::Mutex::default(),
+            leaving: Arc::default(),
             events: broadcast::channel(EVENTS).0,
             execs: Arc::new(Semaphore::new(MAX_EXECS)),
         }))
@@ -256,11 +263,21 @@ impl Pod {
         if let Some(disk) = disk {
             disk.mount().await?;
         }
+        let file_system = self.lock().volumes.new_file_system(&volume)?;
+        if let Some(file_system) = file_system {
+            file_system.mount(gid, &self.0.leaving).await?;
+        }
         let share = self.lock().volumes.new_share(&volume)?;
         if let Some(share) = share {
             share.mount().await?;
         }
         self.lock().volumes.write(volume, gid)
+    }
+
+    /// Takes notice of a disk that has become larger, and grows the file system on it.
+    pub(crate) async fn grow_disk(&self, slot: u32, bytes: u64) -> Result<(), GuestError> {
+        let _one_at_a_time = self.0.writing.lock().await;
+        filesystem::grow_disk(slot, bytes).await
     }
 
     /// The child's job for a container, from the pod's volumes and files.
@@ -328,6 +345,7 @@ impl Pod {
 
     /// Kills everything and powers the VM off.
     pub(crate) async fn shut_down(&self) {
+        self.0.leaving.store(true, Ordering::Relaxed);
         let containers = self.containers();
         for container in &containers {
             container.kill();
@@ -340,6 +358,7 @@ impl Pod {
                 log!("container {} does not end", container.id());
             }
         }
+        filesystem::unmount_all().await;
         sandbox::unmount_scratch().await;
         sandbox::power_off();
     }

@@ -182,9 +182,11 @@ pub(crate) fn init(
 fn mount(spec: &v1::Mount, volumes: &Volumes) -> Result<MountSpec, GuestError> {
     let destination = spec.destination.clone();
     check_place("mount destination", &destination)?;
+    let mut readonly = spec.readonly;
     let source = match &spec.source {
         Some(Source::Volume(name)) => {
             check_sub_path(&spec.sub_path)?;
+            readonly |= volumes.is_read_only(name);
             let directory = volumes.directory(name);
             let directory = directory
                 .ok_or_else(|| GuestError::Invalid(format!("there is no volume {name}")))?;
@@ -219,7 +221,7 @@ fn mount(spec: &v1::Mount, volumes: &Volumes) -> Result<MountSpec, GuestError> {
     Ok(MountSpec {
         destination,
         source,
-        readonly: spec.readonly,
+        readonly,
     })
 }
 

@@ -137,6 +137,19 @@ impl Agent for Pod {
         to_the_end(resize::apply(request.into_inner().vcpus)).await
     }
 
+    async fn grow_disk(
+        &self,
+        request: Request<v1::GrowDiskRequest>,
+    ) -> Answer<v1::GrowDiskResponse> {
+        let v1::GrowDiskRequest { slot, bytes } = request.into_inner();
+        let pod = self.clone();
+        to_the_end(async move {
+            Pod::grow_disk(&pod, slot, bytes).await?;
+            Ok(v1::GrowDiskResponse {})
+        })
+        .await
+    }
+
     async fn clock(&self, request: Request<v1::ClockRequest>) -> Answer<v1::ClockResponse> {
         let unix_nanos = sandbox::adjust_clock(request.into_inner().adjust_nanos)?;
         Ok(Response::new(v1::ClockResponse { unix_nanos }))

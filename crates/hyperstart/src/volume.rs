@@ -7,6 +7,7 @@
 //! | emptyDir in memory | `/volumes/NAME`, a tmpfs |
 //! | huge pages | `/volumes/NAME`, a hugetlbfs |
 //! | files | `/volumes/NAME` |
+//! | file systems that outlive the pod | `/persistent/SLOT` |
 //! | directories of the host | `/shared/NAME` |
 
 use std::{
@@ -27,6 +28,7 @@ use crate::{
     boot::dir,
     disks,
     error::{Attempt, GuestError},
+    filesystem::{self, FileSystem},
     request, sandbox,
 };
 
@@ -49,6 +51,7 @@ enum Sort {
     Empty { memory: bool, slot: u32 },
     HugePages { kib: u64 },
     Files,
+    Disk { slot: u32, read_only: bool },
     Shared,
 }
 
@@ -57,6 +60,7 @@ impl Sort {
         match self {
             Self::Empty { slot: 1.., .. } => own_disk(name).join(ROOT),
             Self::Empty { memory: false, .. } => Path::new(dir::SCRATCH).join("volumes").join(name),
+            Self::Disk { slot, .. } => filesystem::place(*slot),
             Self::Shared => Path::new(dir::SHARED).join(name),
             Self::Empty { memory: true, .. } | Self::HugePages { .. } | Self::Files => {
                 Path::new(dir::VOLUMES).join(name)
@@ -194,7 +198,7 @@ impl Volumes {
             // What is in it belongs to the containers.
             Some(Kind::EmptyDir(_) | Kind::HugePages(_)) if known => return Ok(()),
             // Mounted before.
-            Some(Kind::Shared(_)) => {}
+            Some(Kind::Shared(_) | Kind::Disk(_)) => {}
             Some(Kind::EmptyDir(empty)) => {
                 make_empty(&path, &empty, gid).attempt(format!("make volume {name}"))?;
             }
@@ -221,6 +225,38 @@ impl Volumes {
                     volume: volume.name.clone(),
                     slot: empty.disk_slot,
                     size_limit: empty.size_limit,
+                }))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether nothing in a volume can be written.
+    pub(crate) fn is_read_only(&self, name: &str) -> bool {
+        let volume = self.by_name.get(name);
+        volume.is_some_and(|volume| {
+            matches!(
+                volume.sort,
+                Sort::Disk {
+                    read_only: true,
+                    ..
+                }
+            )
+        })
+    }
+
+    /// The file system that outlives the pod and must be mounted before this volume can be written.
+    pub(crate) fn new_file_system(
+        &self,
+        volume: &v1::Volume,
+    ) -> Result<Option<FileSystem>, GuestError> {
+        match (self.examine(volume)?, &volume.kind) {
+            ((Sort::Disk { slot, read_only }, false), Some(Kind::Disk(disk))) => {
+                Ok(Some(FileSystem {
+                    volume: volume.name.clone(),
+                    slot,
+                    read_only,
+                    keep_matching_root: disk.keep_matching_root,
                 }))
             }
             _ => Ok(None),
@@ -261,6 +297,16 @@ impl Volumes {
                 Sort::HugePages { kib: size.kib() }
             }
             Some(Kind::Files(_)) => Sort::Files,
+            Some(Kind::Disk(disk)) => {
+                let (slot, read_only) = (disk.slot, disk.read_only);
+                let other = |volume: &Volume| matches!(volume.sort, Sort::Disk { slot: its, read_only: so } if its == slot && so != read_only);
+                if !disks::SLOTS.contains(&slot) || self.by_name.values().any(other) {
+                    return Err(GuestError::Invalid(format!(
+                        "volume {name} cannot be the disk in slot {slot}"
+                    )));
+                }
+                Sort::Disk { slot, read_only }
+            }
             Some(Kind::Shared(shared)) => {
                 if !request::is_plain_name(&shared.tag) || shared.tag.len() > 36 {
                     let tag = &shared.tag;

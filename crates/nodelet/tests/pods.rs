@@ -416,7 +416,7 @@ async fn configuration_arrives_and_follows_its_source() {
     let sandbox = record.sandbox;
     let content = || match &world.runtime.volumes(&sandbox)["v"].kind {
         VolumeKind::Files { files } => files["k"].content.clone(),
-        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } => panic!("not files"),
+        _other => panic!("not files"),
     };
     assert_eq!(content(), "one");
     let patch = Patch::Merge(json!({"data": {"k": "two"}}));

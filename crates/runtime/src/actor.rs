@@ -7,6 +7,7 @@
 //! Each step writes its intent first. A failed write means that the step is not done; for what the
 //! guest did by itself, which cannot be undone, it means that a restarted node learns it again.
 
+mod attached;
 mod boot;
 mod containers;
 mod cpus;
@@ -66,6 +67,7 @@ pub(crate) enum Request {
     Share(HostShare, Reply<String>),
     Resize(SandboxUpdate, Reply<()>),
     Attach(HostDevice, Reply<u32>),
+    GrowVolume(String, Reply<()>),
     DetachUnused(Reply<()>),
     Create(Box<ContainerConfig>, Reply<ContainerId>),
     Start(ContainerId, Reply<()>),
@@ -337,6 +339,9 @@ impl Actor {
             }
             Request::Attach(device, reply) => {
                 drop(reply.send(Box::pin(self.attach_device(device)).await));
+            }
+            Request::GrowVolume(volume, reply) => {
+                drop(reply.send(Box::pin(self.grow_volume(&volume)).await));
             }
             Request::DetachUnused(reply) => {
                 self.pending.clear();

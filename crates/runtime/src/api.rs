@@ -156,6 +156,26 @@ pub enum VolumeKind {
         /// Relative path to content.
         files: BTreeMap<String, VolumeFile>,
     },
+    /// The file system of a volume that outlives the pod ([`crate::RuntimeConfig::volumes`]).
+    Disk {
+        /// The volume's name at its driver.
+        volume: String,
+        /// Mounted and attached so: other pods can read it too.
+        read_only: bool,
+        /// When [`VolumeConfig::gid`] is given to what is in it already. Of no effect if read-only.
+        #[serde(default)]
+        group_change: GroupChange,
+    },
+}
+
+/// When the content of a volume gets its group (fsGroupChangePolicy).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GroupChange {
+    /// For each pod.
+    #[default]
+    Always,
+    /// If the volume's root does not have it yet.
+    OnRootMismatch,
 }
 
 /// One file of a [`VolumeKind::Files`].
@@ -244,10 +264,17 @@ pub struct MountConfig {
 }
 
 /// A block device in a container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceConfig {
-    /// As [`PodRuntime::attach_device`] said.
+    /// As [`PodRuntime::attach_device`] said; 0 if `volume` is not empty.
     pub slot: u32,
+    /// A block volume that outlives the pod, by its name at its driver
+    /// ([`crate::RuntimeConfig::volumes`]).
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub volume: String,
+    /// Of such a volume: attached so, other pods can read it too.
+    #[serde(default)]
+    pub read_only: bool,
     /// Absolute path in the container.
     pub destination: String,
 }
@@ -718,6 +745,15 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     /// is created next and goes with it. What is attached and taken by no container is detached by
     /// [`PodRuntime::detach_unused`].
     async fn attach_device(&self, id: &SandboxId, device: HostDevice) -> Result<u32, RuntimeError>;
+    /// Lets a sandbox that is up see a new size of one of its volumes, after the volume's driver has
+    /// expanded it; a file system grows while it is mounted. Of a sandbox that does not have the volume:
+    /// success, the next one that gets it sees the size that it has then.
+    async fn grow_volume(&self, id: &SandboxId, volume: &str) -> Result<(), RuntimeError> {
+        Err(RuntimeError::Invalid {
+            field: "volume".to_owned(),
+            rule: format!("{volume} cannot grow in {id}, which is no VM"),
+        })
+    }
     /// Detaches the devices that no container has taken.
     async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError>;
     /// Prepares a container. The same name and attempt again gives the same container.

@@ -6,6 +6,7 @@ use hypernetes_network::NetworkDriver;
 use hypernetes_store::Store;
 use hypernetes_types::SandboxId;
 use hypernetes_vmm::Vmm;
+use hypernetes_volume::VolumeDriver;
 
 use crate::ports::{Images, Kernels};
 
@@ -24,6 +25,8 @@ pub struct RuntimeConfig {
     pub network: Arc<dyn NetworkDriver>,
     /// Driver of VMs.
     pub vmm: Arc<dyn Vmm>,
+    /// Volumes that outlive pods, if this node has such.
+    pub volumes: Option<Arc<dyn VolumeDriver>>,
     /// Guest kernels.
     pub kernels: Arc<dyn Kernels>,
     /// The static HyperStart program, `/init` of every guest.
@@ -107,6 +110,8 @@ pub struct Deadlines {
     pub drain: Duration,
     /// From the order to power off to the kill of the VMM.
     pub shutdown: Duration,
+    /// The same for a VM that has volumes which outlive it: it writes back what it has in memory.
+    pub flush: Duration,
     /// From one look at whether a guest still answers to the next; its clock is put right then too.
     pub beat: Duration,
     /// Without a session for so long, running containers are shown as `Unknown`.
@@ -123,6 +128,7 @@ impl Default for Deadlines {
             kill: Duration::from_secs(30),
             drain: Duration::from_secs(2),
             shutdown: Duration::from_secs(5),
+            flush: Duration::from_secs(60),
             beat: Duration::from_secs(30),
             silent: Duration::from_secs(30),
             readopt: Duration::from_secs(5),

@@ -55,6 +55,17 @@ pub enum RuntimeError {
         /// Deadline.
         waited: std::time::Duration,
     },
+    /// Another sandbox has the volume.
+    #[error("volume {volume} is in use by {}", by.join(", "))]
+    VolumeInUse {
+        /// Which.
+        volume: String,
+        /// Pods that have it, as `namespace/name`.
+        by: Vec<String>,
+    },
+    /// A volume cannot be had.
+    #[error(transparent)]
+    Volume(#[from] hypernetes_volume::VolumeError),
     /// An image is missing or broken.
     #[error(transparent)]
     Image(#[from] hypernetes_image::ImageError),

@@ -497,6 +497,10 @@ impl PodRuntime for FakeRuntime {
         Ok(222)
     }
 
+    async fn grow_volume(&self, id: &SandboxId, volume: &str) -> Result<(), RuntimeError> {
+        self.enter("grow_volume", &format!("{id}/{volume}"))
+    }
+
     async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError> {
         self.enter("detach_unused", id.as_str())
     }

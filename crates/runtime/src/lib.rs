@@ -51,6 +51,7 @@ mod usage;
 
 pub use api::*;
 pub use hypernetes_vmm::{HostShare, VmExtras};
+pub use hypernetes_volume::{VolumeDriver, VolumeError};
 
 pub use config::{Deadlines, Defaults, RuntimeConfig, TemplateConfig, UidRange};
 pub use error::RuntimeError;

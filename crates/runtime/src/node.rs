@@ -396,6 +396,12 @@ impl PodRuntime for NodeRuntime {
         handle.ask(|reply| Request::Attach(device, reply)).await
     }
 
+    async fn grow_volume(&self, id: &SandboxId, volume: &str) -> Result<(), RuntimeError> {
+        let handle = self.handle(id)?;
+        let volume = volume.to_owned();
+        handle.ask(|reply| Request::GrowVolume(volume, reply)).await
+    }
+
     async fn detach_unused(&self, id: &SandboxId) -> Result<(), RuntimeError> {
         let handle = self.handle(id)?;
         handle.ask(Request::DetachUnused).await

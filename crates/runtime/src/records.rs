@@ -7,6 +7,7 @@ use hypernetes_network::Lease;
 use hypernetes_store::{Durability, Op, Store, Value};
 use hypernetes_types::{ContainerId, Digest, SandboxId};
 use hypernetes_vmm::VmRecord;
+use hypernetes_volume::{VolumeId, VolumeMode};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
@@ -27,7 +28,9 @@ const VERSION_WITH_IMAGES: u32 = 3;
 /// Of a container that is confined by more than an older runtime knows: it would run an exec in it
 /// without.
 const VERSION_WITH_CONFINEMENT: u32 = 4;
-const NEWEST_VERSION: u32 = VERSION_WITH_CONFINEMENT;
+/// Of a sandbox that has volumes attached, which an older runtime would not give back.
+const VERSION_WITH_VOLUMES: u32 = 5;
+const NEWEST_VERSION: u32 = VERSION_WITH_VOLUMES;
 
 /// A sandbox on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +53,9 @@ pub(crate) struct SandboxRecord {
     /// Disks of volumes, plugged or about to be.
     #[serde(default)]
     pub(crate) disks: Vec<VolumeDisk>,
+    /// Volumes that outlive the pod, attached or about to be.
+    #[serde(default)]
+    pub(crate) attached: Vec<AttachedDisk>,
     /// Size of the VM, where it is not as configured any more.
     #[serde(default)]
     pub(crate) size: Option<VmSize>,
@@ -69,6 +75,15 @@ pub(crate) struct VolumeDisk {
     pub(crate) slot: u32,
     /// Bytes.
     pub(crate) size_limit: u64,
+}
+
+/// A volume that outlives the pod, and the slot of its disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct AttachedDisk {
+    pub(crate) volume: VolumeId,
+    pub(crate) slot: u32,
+    pub(crate) read_only: bool,
+    pub(crate) mode: VolumeMode,
 }
 
 impl SandboxRecord {
@@ -92,6 +107,7 @@ impl SandboxRecord {
             kernel_release: None,
             failure: None,
             disks: Vec::new(),
+            attached: Vec::new(),
             size: None,
         }
     }
@@ -105,11 +121,27 @@ impl SandboxRecord {
     }
 
     pub(crate) fn set_disks(&mut self, disks: Vec<VolumeDisk>) {
-        self.version = match disks.is_empty() {
-            true => VERSION,
-            false => VERSION_WITH_DISKS,
-        };
         self.disks = disks;
+        self.set_version();
+    }
+
+    pub(crate) fn set_attached(&mut self, attached: Vec<AttachedDisk>) {
+        self.attached = attached;
+        self.set_version();
+    }
+
+    fn set_version(&mut self) {
+        self.version = match (self.attached.is_empty(), self.disks.is_empty()) {
+            (true, true) => VERSION,
+            (true, false) => VERSION_WITH_DISKS,
+            (false, _) => VERSION_WITH_VOLUMES,
+        };
+    }
+
+    /// Slots of all disks that volumes have.
+    pub(crate) fn disk_slots(&self) -> impl Iterator<Item = u32> {
+        let attached = self.attached.iter().map(|disk| disk.slot);
+        self.disks.iter().map(|disk| disk.slot).chain(attached)
     }
 }
 
@@ -178,7 +210,9 @@ impl ContainerRecord {
 
     /// Slots of all disks that it needs.
     pub(crate) fn all_slots(&self) -> impl Iterator<Item = u32> {
-        let devices = self.config.devices.iter().map(|device| device.slot);
+        // Those of volumes are the sandbox's.
+        let own = self.config.devices.iter().filter(|it| it.volume.is_empty());
+        let devices = own.map(|device| device.slot);
         self.all_layers().map(|layer| layer.slot).chain(devices)
     }
 
@@ -383,7 +417,9 @@ mod tests {
     fn a_record_from_before_volumes_had_disks_is_read() {
         let mut record = SandboxRecord::new(SandboxId::random(), sandbox_config("a"), 1000, 7);
         let mut value = serde_json::to_value(&record).unwrap();
-        value.as_object_mut().unwrap().remove("disks").unwrap();
+        for field in ["disks", "attached"] {
+            value.as_object_mut().unwrap().remove(field).unwrap();
+        }
         let read: SandboxRecord = serde_json::from_value(value).unwrap();
         assert_eq!(read, record);
         record.set_disks(vec![VolumeDisk {
@@ -392,14 +428,24 @@ mod tests {
             size_limit: 1,
         }]);
         assert_eq!(record.version, VERSION_WITH_DISKS);
+        record.set_attached(vec![AttachedDisk {
+            volume: "v".parse().unwrap(),
+            slot: 253,
+            read_only: false,
+            mode: VolumeMode::Block,
+        }]);
+        assert_eq!(record.version, VERSION_WITH_VOLUMES);
+        assert_eq!(record.disk_slots().collect::<Vec<_>>(), [254, 253]);
         record.set_disks(Vec::new());
+        assert_eq!(record.version, VERSION_WITH_VOLUMES);
+        record.set_attached(Vec::new());
         assert_eq!(read, record);
     }
 
     #[tokio::test]
     async fn another_release_s_records_are_not_guessed_at() {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let value = Value::Bytes(r#"{"version":5}"#.into());
+        let value = Value::Bytes(r#"{"version":6}"#.into());
         store
             .txn(
                 vec![],

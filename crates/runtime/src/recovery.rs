@@ -5,10 +5,11 @@
 //! | `Starting` | undone: VM killed, lease, disk, directories and record removed |
 //! | `Ready` | VM adopted; if it is gone, the sandbox has failed and its containers have exited |
 //! | `Failed`, `Stopped` | kept |
-//! | `Stopping` | stopped to the end |
+//! | `Stopping` | stopped to the end; a VM that has volumes which outlive it is asked to write them back |
 //! | `Removing` | removed to the end |
 //!
-//! Then everything in the runtime's directories that no record names goes. Adopted guests are given
+//! Then everything in the runtime's directories that no record names goes, and volumes that are attached to
+//! sandboxes which do not have them are detached. Adopted guests are given
 //! a moment to answer, so that their containers are known when callers first ask; a guest that does
 //! not answer holds up nobody for longer.
 
@@ -97,6 +98,14 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
                     actor::spawn(shared, record, members, Start::Rest)
                 }
             },
+            // Its guest may be writing back what its volumes are to keep.
+            Phase::Stopping if !record.attached.is_empty() => {
+                let start = match adopt(shared, &record).await {
+                    Ok(vm) => Start::Adopted(vm),
+                    Err(_ended) => Start::Rest,
+                };
+                actor::spawn(shared, record, members, start)
+            }
             Phase::Starting
             | Phase::Failed
             | Phase::Stopping
@@ -116,6 +125,7 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
         .map(|(id, (handle, _))| (id, handle))
         .collect();
     remove_orphans(shared, &known, &mut report).await;
+    detach_gone(shared, &known, &mut report).await;
     await_guests(&adopted, shared.config.deadlines.readopt).await;
     Ok((known, report))
 }
@@ -246,6 +256,43 @@ async fn remove_orphans(
                 report.failures.push(format!("{}: {error}", path.display()));
             }
         }
+    }
+}
+
+/// Gives back volumes that a sandbox had of which nothing is left, a VM least of all.
+async fn detach_gone(
+    shared: &Shared,
+    known: &HashMap<SandboxId, Handle>,
+    report: &mut RecoveryReport,
+) {
+    let Some(driver) = &shared.config.volumes else {
+        return;
+    };
+    let detached = async {
+        for volume in driver.list().await? {
+            for pod in &volume.attached_to {
+                // Others than sandboxes are somebody else's business.
+                let Ok(id) = pod.parse::<SandboxId>() else {
+                    continue;
+                };
+                let has = known.get(&id).is_some_and(|handle| {
+                    let snapshot = handle.snapshot.borrow();
+                    let mut attached = snapshot.record.attached.iter();
+                    attached.any(|disk| disk.volume == volume.id)
+                });
+                // A VMM that could not be ended still has its directory, and may have the volume.
+                if has || shared.run_dir(&id).exists() && !known.contains_key(&id) {
+                    continue;
+                }
+                tracing::warn!(volume = %volume.id, sandbox = %id, "a volume was nobody's");
+                driver.detach(&volume.id, pod).await?;
+            }
+        }
+        Ok::<_, RuntimeError>(())
+    };
+    if let Err(error) = detached.await {
+        let error = hypernetes_telemetry::chain(&error).to_string();
+        report.failures.push(format!("volumes: {error}"));
     }
 }
 

@@ -30,6 +30,10 @@ use hypernetes_vmm::{
     Channel, Disk, GuestKernel, HostShare, Machine, Vm, VmEvent, VmExit, VmExtras, VmRecord,
     VmSpec, Vmm, VmmError, fake::FakeVmm,
 };
+use hypernetes_volume::{
+    BlockDevice, Capacity, LocalConfig, LocalVolumes, VolumeDriver, VolumeError, VolumeId,
+    VolumeInfo, VolumeMode,
+};
 use tokio::{
     io::{DuplexStream, copy_bidirectional},
     sync::Notify,
@@ -200,6 +204,7 @@ pub(crate) struct World {
     pub(crate) temp: tempfile::TempDir,
     pub(crate) store: Store,
     pub(crate) network: Arc<GatedNetwork>,
+    pub(crate) volumes: Arc<GatedVolumes>,
     pub(crate) vmm: FakeVmm,
     pub(crate) gate: Gate,
     pub(crate) images: Arc<FakeImages>,
@@ -234,8 +239,19 @@ impl World {
             let agents = Arc::clone(&agents);
             FakeVmm::new(move |sandbox, stream| guest(&agents, sandbox, stream))
         };
+        let temp = tempfile::tempdir().unwrap();
+        let volumes = LocalVolumes::open_with(LocalConfig {
+            dir: temp.path().join("volumes"),
+            limit_bytes: Some(64 << 20),
+            mkfs: "true".into(),
+        });
+        let volumes = Arc::new(GatedVolumes {
+            inner: volumes.await.unwrap(),
+            gate: gate.clone(),
+        });
         Self {
-            temp: tempfile::tempdir().unwrap(),
+            temp,
+            volumes,
             store: Store::in_memory(StoreConfig::default()).unwrap(),
             network,
             vmm,
@@ -247,6 +263,7 @@ impl World {
                 kill: Duration::from_secs(5),
                 drain: Duration::from_secs(5),
                 shutdown: Duration::from_secs(5),
+                flush: Duration::from_secs(5),
                 beat: Duration::from_secs(30),
                 silent: Duration::from_secs(30),
                 readopt: Duration::from_secs(10),
@@ -274,6 +291,7 @@ impl World {
                 gate: self.gate.clone(),
                 refuse_plugs: self.refuse_plugs.clone(),
             }),
+            volumes: Some(self.volumes.clone()),
             kernels: Arc::new(FakeKernels::new(self.temp.path())),
             hyperstart: "/hyperstart".into(),
             uid_range: UidRange {
@@ -349,6 +367,9 @@ impl World {
     pub(crate) async fn assert_clean(&self) {
         assert_eq!(self.vmm.sandboxes(), []);
         assert_eq!(self.network.leases().await, 0);
+        for volume in self.volumes.inner.list().await.unwrap() {
+            assert!(volume.attached_to.is_empty(), "{volume:?}");
+        }
         let left: Vec<_> = self.store.list("/node/", None, None, None).unwrap().entries;
         assert!(left.is_empty(), "{left:?}");
         for directory in ["run", "state/sandboxes", "logs"] {
@@ -590,6 +611,64 @@ impl GatedNetwork {
     }
 }
 
+/// Volumes with a step before and after each change.
+#[derive(Debug)]
+pub(crate) struct GatedVolumes {
+    pub(crate) inner: LocalVolumes,
+    gate: Gate,
+}
+
+#[async_trait]
+impl VolumeDriver for GatedVolumes {
+    async fn create(
+        &self,
+        id: &VolumeId,
+        bytes: u64,
+        mode: VolumeMode,
+    ) -> Result<VolumeInfo, VolumeError> {
+        self.inner.create(id, bytes, mode).await
+    }
+
+    async fn delete(&self, id: &VolumeId) -> Result<(), VolumeError> {
+        self.inner.delete(id).await
+    }
+
+    async fn expand(&self, id: &VolumeId, bytes: u64) -> Result<VolumeInfo, VolumeError> {
+        self.inner.expand(id, bytes).await
+    }
+
+    async fn get(&self, id: &VolumeId) -> Result<Option<VolumeInfo>, VolumeError> {
+        self.inner.get(id).await
+    }
+
+    async fn list(&self) -> Result<Vec<VolumeInfo>, VolumeError> {
+        self.inner.list().await
+    }
+
+    async fn attach(
+        &self,
+        id: &VolumeId,
+        pod: &str,
+        read_only: bool,
+    ) -> Result<BlockDevice, VolumeError> {
+        self.gate.step().await;
+        let result = self.inner.attach(id, pod, read_only).await;
+        self.gate.step().await;
+        result
+    }
+
+    async fn detach(&self, id: &VolumeId, pod: &str) -> Result<(), VolumeError> {
+        self.gate.step().await;
+        let result = self.inner.detach(id, pod).await;
+        self.gate.step().await;
+        result
+    }
+
+    async fn capacity(&self) -> Result<Capacity, VolumeError> {
+        self.inner.capacity().await
+    }
+}
+
 #[async_trait]
 impl NetworkDriver for GatedNetwork {
     async fn ensure_network(&self, spec: &NetworkSpec) -> Result<(), NetworkError> {
@@ -760,6 +839,11 @@ impl Vm for GatedVm {
         let result = self.inner.unplug_disk(slot).await;
         self.gate.step().await;
         result
+    }
+
+    async fn resize_disk(&self, slot: u32, bytes: u64) -> Result<(), VmmError> {
+        self.gate.step().await;
+        self.inner.resize_disk(slot, bytes).await
     }
 
     async fn list_disks(&self) -> Result<Vec<u32>, VmmError> {

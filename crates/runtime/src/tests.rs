@@ -1,5 +1,6 @@
 //! The runtime as a whole, on a node without a host.
 
+mod attached;
 mod cpus;
 mod crashes;
 mod hostile;

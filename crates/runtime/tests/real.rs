@@ -12,6 +12,8 @@
 
 #[path = "real/frozen.rs"]
 mod frozen;
+#[path = "real/persistent.rs"]
+mod persistent;
 #[path = "real/pinned.rs"]
 mod pinned;
 
@@ -38,6 +40,9 @@ use hypernetes_store::{Store, StoreConfig};
 use hypernetes_types::{ContainerId, SandboxId};
 use hypernetes_vmm::qemu::{QemuConfig, QemuDriver};
 
+const POD: &str = "pods_run_in_real_vms";
+const TESTS: [&str; 2] = [POD, "volumes_outlive_pods"];
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     match arguments.get(1).map(String::as_str) {
@@ -50,7 +55,9 @@ fn main() -> ExitCode {
         Some("--list") => {
             // As test runners ask; none is ignored.
             if !arguments.iter().any(|argument| argument == "--ignored") {
-                println!("pods_run_in_real_vms: test");
+                for test in TESTS {
+                    println!("{test}: test");
+                }
             }
             return ExitCode::SUCCESS;
         }
@@ -65,8 +72,15 @@ fn main() -> ExitCode {
         Default::default(),
     );
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(pods_run_in_real_vms());
-    println!("pods_run_in_real_vms ... ok");
+    let named = |test: &&str| arguments.iter().any(|argument| argument == test);
+    let all = !TESTS.iter().any(named);
+    for test in TESTS.into_iter().filter(|test| all || named(test)) {
+        match test {
+            POD => runtime.block_on(pods_run_in_real_vms()),
+            _ => runtime.block_on(persistent::volumes_outlive_pods()),
+        }
+        println!("{test} ... ok");
+    }
     ExitCode::SUCCESS
 }
 
@@ -210,6 +224,7 @@ impl Bed {
             images: Arc::new(images),
             network: Arc::new(FakeDriver::new()),
             vmm: Arc::new(vmm),
+            volumes: None,
             kernels: Arc::new(kernels),
             hyperstart,
             uid_range: UidRange::default(),

@@ -296,6 +296,18 @@ impl Vm for FakeVm {
         Ok(())
     }
 
+    async fn resize_disk(&self, slot: u32, _bytes: u64) -> Result<(), VmmError> {
+        self.running()?;
+        match self.state.slots().contains(&slot) {
+            true => Ok(()),
+            false => Err(VmmError::Control {
+                action: format!("resize disk {slot}"),
+                sandbox: self.state.record.sandbox.clone(),
+                message: "there is none".to_owned(),
+            }),
+        }
+    }
+
     async fn list_disks(&self) -> Result<Vec<u32>, VmmError> {
         self.running()?;
         Ok(self.state.slots())

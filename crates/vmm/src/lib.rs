@@ -211,6 +211,8 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError>;
     /// Unplugs a disk that the guest no longer uses. Idempotent.
     async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError>;
+    /// Lets the guest see that a writable disk, whose file has grown, has so many bytes now. Idempotent.
+    async fn resize_disk(&self, slot: u32, bytes: u64) -> Result<(), VmmError>;
     /// Slots that the VM has disks in, boot disks included.
     async fn list_disks(&self) -> Result<Vec<u32>, VmmError>;
     /// Lets the guest see a directory or file of the host, by the tag [`SHARE_TAG`]. Returns the name

@@ -33,6 +33,7 @@ pub enum Method {
     StartContainer,
     UpdateContainer,
     Resize,
+    GrowDisk,
     Clock,
     Pause,
     Signal,
@@ -89,6 +90,7 @@ struct State {
     hello: v1::HelloResponse,
     sandbox: Option<v1::ConfigureSandboxRequest>,
     volumes: BTreeMap<String, v1::Volume>,
+    grown: BTreeMap<u32, u64>,
     containers: BTreeMap<String, FakeContainer>,
     behaviours: HashMap<Method, Behaviour>,
     calls: Vec<Method>,
@@ -136,6 +138,7 @@ impl FakeAgent {
             },
             sandbox: None,
             volumes: BTreeMap::new(),
+            grown: BTreeMap::new(),
             containers: BTreeMap::new(),
             behaviours: HashMap::new(),
             calls: Vec::new(),
@@ -318,6 +321,11 @@ impl FakeAgent {
     /// The sandbox configuration, once it has come.
     pub fn sandbox(&self) -> Option<v1::ConfigureSandboxRequest> {
         self.lock().sandbox.clone()
+    }
+
+    /// Disks that it was told to have become larger, by slot, and their sizes.
+    pub fn grown(&self) -> BTreeMap<u32, u64> {
+        self.lock().grown.clone()
     }
 
     /// The volumes written so far, by name.

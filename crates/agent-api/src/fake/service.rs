@@ -169,6 +169,17 @@ impl Agent for FakeAgent {
         Ok(Response::new(Default::default()))
     }
 
+    async fn grow_disk(
+        &self,
+        request: Request<v1::GrowDiskRequest>,
+    ) -> Answer<v1::GrowDiskResponse> {
+        self.enter(Method::GrowDisk).await?;
+        let v1::GrowDiskRequest { slot, bytes } = request.into_inner();
+        self.lock().grown.insert(slot, bytes);
+        self.touch();
+        Ok(Response::new(Default::default()))
+    }
+
     async fn resize(&self, request: Request<v1::ResizeRequest>) -> Answer<v1::ResizeResponse> {
         self.enter(Method::Resize).await?;
         let vcpus = request.into_inner().vcpus;

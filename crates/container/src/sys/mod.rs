@@ -38,6 +38,16 @@ pub(crate) fn install_filter(filter: &[sock_filter], flags: libc::c_ulong) -> io
     check(result)
 }
 
+/// Makes a mounted ext4 as large as so many of its blocks (`EXT4_IOC_RESIZE_FS`).
+///
+/// JUSTIFICATION: neither rustix nor nix has the call.
+pub fn resize_ext4(root: BorrowedFd<'_>, blocks: u64) -> io::Result<()> {
+    const RESIZE_FS: libc::Ioctl = 0x4008_6610;
+    // SAFETY: the kernel reads eight bytes at the address, which live until the call has returned.
+    let result = unsafe { libc::ioctl(root.as_raw_fd(), RESIZE_FS, &raw const blocks) };
+    check(result.into())
+}
+
 /// Shows a detached mount's owners through the ids of a user namespace (mount_setattr(2)).
 ///
 /// JUSTIFICATION: neither rustix nor nix has the call.

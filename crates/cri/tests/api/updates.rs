@@ -35,7 +35,7 @@ fn value(runtime: &FakeRuntime, sandbox: &str, volume: &str) -> Option<String> {
             let file = files.values().next()?;
             Some(String::from_utf8(file.content.to_vec()).unwrap())
         }
-        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } => None,
+        _other => None,
     }
 }
 

@@ -14,10 +14,11 @@ use hypernetes_agent_api::{
 use hypernetes_image::{Image, ImageError};
 use hypernetes_types::{ContainerId, Digest};
 use hypernetes_vmm::{Disk, Vm};
+use hypernetes_volume::VolumeMode;
 
 use super::{Actor, Member, not_found};
 use crate::{
-    api::{ContainerConfig, ContainerUpdate, ContainerUser},
+    api::{ContainerConfig, ContainerUpdate, ContainerUser, DeviceConfig},
     container::{Event, Phase},
     error::RuntimeError,
     guest::clean,
@@ -135,6 +136,20 @@ impl Actor {
                 format!("must be at most {MAX_CONTAINERS} per sandbox"),
             ));
         }
+        if config
+            .devices
+            .iter()
+            .any(|device| !device.volume.is_empty())
+        {
+            Self::check_disk_volumes(&self.client(action).await?)?;
+        }
+        for device in &config.devices {
+            if device.volume.is_empty() {
+                continue;
+            }
+            let (volume, mode) = (device.volume.as_str(), VolumeMode::Block);
+            Box::pin(self.ensure_attached(&vm, volume, device.read_only, mode)).await?;
+        }
         let (image, layers) = self.open_image(&config.image).await?;
         let mut mounted = Vec::new();
         for mount in config.mounts.iter().filter(|mount| !mount.image.is_empty()) {
@@ -194,7 +209,7 @@ impl Actor {
         if let Some(device) = config
             .devices
             .iter()
-            .find(|device| !self.pending.contains(&device.slot))
+            .find(|device| device.volume.is_empty() && !self.pending.contains(&device.slot))
         {
             let rule = format!("has no device in slot {}: attach it again", device.slot);
             return Err(invalid("devices", rule));
@@ -245,8 +260,28 @@ impl Actor {
             cwd: process.cwd.clone(),
             username: user.username,
         };
-        let request = create_request(&record, process)?;
+        let mut request = create_request(&record, process)?;
+        request.devices = self.devices(&record.config);
         Ok((record, request, slots.files))
+    }
+
+    /// The container's block devices, by the slots of their disks.
+    fn devices(&self, config: &ContainerConfig) -> Vec<v1::Device> {
+        let attached = &self.record.attached;
+        let slot = |volume: &str| {
+            let disk = attached.iter().find(|disk| disk.volume.as_str() == volume);
+            disk.map(|disk| disk.slot)
+        };
+        let device = |device: &DeviceConfig| {
+            Some(v1::Device {
+                destination: device.destination.clone(),
+                slot: match device.volume.as_str() {
+                    "" => device.slot,
+                    volume => slot(volume)?,
+                },
+            })
+        };
+        config.devices.iter().filter_map(device).collect()
     }
 
     fn is_running(&self, id: &ContainerId) -> bool {
@@ -266,7 +301,7 @@ impl Actor {
             .values()
             .copied()
             .chain(self.plugged.iter().copied())
-            .chain(self.record.disks.iter().map(|disk| disk.slot))
+            .chain(self.record.disk_slots())
             .collect();
         Slots {
             known,
@@ -431,7 +466,7 @@ impl Actor {
             .values()
             .flat_map(|member| member.record.all_slots())
             .chain(self.pending.iter().copied())
-            .chain(self.record.disks.iter().map(|disk| disk.slot))
+            .chain(self.record.disk_slots())
             .chain([SCRATCH_SLOT])
             .collect();
         let unused: Vec<u32> = self.plugged.difference(&used).copied().collect();
@@ -741,14 +776,7 @@ fn create_request(
         id: record.id.to_string(),
         name: config.name.clone(),
         termination_path: config.termination_path.clone(),
-        devices: config
-            .devices
-            .iter()
-            .map(|device| v1::Device {
-                destination: device.destination.clone(),
-                slot: device.slot,
-            })
-            .collect(),
+        devices: Vec::new(),
         layer_slots: record.layers.iter().map(|layer| layer.slot).collect(),
         process: Some(process),
         mounts,

@@ -57,7 +57,7 @@ impl Actor {
         let slots = self.members.values();
         let taken: BTreeSet<u32> = slots
             .flat_map(|member| member.record.all_slots())
-            .chain(self.record.disks.iter().map(|disk| disk.slot))
+            .chain(self.record.disk_slots())
             .chain(self.plugged.iter().copied())
             .collect();
         let free = DEVICE_SLOTS.rev().find(|slot| !taken.contains(slot));

@@ -56,7 +56,7 @@ impl Actor {
             Err(error) => {
                 let error = hypernetes_telemetry::chain(&error).to_string();
                 tracing::warn!(error, "cannot list the disks of an adopted VM");
-                let volumes = self.record.disks.iter().map(|disk| disk.slot);
+                let volumes = self.record.disk_slots();
                 used.into_iter()
                     .chain(volumes)
                     .chain([SCRATCH_SLOT])

@@ -40,18 +40,36 @@ impl Actor {
     /// Asks the guest to end in good order. A guest that does not answer is not asked twice.
     async fn quiesce(&mut self, vm: &Arc<dyn Vm>) {
         let patience = self.shared.config.deadlines.shutdown;
-        let link = self
-            .link
-            .as_ref()
-            .map(|link| link.state.borrow().client.clone());
-        let Some(Some(client)) = link else { return };
+        let Some(client) = self.connected(vm).await else {
+            return;
+        };
         if self.end_containers(&client, patience).await.is_none() {
             return;
         }
         // The reply may be lost with the VM.
         drop(client.shutdown(v1::ShutdownRequest {}, patience).await);
+        // What is in the guest's memory of a volume that outlives it is not to be lost.
+        let patience = match self.record.attached.is_empty() {
+            true => patience,
+            false => self.shared.config.deadlines.flush,
+        };
         if timeout(patience, vm.wait()).await.is_err() {
             tracing::warn!("the guest did not power off in time and is killed");
+        }
+    }
+
+    /// The guest, if there is a session. With volumes that are to be written back it is waited for a
+    /// moment: the node may have come back just now.
+    async fn connected(&self, vm: &Arc<dyn Vm>) -> Option<AgentClient> {
+        let mut link = self.link.as_ref()?.state.clone();
+        let patience = match self.record.attached.is_empty() {
+            true => Duration::ZERO,
+            false => self.shared.config.deadlines.readopt,
+        };
+        let connected = link.wait_for(|link| link.client.is_some());
+        tokio::select! {
+            link = timeout(patience, connected) => link.ok()?.ok()?.client.clone(),
+            _ = vm.wait() => None,
         }
     }
 
@@ -125,6 +143,8 @@ impl Actor {
             .vmm
             .destroy(&self.shared.run_dir(&id))
             .await?;
+        // Only now nobody writes any more.
+        self.detach_volumes().await?;
         self.link = None;
         self.vm = None;
         self.plugged.clear();

@@ -8,13 +8,15 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use hypernetes_agent_api::{FEATURE_HUGE_PAGES, v1};
 use hypernetes_vmm::{Disk, Vm};
+use hypernetes_volume::VolumeMode;
 
 use super::{
     Actor,
+    attached::VOLUME_READY,
     containers::{invalid, unknown_to_guest},
 };
 use crate::{
-    api::{VolumeConfig, VolumeKind},
+    api::{GroupChange, VolumeConfig, VolumeKind},
     error::RuntimeError,
     records::VolumeDisk,
     scratch::ScratchDisks,
@@ -31,7 +33,9 @@ const PROTOCOL_WITH_DISKS: u32 = 2;
 fn has_owners(kind: &VolumeKind) -> bool {
     match kind {
         VolumeKind::Files { files } => files.values().any(|file| file.uid != 0),
-        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } => false,
+        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } | VolumeKind::Disk { .. } => {
+            false
+        }
     }
 }
 
@@ -48,15 +52,29 @@ impl Actor {
             return Err(unknown_to_guest("huge_pages"));
         }
         let slot = match own_disk(&volume.kind, self.record.config.scratch_mib) {
-            None => 0,
+            None => match &volume.kind {
+                VolumeKind::Disk {
+                    volume, read_only, ..
+                } => {
+                    Self::check_disk_volumes(&client)?;
+                    let mode = VolumeMode::Filesystem;
+                    Box::pin(self.ensure_attached(&vm, volume, *read_only, mode)).await?
+                }
+                VolumeKind::EmptyDir { .. }
+                | VolumeKind::HugePages { .. }
+                | VolumeKind::Files { .. } => 0,
+            },
             Some(_) if client.hello().version < PROTOCOL_WITH_DISKS => {
                 let rule = "is not enforced by the guest of an earlier release: make the pod anew";
                 return Err(invalid("size_limit", rule));
             }
             Some(limit) => Box::pin(self.ensure_disk(&vm, &volume.name, limit)).await?,
         };
+        let deadline = match volume.kind {
+            VolumeKind::Disk { .. } => VOLUME_READY,
+            _ => self.shared.config.deadlines.call,
+        };
         let request = request(volume, slot)?;
-        let deadline = self.shared.config.deadlines.call;
         let sandbox = self.record.id.clone();
         self.with_vm(action, &vm, async {
             let written = client.write_volume(request, deadline).await;
@@ -108,22 +126,27 @@ impl Actor {
         Ok(slot)
     }
 
-    /// Records a slot for a volume's disk.
-    async fn take_slot(&mut self, volume: &str, size_limit: u64) -> Result<u32, RuntimeError> {
+    /// A slot that nothing has, for a volume's disk.
+    pub(super) fn free_volume_slot(&self, field: &str) -> Result<u32, RuntimeError> {
         let layers = self
             .members
             .values()
             .flat_map(|member| member.record.all_slots());
-        let volumes = self.record.disks.iter().map(|disk| disk.slot);
         let taken: BTreeSet<u32> = layers
-            .chain(volumes)
+            .chain(self.record.disk_slots())
             .chain(self.plugged.iter().copied())
             .collect();
         let free = DISK_SLOTS.rev().find(|slot| !taken.contains(slot));
-        let slot = free.ok_or_else(|| {
-            let rule = format!("can be set on {} volumes of a sandbox", DISK_SLOTS.count());
-            invalid("size_limit", rule)
-        })?;
+        free.ok_or_else(|| {
+            let count = DISK_SLOTS.count();
+            let rule = format!("at most {count} volumes of a sandbox can have a disk of their own");
+            invalid(field, rule)
+        })
+    }
+
+    /// Records a slot for a volume's disk.
+    async fn take_slot(&mut self, volume: &str, size_limit: u64) -> Result<u32, RuntimeError> {
+        let slot = self.free_volume_slot("size_limit")?;
         let before = self.record.clone();
         let mut disks = before.disks.clone();
         disks.push(VolumeDisk {
@@ -167,9 +190,10 @@ fn own_disk(kind: &VolumeKind, scratch_mib: u64) -> Option<u64> {
             let scratch = scratch_mib << 20;
             (scratch == 0 || *limit < scratch).then_some(*limit)
         }
-        VolumeKind::EmptyDir { .. } | VolumeKind::HugePages { .. } | VolumeKind::Files { .. } => {
-            None
-        }
+        VolumeKind::EmptyDir { .. }
+        | VolumeKind::HugePages { .. }
+        | VolumeKind::Files { .. }
+        | VolumeKind::Disk { .. } => None,
     }
 }
 
@@ -179,6 +203,15 @@ fn request(volume: VolumeConfig, disk_slot: u32) -> Result<v1::WriteVolumeReques
             memory,
             size_limit,
             disk_slot,
+        }),
+        VolumeKind::Disk {
+            read_only,
+            group_change,
+            ..
+        } => v1::volume::Kind::Disk(v1::DiskVolume {
+            slot: disk_slot,
+            read_only,
+            keep_matching_root: group_change == GroupChange::OnRootMismatch,
         }),
         VolumeKind::HugePages {
             page_size,

@@ -79,6 +79,7 @@ async fn a_device_goes_with_its_container() {
     config.devices = vec![DeviceConfig {
         slot,
         destination: "/dev/xvda".into(),
+        ..Default::default()
     }];
     let refused = runtime.create_container(&sandbox, config.clone()).await;
     assert!(matches!(refused, Err(RuntimeError::Invalid { field, .. }) if field == "devices"));

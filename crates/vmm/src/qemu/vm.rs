@@ -266,6 +266,15 @@ impl Vm for QemuVm {
         self.remove_backend(slot).await.map_err(self.failed(action))
     }
 
+    async fn resize_disk(&self, slot: u32, bytes: u64) -> Result<(), VmmError> {
+        let _turn = self.disks.lock().await;
+        let arguments = json!({ "node-name": disk::node_name(slot), "size": bytes });
+        let resized = self.qmp.execute("block_resize", arguments).await;
+        resized
+            .map(drop)
+            .map_err(self.failed(format!("resize disk {slot}")))
+    }
+
     async fn list_disks(&self) -> Result<Vec<u32>, VmmError> {
         self.slots().await.map_err(self.failed("list disks"))
     }
