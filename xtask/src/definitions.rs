@@ -34,6 +34,10 @@ const ROOTS: &[(&str, &[&str])] = &[
             "NamespaceList",
             "Node",
             "NodeList",
+            "PersistentVolume",
+            "PersistentVolumeClaim",
+            "PersistentVolumeClaimList",
+            "PersistentVolumeList",
             "Pod",
             "PodList",
             "ReplicationController",
@@ -79,6 +83,21 @@ const ROOTS: &[(&str, &[&str])] = &[
     (
         "io.k8s.api.scheduling.v1",
         &["PriorityClass", "PriorityClassList"],
+    ),
+    (
+        "io.k8s.api.storage.v1",
+        &[
+            "CSIDriver",
+            "CSIDriverList",
+            "CSINode",
+            "CSINodeList",
+            "CSIStorageCapacity",
+            "CSIStorageCapacityList",
+            "StorageClass",
+            "StorageClassList",
+            "VolumeAttachment",
+            "VolumeAttachmentList",
+        ],
     ),
     (
         "io.k8s.api.apps.v1",

@@ -3,6 +3,7 @@
 mod legacy;
 mod pod;
 mod service;
+mod storage;
 mod workloads;
 
 use serde_json::{Map, Value, json};
@@ -28,6 +29,9 @@ pub fn apply(kind: &ResourceKind, object: &mut Value) {
         ("apiextensions.k8s.io", "CustomResourceDefinition") => crate::crd::prepare(object),
         ("rbac.authorization.k8s.io", "RoleBinding" | "ClusterRoleBinding") => binding(object),
         ("hypernetes.io", "Network") => network(object),
+        ("storage.k8s.io", _) | ("", "PersistentVolume" | "PersistentVolumeClaim") => {
+            storage::apply(kind, object);
+        }
         ("apps" | "autoscaling" | "batch" | "policy" | "scheduling.k8s.io", _)
         | ("", "LimitRange" | "ResourceQuota") => workloads::apply(kind, object),
         _ => {}

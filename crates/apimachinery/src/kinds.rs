@@ -3,6 +3,7 @@
 mod cluster;
 pub mod images;
 mod legacy;
+mod storage;
 mod workloads;
 
 /// A kind that the server serves under one group and version.
@@ -209,6 +210,8 @@ static KINDS: &[ResourceKind] = &[
         subresources: &[sub("status", "Node", STATUS)],
         ..kind("", "v1", "Node", "nodes", "node")
     },
+    storage::CLAIMS,
+    storage::VOLUMES,
     ResourceKind {
         short_names: &["po"],
         categories: &["all"],
@@ -373,6 +376,11 @@ static KINDS: &[ResourceKind] = &[
         ..kind(RBAC, "v1", "Role", "roles", "role")
     },
     workloads::PRIORITY_CLASSES,
+    storage::DRIVERS,
+    storage::DRIVERS_OF_NODES,
+    storage::CAPACITIES,
+    storage::CLASSES,
+    storage::ATTACHMENTS,
 ];
 
 /// All served kinds, sorted by group and resource within the order of groups.

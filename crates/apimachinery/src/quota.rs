@@ -94,8 +94,16 @@ pub fn usage(kind: &ResourceKind, object: &Value) -> Amounts {
         }
         "persistentvolumeclaims" => {
             out.insert("persistentvolumeclaims".into(), one);
-            if let Some(size) = quantity(&object["spec"]["resources"]["requests"]["storage"]) {
-                out.insert("requests.storage".into(), size);
+            let size = storage_of(object);
+            out.insert("requests.storage".into(), size);
+            // The same of each class.
+            if let Some(class) = object["spec"]["storageClassName"].as_str()
+                && !class.is_empty()
+            {
+                let name =
+                    |resource: &str| format!("{class}.storageclass.storage.k8s.io/{resource}");
+                out.insert(name("persistentvolumeclaims"), one);
+                out.insert(name("requests.storage"), size);
             }
         }
         "configmaps" | "secrets" | "resourcequotas" | "replicationcontrollers" => {
@@ -104,6 +112,14 @@ pub fn usage(kind: &ResourceKind, object: &Value) -> Amounts {
         _ => {}
     }
     out
+}
+
+/// What a claim counts: what it asks for, and no less than what it has. One that asked for more in
+/// vain counts what was set aside for it.
+fn storage_of(claim: &Value) -> Quantity {
+    let asked = quantity(&claim["spec"]["resources"]["requests"]["storage"]);
+    let promised = quantity(&claim["status"]["allocatedResources"]["storage"]);
+    asked.unwrap_or_default().max(promised.unwrap_or_default())
 }
 
 fn has_ended(pod: &Value) -> bool {

@@ -6,6 +6,7 @@ mod images;
 mod legacy;
 mod pod;
 mod service;
+mod storage;
 mod workloads;
 
 use jiff::Timestamp;

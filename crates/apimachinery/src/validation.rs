@@ -13,6 +13,7 @@ mod path;
 mod pod;
 mod policies;
 mod service;
+mod storage;
 mod volume;
 mod workloads;
 
@@ -61,6 +62,9 @@ pub fn validate_update(kind: &ResourceKind, new: &Value, old: &Value) -> Vec<Fie
         ("autoscaling" | "policy" | "scheduling.k8s.io", _)
         | ("", "LimitRange" | "ResourceQuota") => {
             policies::validate_update(kind, new, old, &mut found);
+        }
+        ("storage.k8s.io", _) | ("", "PersistentVolume" | "PersistentVolumeClaim") => {
+            storage::validate_update(kind, new, old, &mut found);
         }
         ("", "Service") => service::service_update(new, old, &mut found),
         ("discovery.k8s.io", "EndpointSlice") => {
@@ -128,6 +132,9 @@ fn specific(kind: &ResourceKind, object: &Value, found: &mut Found) {
         ("apps" | "batch", _) => workloads::validate(kind, object, found),
         ("autoscaling" | "policy" | "scheduling.k8s.io", _)
         | ("", "LimitRange" | "ResourceQuota") => policies::validate(kind, object, found),
+        ("storage.k8s.io", _) | ("", "PersistentVolume" | "PersistentVolumeClaim") => {
+            storage::validate(kind, object, found);
+        }
         ("hypernetes.io", "Tenant") => ours::tenant(object, found),
         ("hypernetes.io", "Network") => ours::network(object, found),
         _ => {}

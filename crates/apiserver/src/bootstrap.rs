@@ -197,6 +197,7 @@ fn cluster_roles() -> Vec<(&'static str, Value)> {
             json!([
                 rule("node.k8s.io", &["runtimeclasses"], &READ),
                 rule("scheduling.k8s.io", &["priorityclasses"], &READ),
+                rule("storage.k8s.io", &["storageclasses"], &READ),
             ]),
         ),
     ];
@@ -248,6 +249,8 @@ fn tenant_rules(role: TenantRole) -> Value {
                 "events",
                 "services",
                 "services/status",
+                "persistentvolumeclaims",
+                "persistentvolumeclaims/status",
                 "endpoints",
                 "replicationcontrollers",
                 "replicationcontrollers/scale",
@@ -283,6 +286,7 @@ fn tenant_rules(role: TenantRole) -> Value {
                     "secrets",
                     "serviceaccounts",
                     "services",
+                    "persistentvolumeclaims",
                     "replicationcontrollers",
                     "replicationcontrollers/scale",
                 ],

@@ -183,6 +183,12 @@ fn volume(volume: &mut Map<String, Value>) {
     {
         volume.insert("emptyDir".into(), json!({}));
     }
+    if let Some(source) = object_in(volume, "ephemeral")
+        && let Some(template) = object_in(source, "volumeClaimTemplate")
+        && let Some(spec) = object_in(template, "spec")
+    {
+        super::storage::claim(spec);
+    }
     for name in ["secret", "configMap", "downwardAPI", "projected"] {
         if let Some(source) = object_in(volume, name) {
             fill(source, "defaultMode", MODE);

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use crate::kinds::ResourceKind;
 
-use super::{fill, fill_number, object_in, objects_in, pod};
+use super::{fill, fill_number, object_in, objects_in, pod, storage};
 
 type Fields = Map<String, Value>;
 
@@ -103,6 +103,14 @@ fn stateful_set(spec: &mut Fields) {
     if let Some(policy) = child(spec, "persistentVolumeClaimRetentionPolicy") {
         fill(policy, "whenDeleted", "Retain");
         fill(policy, "whenScaled", "Retain");
+    }
+    for claim in objects_in(spec, "volumeClaimTemplates") {
+        fill(claim, "apiVersion", "v1");
+        fill(claim, "kind", "PersistentVolumeClaim");
+        if let Some(spec) = object_in(claim, "spec") {
+            storage::claim(spec);
+        }
+        fill(claim, "status", json!({"phase": "Pending"}));
     }
     fill(spec, "replicas", 1);
     fill(spec, "revisionHistoryLimit", 10);

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::{kinds::ResourceKind, meta};
 
-use super::{Column, age, age::since, legacy, or, pod, service, text, workloads};
+use super::{Column, age, age::since, legacy, or, pod, service, storage, text, workloads};
 
 pub(super) const fn column(
     name: &'static str,
@@ -61,6 +61,7 @@ pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
         ("hypernetes.io", "Network") => NETWORKS,
         _ => workloads::of(kind)
             .or_else(|| legacy::of(kind))
+            .or_else(|| storage::of(kind))
             .unwrap_or(OTHERS),
     }
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::meta::rules;
 
-use super::{ErrorKind, Found, Path, container, items, meta, parts, text, volume};
+use super::{ErrorKind, Found, Path, container, items, meta, parts, storage, text, volume};
 
 pub(super) fn validate(pod: &Value, found: &mut Found) {
     validate_spec(&pod["spec"], &Path::root("spec"), found);
@@ -20,6 +20,7 @@ pub(super) fn validate_spec(spec: &Value, path: &Path, found: &mut Found) {
     }
     let volumes = volume::validate(&spec["volumes"], &path.field("volumes"), found);
     containers(spec, path, &volumes, found);
+    storage::devices(spec, path, &volumes, found);
     parts::ephemeral(spec, path, &volumes, found);
     parts::pod_resources(spec, path, found);
     gates(spec, path, found);

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{Quantity, meta::rules};
 
-use super::{Found, Path, container, items, text};
+use super::{Found, Path, container, items, storage, text};
 
 /// Checks the volumes and returns the names that containers may mount.
 pub(super) fn validate(volumes: &Value, path: &Path, found: &mut Found) -> HashSet<String> {
@@ -66,6 +66,7 @@ fn source(kind: &str, source: &Value, path: &Path, found: &mut Found) {
                 );
             }
         }
+        "ephemeral" => storage::ephemeral(source, path, found),
         "secret" | "configMap" => keys(&source["items"], &path.field("items"), found),
         "hostPath" if text(source, "path").split('/').any(|part| part == "..") => {
             found.invalid(

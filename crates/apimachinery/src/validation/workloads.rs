@@ -4,11 +4,12 @@ use serde_json::{Value, json};
 
 use crate::{
     kinds::ResourceKind,
+    meta::rules,
     schedule::{Schedule, time_zone},
     selector::LabelSelector,
 };
 
-use super::{Found, Path, items, meta, pod, text};
+use super::{Found, Path, items, meta, pod, storage, text};
 
 /// A cron job's name and eleven characters are the name of its job, which becomes a label.
 const MAX_CRON_JOB_NAME: usize = 52;
@@ -227,7 +228,24 @@ fn stateful_set(spec: &Value, path: &Path, found: &mut Found) {
         "empty selector is invalid for statefulset",
         found,
     );
-    template(spec, path, &["Always"], found);
+    for (claim, at) in items(
+        &spec["volumeClaimTemplates"],
+        &path.field("volumeClaimTemplates"),
+    ) {
+        let name = text(&claim["metadata"], "name");
+        found.all_invalid(&at.field("metadata.name"), name, rules::label(name));
+        storage::claim(&claim["spec"], &at.field("spec"), found);
+    }
+    let (retention, at) = (
+        &spec["persistentVolumeClaimRetentionPolicy"],
+        path.field("persistentVolumeClaimRetentionPolicy"),
+    );
+    for field in ["whenDeleted", "whenScaled"] {
+        if !["Delete", "Retain"].contains(&text(retention, field)) {
+            found.not_supported(&at.field(field), &retention[field], &["Delete", "Retain"]);
+        }
+    }
+    template(&storage::with_claims(spec), path, &["Always"], found);
 }
 
 fn daemon_set(spec: &Value, path: &Path, found: &mut Found) {

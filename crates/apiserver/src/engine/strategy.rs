@@ -52,6 +52,9 @@ fn has_generation(kind: &ResourceKind) -> bool {
                     | "HorizontalPodAutoscaler"
                     | "Service"
                     | "CertificateSigningRequest"
+                    | "PersistentVolume"
+                    | "PersistentVolumeClaim"
+                    | "VolumeAttachment"
             )
 }
 
