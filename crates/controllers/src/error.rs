@@ -22,6 +22,15 @@ pub enum ReconcileError {
         #[source]
         source: Box<hypernetes_network::NetworkError>,
     },
+    /// The driver of volumes could not do it.
+    #[error("cannot work on volume {volume}")]
+    Volume {
+        /// Which.
+        volume: String,
+        /// Cause.
+        #[source]
+        source: Box<hypernetes_volume::VolumeError>,
+    },
     /// The object breaks a rule that admission should have seen.
     #[error("invalid {field}: {rule}")]
     Invalid {

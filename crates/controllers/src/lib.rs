@@ -11,6 +11,8 @@
 //!   StatefulSets, DaemonSets, Jobs, CronJobs, disruption budgets, quotas, and the garbage collector.
 //! - **Namespace**: gets the service account `default` and the authority's certificate; a deleted one is
 //!   emptied, pods first and networks last, before it goes.
+//! - **PersistentVolumeClaim** → a volume of this node's driver, where there is one; **PersistentVolume**: reclaimed
+//!   when its claim is gone.
 //! - **Service** → its EndpointSlices, from its pods.
 #![forbid(unsafe_code)]
 
@@ -23,6 +25,7 @@ mod namespace;
 mod network;
 mod objects;
 mod tenant;
+mod volumes;
 mod workloads;
 
 use std::{sync::Arc, time::Duration};
@@ -31,6 +34,7 @@ use futures::{StreamExt, future::BoxFuture};
 use hypernetes_network::NetworkDriver;
 use hypernetes_telemetry::chain;
 use hypernetes_types::kinds::TENANT_LABEL;
+use hypernetes_volume::VolumeDriver;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{
     Api, Client, ResourceExt,
@@ -57,6 +61,8 @@ pub struct ControllersConfig {
     /// is in [`hypernetes_identity::WORKLOAD_CONTROLLERS`], to which the rules for tenants hold. `None` where the
     /// cluster brings such controllers itself.
     pub workloads: Option<Client>,
+    /// Volumes of the node in whose process this runs; `None` where the cluster has drivers of its own.
+    pub volumes: Option<Arc<dyn VolumeDriver>>,
     /// Certificate of the authority, for pods that speak to the API.
     pub ca_pem: String,
 }
@@ -77,8 +83,14 @@ pub async fn run(config: ControllersConfig, stop: CancellationToken) {
             Box::pin(workloads::run(client, &stop)).await;
         }
     };
+    let volumes = async {
+        if let Some(driver) = context.volumes.clone() {
+            Box::pin(volumes::run(context.client.clone(), driver, &stop)).await;
+        }
+    };
     tokio::join!(
         workloads,
+        volumes,
         tenants(context.clone(), &stop),
         networks(context.clone(), &stop),
         namespaces(context.clone(), &stop),

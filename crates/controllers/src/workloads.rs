@@ -6,7 +6,7 @@
 
 mod autoscaler;
 mod budget;
-mod cluster;
+pub(crate) mod cluster;
 mod collector;
 mod cron_job;
 mod daemon_set;
@@ -19,6 +19,7 @@ mod quota;
 mod recorder;
 mod replica_set;
 mod revisions;
+mod set_claims;
 mod stateful_set;
 
 use std::{

@@ -173,6 +173,7 @@ impl Node {
                 )),
                 "default",
             )),
+            volumes: self.parts.volumes.clone(),
             ca_pem: self.authority.certificate_pem().to_owned(),
         };
         let token = stop.clone();

@@ -19,7 +19,7 @@ use super::{
     cluster::{Cluster, Kind, namespace, pods, quotas},
     controller, of_namespace, serve,
 };
-use crate::error::ReconcileError;
+use crate::{error::ReconcileError, volumes::claims};
 
 /// How often what is not watched is counted.
 const RECOUNT: Duration = Duration::from_secs(10);
@@ -30,12 +30,25 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let (store, own) = (controller.store(), kind.clone());
     let api: Api<PartialObjectMeta<DynamicObject>> =
         Api::all_with(cluster.client(), &pods().resource());
-    let controller = controller.watches_with(
-        api,
-        pods().resource(),
-        watcher::Config::default(),
-        move |pod| of_namespace(&store, &pod.namespace().unwrap_or_default(), &own),
-    );
+    let (claims_store, claims_own) = (controller.store(), kind.clone());
+    let claims_api: Api<PartialObjectMeta<DynamicObject>> =
+        Api::all_with(cluster.client(), &claims().resource());
+    let controller = controller
+        .watches_with(
+            api,
+            pods().resource(),
+            watcher::Config::default(),
+            move |pod| of_namespace(&store, &pod.namespace().unwrap_or_default(), &own),
+        )
+        .watches_with(
+            claims_api,
+            claims().resource(),
+            watcher::Config::default(),
+            move |claim| {
+                let namespace = claim.namespace().unwrap_or_default();
+                of_namespace(&claims_store, &namespace, &claims_own)
+            },
+        );
     serve(
         cluster,
         kind,

@@ -15,6 +15,7 @@ use super::{
     },
     replica_set::until,
     revisions::{self, REVISION_LABEL},
+    set_claims,
 };
 use crate::error::ReconcileError;
 
@@ -97,6 +98,7 @@ pub(super) async fn reconcile(cluster: &Cluster, set: Value) -> Result<Action, R
                 |own| &own["data"]["spec"]["template"],
             )
     };
+    set_claims::own(cluster, &set, |ordinal| view.pods.get(&ordinal).copied()).await?;
     let failure = advance(cluster, &view, template_of).await?;
     let in_use: Vec<&str> = claimed
         .iter()
@@ -151,6 +153,9 @@ async fn advance<'a>(
                         view.current
                     };
                 let pod = pod(view.set, ordinal, revision, template_of(revision));
+                if let Err(error) = set_claims::ensure(cluster, view.set, ordinal).await {
+                    return Ok(Some(error));
+                }
                 let (_, error) = create_pods(cluster, view.set, &[pod]).await;
                 if error.is_some() || view.in_order() {
                     return Ok(error);
@@ -211,14 +216,10 @@ fn pod(set: &Value, ordinal: i64, revision: &str, template: &Value) -> Value {
     if !service.is_empty() {
         spec["subdomain"] = service.into();
     }
-    // Each pod has its own claim of each template: a node without volumes refuses it by name.
-    for claim in set["spec"]["volumeClaimTemplates"]
-        .as_array()
-        .into_iter()
-        .flatten()
-    {
-        let volume = json!({"name": name(claim), "persistentVolumeClaim":
-            {"claimName": format!("{}-{pod_name}", name(claim))}});
+    // Each pod has its own claim of each template.
+    for template in set_claims::templates(set) {
+        let volume = json!({"name": name(template), "persistentVolumeClaim":
+            {"claimName": set_claims::claim_name(template, set, ordinal)}});
         match spec["volumes"].as_array_mut() {
             Some(volumes) => {
                 volumes.retain(|own| own["name"] != volume["name"]);

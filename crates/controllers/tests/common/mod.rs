@@ -40,6 +40,7 @@ fn start_controllers(server: &ApiServer) -> (CancellationToken, JoinHandle<()>) 
         client: client("system:controllers", "system:masters"),
         networks: None,
         workloads: Some(client("system:workloads", WORKLOAD_CONTROLLERS)),
+        volumes: None,
         ca_pem: "ca".into(),
     };
     let token = stop.clone();

@@ -81,10 +81,7 @@ pub(super) fn check_limits(ranges: &[Value], claim: &Value) -> Result<(), String
     let requests = &claim["spec"]["resources"]["requests"];
     let mut errors = Vec::new();
     for item in items {
-        for (bound, word, is_over) in [
-            ("min", "minimum", false),
-            ("max", "maximum", true),
-        ] {
+        for (bound, word, is_over) in [("min", "minimum", false), ("max", "maximum", true)] {
             for (name, limit) in amounts(&item[bound]) {
                 let head = format!(
                     "{word} {name} usage per PersistentVolumeClaim is {}",
