@@ -5,11 +5,13 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use hypernetes_runtime::{ContainerConfig, MountConfig, SeccompProfile, SecurityConfig};
+use hypernetes_runtime::{
+    ContainerConfig, DeviceConfig, MountConfig, SeccompProfile, SecurityConfig,
+};
 use hypernetes_types::ContainerId;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext, SecurityContext};
 
-use crate::{env, resize, resources};
+use crate::{claims::Claimed, env, resize, resources};
 
 /// Annotation of a container in the runtime: the image as the pod names it.
 pub(crate) const IMAGE_ANNOTATION: &str = "hypernetes.io/image";
@@ -33,6 +35,8 @@ pub(crate) struct Parts {
     pub(crate) environment: Vec<(String, String)>,
     /// Images that are volumes, by the volume's name.
     pub(crate) images: BTreeMap<String, String>,
+    /// Block volumes, by the pod's name for them.
+    pub(crate) devices: BTreeMap<String, Claimed>,
     /// Whose processes it sees.
     pub(crate) target: Option<ContainerId>,
     /// The system call filter of the node's that it names.
@@ -67,7 +71,7 @@ pub(crate) fn config(
         args: env::expand_all(container.args.as_ref(), environment),
         working_dir: container.working_dir.clone().unwrap_or_default(),
         mounts: mounts(container, &parts)?,
-        devices: Vec::new(),
+        devices: devices(container, &parts),
         tty: flag(container.tty),
         stdin: flag(container.stdin),
         stdin_once: flag(container.stdin_once),
@@ -130,6 +134,20 @@ fn mounts(container: &Container, parts: &Parts) -> Result<Vec<MountConfig>, Conf
             })
         })
         .collect()
+}
+
+fn devices(container: &Container, parts: &Parts) -> Vec<DeviceConfig> {
+    let wanted = container.volume_devices.iter().flatten();
+    let found = wanted.filter_map(|device| {
+        let claimed = parts.devices.get(&device.name)?;
+        Some(DeviceConfig {
+            volume: claimed.handle.clone(),
+            read_only: claimed.read_only,
+            destination: device.device_path.clone(),
+            ..DeviceConfig::default()
+        })
+    });
+    found.collect()
 }
 
 /// A path with the container's variables in it, which must all be there, and must not lead out.

@@ -11,6 +11,7 @@
 
 mod access;
 mod backoff;
+mod claims;
 mod config;
 mod container;
 mod env;
@@ -258,6 +259,8 @@ impl Nodelet {
         parts.spawn(named("services", Box::pin(tell_services)));
         let keep_alive = node::keep_alive(self.client, self.config, capacity, since, stop.clone());
         parts.spawn(named("heartbeat", Box::pin(keep_alive)));
+        let grow = claims::grow(node.clone(), stop.clone());
+        parts.spawn(named("keeper of volumes", Box::pin(grow)));
         parts.spawn(named(
             "pod manager",
             Box::pin(pods::run(node, self.board, stop.clone())),

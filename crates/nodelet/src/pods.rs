@@ -6,10 +6,10 @@ use std::{
 };
 
 use futures::{StreamExt as _, stream::BoxStream};
-use hypernetes_runtime::RuntimeEvent;
+use hypernetes_runtime::{RuntimeEvent, SandboxState};
 use hypernetes_telemetry::chain;
 use hypernetes_types::SandboxId;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Secret};
 use kube::{
     Api, ResourceExt as _,
     api::DynamicObject,
@@ -67,6 +67,9 @@ pub(crate) async fn run(node: Arc<Node>, board: Board, stop: CancellationToken) 
     let mut secrets: Watch<Secret> = watcher(Api::all(client.clone()), any.clone())
         .default_backoff()
         .boxed();
+    let mut claims: Watch<PersistentVolumeClaim> = watcher(Api::all(client.clone()), any.clone())
+        .default_backoff()
+        .boxed();
     let networks = Api::<DynamicObject>::all_with(client, &network_resource());
     let mut networks: Watch<DynamicObject> = watcher(networks, any).default_backoff().boxed();
     let mut events = node.runtime.events();
@@ -98,6 +101,12 @@ pub(crate) async fn run(node: Arc<Node>, board: Board, stop: CancellationToken) 
                 if let Event::Apply(secret) | Event::InitApply(secret) = event {
                     this.source_changed(&secret.namespace().unwrap_or_default(),
                         &SourceName::Secret(secret.name_any()));
+                }
+            }
+            Some(Ok(event)) = claims.next() => {
+                if let Event::Apply(claim) | Event::InitApply(claim) = event {
+                    this.source_changed(&claim.namespace().unwrap_or_default(),
+                        &SourceName::Claim(claim.name_any()));
                 }
             }
             Some(Ok(event)) = networks.next() => {
@@ -236,6 +245,16 @@ impl Pods {
         }
     }
 
+    /// A sandbox has ended: pods that wait for a volume may have it now.
+    fn volumes_freed(&self) {
+        for entry in self.entries.values() {
+            let claims = |name: &SourceName| matches!(name, SourceName::Claim(_));
+            if entry.sources.iter().any(claims) {
+                entry.bell.sources_changed();
+            }
+        }
+    }
+
     fn network_changed(&self, namespace: &str) {
         for entry in self
             .entries
@@ -257,8 +276,12 @@ impl Pods {
         let Some(sandbox) = self.node.runtime.sandbox(&id).await else {
             // It has gone: whose it was is not known any more.
             self.ring_all();
+            self.volumes_freed();
             return;
         };
+        if sandbox.state != SandboxState::Ready {
+            self.volumes_freed();
+        }
         match self.entries.get(&sandbox.config.metadata.uid) {
             Some(entry) => entry.bell.ring(),
             // A boot that was broken off came up all the same.

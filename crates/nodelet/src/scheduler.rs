@@ -4,6 +4,7 @@
 //! that fits is bound; of one that does not its `PodScheduled` condition and an event say why. Where pods of lower
 //! priority are in the way, they are asked to go.
 
+mod claims;
 mod fit;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
@@ -11,8 +12,12 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use futures::StreamExt as _;
 use hypernetes_telemetry::chain;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{
-    Binding, Container, Node as NodeObject, ObjectReference, Pod, PodCondition,
+use k8s_openapi::api::{
+    core::v1::{
+        Binding, Container, Node as NodeObject, ObjectReference, PersistentVolumeClaim, Pod,
+        PodCondition,
+    },
+    storage::v1::StorageClass,
 };
 use kube::{
     Api, Client, ResourceExt as _,
@@ -30,12 +35,15 @@ use crate::{
     events::{Level, Recorder},
     status::seconds,
 };
+use claims::Claims;
 use fit::{Misfit, is_finished, is_on, priority};
 
 const NAME: &str = "default-scheduler";
 const GATED: &str = "SchedulingGated";
 /// Others that come within this after a change are looked at with it at most.
 const GATHER: Duration = Duration::from_millis(100);
+/// Annotation of a claim whose volume is made when its first pod is placed: where.
+const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
 
 /// Places pods until `stop`.
 pub(crate) async fn run(client: Client, node: String, events: Recorder, stop: CancellationToken) {
@@ -46,8 +54,16 @@ pub(crate) async fn run(client: Client, node: String, events: Recorder, stop: Ca
         node: None,
         pods: HashMap::new(),
         listing: None,
+        claims: Claims::new(),
+        claims_known: false,
     };
     let any = Config::default();
+    let mut claims = watcher(
+        Api::<PersistentVolumeClaim>::all(client.clone()),
+        any.clone(),
+    )
+    .default_backoff()
+    .boxed();
     let mut pods = watcher(Api::<Pod>::all(client.clone()), any)
         .default_backoff()
         .boxed();
@@ -77,6 +93,13 @@ pub(crate) async fn run(client: Client, node: String, events: Recorder, stop: Ca
                     false
                 }
             },
+            Some(event) = claims.next() => match event {
+                Ok(event) => this.claim_event(event),
+                Err(error) => {
+                    tracing::warn!(error = %chain(&error), "cannot watch claims of pods to place");
+                    false
+                }
+            },
             Some(Ok(event)) = nodes.next() => match event {
                 Event::Apply(node) | Event::InitApply(node) => {
                     this.node = Some(node);
@@ -103,6 +126,9 @@ struct Scheduler {
     pods: HashMap<String, Arc<Pod>>,
     /// Pods of a list that is still coming.
     listing: Option<HashMap<String, Arc<Pod>>>,
+    claims: Claims,
+    /// Whether all of them are known: until then pods with claims wait.
+    claims_known: bool,
 }
 
 impl Scheduler {
@@ -137,6 +163,79 @@ impl Scheduler {
         }
     }
 
+    fn claim_event(&mut self, event: Event<PersistentVolumeClaim>) -> bool {
+        let key = |claim: &PersistentVolumeClaim| {
+            (claim.namespace().unwrap_or_default(), claim.name_any())
+        };
+        match event {
+            Event::Init => {
+                self.claims.clear();
+                self.claims_known = false;
+            }
+            Event::InitApply(claim) => {
+                self.claims.insert(key(&claim), claim);
+            }
+            Event::InitDone => self.claims_known = true,
+            Event::Apply(claim) => {
+                self.claims.insert(key(&claim), claim);
+            }
+            Event::Delete(claim) => {
+                self.claims.remove(&key(&claim));
+            }
+        }
+        self.claims_known
+    }
+
+    /// Whether a pod can be placed as to its claims; says why not.
+    async fn has_claims(&mut self, pod: &Arc<Pod>, others: &[&Pod]) -> bool {
+        if claims::of_pod(pod).next().is_none() {
+            return true;
+        }
+        if !self.claims_known {
+            return false;
+        }
+        let Some(why) = claims::obstacle(pod, &self.claims, others) else {
+            return true;
+        };
+        self.select_node(pod).await;
+        let message = format!(
+            "0/1 nodes are available: {why}. no new claims to deallocate, preemption: 0/1 nodes are \
+             available: 1 Preemption is not helpful for scheduling."
+        );
+        self.refuse(pod, message).await;
+        false
+    }
+
+    /// Lets volumes be made for claims that wait for their first pod.
+    async fn select_node(&self, pod: &Pod) {
+        let namespace = pod.namespace().unwrap_or_default();
+        for (name, _) in claims::of_pod(pod) {
+            let claim = self.claims.get(&(namespace.clone(), name.clone()));
+            let Some(claim) = claim.filter(|c| !c.annotations().contains_key(SELECTED_NODE)) else {
+                continue;
+            };
+            let spec = claim.spec.clone().unwrap_or_default();
+            let (None, Some(class)) = (spec.volume_name, spec.storage_class_name) else {
+                continue;
+            };
+            let classes = Api::<StorageClass>::all(self.client.clone());
+            let Ok(Some(class)) = classes.get_opt(&class).await else {
+                continue;
+            };
+            if class.volume_binding_mode.as_deref() != Some("WaitForFirstConsumer") {
+                continue;
+            }
+            let patch = json!({"metadata": {"annotations": {SELECTED_NODE: self.node_name}}});
+            let claims = Api::<PersistentVolumeClaim>::namespaced(self.client.clone(), &namespace);
+            let written = claims
+                .patch(&name, &PatchParams::default(), &Patch::Merge(&patch))
+                .await;
+            if let Err(error) = written {
+                tracing::debug!(claim = name, error = %chain(&error), "cannot select a claim's node");
+            }
+        }
+    }
+
     /// Places what waits.
     async fn pass(&mut self) {
         let waits = |pod: &&Arc<Pod>| waits(pod) && !(is_gated(pod) && is_noted(pod));
@@ -163,6 +262,9 @@ impl Scheduler {
                 .cloned()
                 .collect();
             let others: Vec<&Pod> = others.iter().map(AsRef::as_ref).collect();
+            if !self.has_claims(&pod, &others).await {
+                continue;
+            }
             match fit::check(&pod, &node, &others) {
                 Ok(()) => self.bind(&pod).await,
                 Err(misfit) => {

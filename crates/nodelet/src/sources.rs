@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
-use kube::{Api, Client};
+use kube::{Api, Client, ResourceExt as _};
 
 /// Keys and their content.
 pub(crate) type Data = BTreeMap<String, Bytes>;
@@ -37,6 +37,7 @@ pub(crate) enum SourceError {
 pub(crate) enum SourceName {
     ConfigMap(String),
     Secret(String),
+    Claim(String),
 }
 
 /// Reads sources through the API.
@@ -48,6 +49,11 @@ pub(crate) struct Sources {
 impl Sources {
     pub(crate) fn new(client: Client) -> Self {
         Self { client }
+    }
+
+    /// Where claims are read.
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
     }
 
     /// Text and binary data of a ConfigMap; `None` if it is optional and absent.
@@ -124,6 +130,9 @@ pub(crate) fn referenced(pod: &Pod) -> Vec<SourceName> {
     };
     let mut names = Vec::new();
     for volume in spec.volumes.iter().flatten() {
+        if let Some(claim) = crate::claims::name_of(&pod.name_any(), volume) {
+            names.push(SourceName::Claim(claim));
+        }
         if let Some(map) = &volume.config_map {
             names.push(SourceName::ConfigMap(map.name.clone()));
         }

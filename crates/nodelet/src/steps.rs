@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 use hypernetes_image::ImageStore;
 use hypernetes_network::{NetworkDriver, NetworkError};
 use hypernetes_runtime::{
-    ContainerState, PodRuntime, SandboxState, SeccompProfile, VolumeConfig, VolumeKind,
+    ContainerState, PodRuntime, RuntimeError, SandboxState, SeccompProfile, VolumeConfig,
+    VolumeKind,
 };
 use hypernetes_telemetry::chain;
 use hypernetes_types::{ContainerId, NetworkId, SandboxId};
@@ -17,6 +18,7 @@ use kube::{
 
 use crate::{
     access::ImageAccess,
+    claims,
     config::NodeletConfig,
     container, env,
     events::{Level, Recorder},
@@ -56,6 +58,12 @@ pub(crate) struct Node {
     pub(crate) services: Services,
     pub(crate) gates: network::Gates,
     pub(crate) hooks: Hooks,
+}
+
+/// A volume that is not in the guest, as an event says it.
+struct Unwritten {
+    reason: &'static str,
+    message: String,
 }
 
 /// What came of a step.
@@ -160,12 +168,12 @@ impl Node {
             }
         }
         match self.runtime.run_sandbox(config).await {
-            Ok(sandbox) => match self.write_volumes(&sandbox, &content.volumes).await {
+            Ok(sandbox) => match self.write_volumes(&sandbox, &content.volumes, pod).await {
                 Ok(()) => Outcome::SandboxUp {
                     sandbox,
                     volumes: content,
                 },
-                Err(message) => warn("FailedMount", message),
+                Err(unwritten) => warn(unwritten.reason, unwritten.message),
             },
             Err(error) => failed(chain(&error).to_string()),
         }
@@ -178,16 +186,18 @@ impl Node {
         };
         let filled = match self.build_volumes(pod, spec).await {
             Ok(content) => self
-                .write_volumes(&sandbox, &content.volumes)
+                .write_volumes(&sandbox, &content.volumes, pod)
                 .await
                 .map(|()| content),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(Unwritten {
+                reason: "FailedMount",
+                message: error.to_string(),
+            }),
         };
         match filled {
             Ok(volumes) => Outcome::SandboxUp { sandbox, volumes },
-            Err(message) => {
-                self.events
-                    .pod(pod, None, Level::Warning, "FailedMount", message);
+            Err(Unwritten { reason, message }) => {
+                self.events.pod(pod, None, Level::Warning, reason, message);
                 Outcome::SandboxFailed
             }
         }
@@ -197,18 +207,25 @@ impl Node {
         &self,
         sandbox: &SandboxId,
         volumes: &[VolumeConfig],
-    ) -> Result<(), String> {
+        pod: &Pod,
+    ) -> Result<(), Unwritten> {
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
         for volume in volumes {
-            self.runtime
-                .write_volume(sandbox, volume.clone())
-                .await
-                .map_err(|error| {
-                    format!(
+            let written = self.runtime.write_volume(sandbox, volume.clone()).await;
+            written.map_err(|error| match &error {
+                RuntimeError::VolumeInUse { volume, by } => Unwritten {
+                    reason: "FailedAttachVolume",
+                    message: claims::multi_attach(namespace, volume, by),
+                },
+                error => Unwritten {
+                    reason: "FailedMount",
+                    message: format!(
                         "MountVolume.SetUp failed for volume \"{}\" : {}",
                         volume.name,
-                        chain(&error)
-                    )
-                })?;
+                        chain(error)
+                    ),
+                },
+            })?;
         }
         Ok(())
     }
@@ -239,11 +256,10 @@ impl Node {
             .filter(|volume| !written.contains(volume))
             .cloned()
             .collect();
-        match self.write_volumes(&sandbox, &changed).await {
+        match self.write_volumes(&sandbox, &changed, pod).await {
             Ok(()) => Outcome::Refreshed(content),
-            Err(message) => {
-                self.events
-                    .pod(pod, None, Level::Warning, "FailedMount", message);
+            Err(Unwritten { reason, message }) => {
+                self.events.pod(pod, None, Level::Warning, reason, message);
                 Outcome::Done
             }
         }
@@ -331,6 +347,12 @@ impl Node {
                     };
                 }
             },
+            devices: match claims::devices(&self.client, pod, container).await {
+                Ok(devices) => devices,
+                Err(error) => {
+                    return trouble("CreateContainerConfigError", chain(&error).to_string());
+                }
+            },
             target: match self.target_of(pod, &container.name, &sandbox).await {
                 Ok(target) => target,
                 Err(message) => return trouble("CreateContainerError", message),
@@ -347,7 +369,14 @@ impl Node {
         };
         let id = match self.runtime.create_container(&sandbox, config).await {
             Ok(id) => id,
-            Err(error) => return trouble("CreateContainerError", chain(&error).to_string()),
+            Err(error) => {
+                if let RuntimeError::VolumeInUse { volume, by } = &error {
+                    let said = claims::multi_attach(namespace, volume, by);
+                    self.events
+                        .pod(pod, None, Level::Warning, "FailedAttachVolume", said);
+                }
+                return trouble("CreateContainerError", chain(&error).to_string());
+            }
         };
         let said = format!("Created container: {}", container.name);
         self.events.pod(pod, name, Level::Normal, "Created", said);

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{DownwardAPIVolumeFile, KeyToPath, PodSpec, Volume};
 
 use crate::{
+    claims::{self, ClaimError},
     fields::{self, FieldsError, PodFacts},
     resources,
     sources::{Data, SourceError, Sources},
@@ -26,6 +27,8 @@ pub(crate) enum VolumeError {
     Field { volume: String, source: FieldsError },
     #[error("MountVolume.SetUp failed for volume \"{volume}\" : {source}")]
     Token { volume: String, source: TokenError },
+    #[error("MountVolume.SetUp failed for volume \"{volume}\" : {source}")]
+    Claim { volume: String, source: ClaimError },
     #[error("MountVolume.SetUp failed for volume \"{volume}\" : {why}")]
     Medium { volume: String, why: String },
     #[error("volume \"{volume}\": invalid path {path:?}: must be relative without ..")]
@@ -62,7 +65,20 @@ impl Builder<'_> {
             if volume.image.is_some() {
                 continue;
             }
-            let mut kind = self.kind(volume, spec, &mut built.renew_at).await?;
+            let mut kind = match volume {
+                Volume {
+                    persistent_volume_claim: Some(_),
+                    ..
+                }
+                | Volume {
+                    ephemeral: Some(_), ..
+                } => match self.claimed(volume, spec).await? {
+                    Some(kind) => kind,
+                    // No container mounts it.
+                    None => continue,
+                },
+                _ => self.kind(volume, spec, &mut built.renew_at).await?,
+            };
             if let (VolumeKind::Files { files }, Some(_)) = (&mut kind, gid) {
                 // As a kubelet does for read-only volumes: the group can read what the owner can.
                 for file in files.values_mut() {
@@ -76,6 +92,18 @@ impl Builder<'_> {
             });
         }
         Ok(built)
+    }
+
+    async fn claimed(
+        &self,
+        volume: &Volume,
+        spec: &PodSpec,
+    ) -> Result<Option<VolumeKind>, VolumeError> {
+        let found = claims::mounted(self.sources.client(), self.facts.pod, spec, volume).await;
+        found.map_err(|source| VolumeError::Claim {
+            volume: volume.name.clone(),
+            source,
+        })
     }
 
     fn namespace(&self) -> &str {

@@ -31,7 +31,6 @@ const OWN_ADDRESS: &str =
 /// emptyDirs on disk that can have a limit each: a limit is a disk, and a pod has so many slots.
 const MAX_LIMITED: usize = 32;
 const NO_TCP_HOOK: &str = "was never implemented by any node; use exec or httpGet";
-const NO_PVC: &str = "persistent volumes are not supported by this node";
 
 /// Fields of `spec`. `[]` stands for every element of a list.
 const POD: &[(&str, Support)] = &[
@@ -145,13 +144,13 @@ const POD: &[(&str, Support)] = &[
     ("volumes[].emptyDir", Inside),
     ("volumes[].emptyDir.medium", Rule(medium)),
     ("volumes[].emptyDir.sizeLimit", Yes),
-    ("volumes[].ephemeral", No(NO_PVC)),
+    ("volumes[].ephemeral", Yes),
     (
         "volumes[].hostPath",
         No("the guest does not see the node's file system"),
     ),
     ("volumes[].image", Yes),
-    ("volumes[].persistentVolumeClaim", No(NO_PVC)),
+    ("volumes[].persistentVolumeClaim", Yes),
     ("volumes[].projected", Inside),
     ("volumes[].projected.defaultMode", Yes),
     ("volumes[].projected.sources", Inside),
@@ -276,7 +275,7 @@ const CONTAINER: &[(&str, Support)] = &[
         Only(&["File", "FallbackToLogsOnError"]),
     ),
     ("tty", Yes),
-    ("volumeDevices", No(NO_PVC)),
+    ("volumeDevices", Yes),
     ("volumeMounts", Inside),
     ("volumeMounts[].mountPath", Yes),
     ("volumeMounts[].mountPropagation", Only(&["None"])),
@@ -315,9 +314,21 @@ fn limited_volumes(spec: &Value, errors: &mut Vec<FieldError>) {
             Value::Number(number) => number.to_string().parse().unwrap_or_default(),
             _ => Quantity::default(),
         };
-        asks_for_nothing(&empty["medium"]) && limit > Quantity::default()
+        let own = asks_for_nothing(&empty["medium"]) && limit > Quantity::default();
+        own || !volume["persistentVolumeClaim"].is_null() || !volume["ephemeral"].is_null()
     });
-    for (index, _) in limited.skip(MAX_LIMITED) {
+    for (index, volume) in limited.skip(MAX_LIMITED) {
+        for source in ["persistentVolumeClaim", "ephemeral"] {
+            if !volume[source].is_null() {
+                errors.push(FieldError::new(
+                    format!("spec.volumes[{index}].{source}"),
+                    format!("a pod on this node can have {MAX_LIMITED} volumes with a disk each"),
+                ));
+            }
+        }
+        if volume["emptyDir"].is_null() {
+            continue;
+        }
         errors.push(FieldError::new(
             format!("spec.volumes[{index}].emptyDir.sizeLimit"),
             format!("can be set on {MAX_LIMITED} volumes of a pod on this node"),
@@ -695,8 +706,6 @@ mod tests {
     fn every_unsupported_volume_is_named() {
         for source in [
             "hostPath",
-            "persistentVolumeClaim",
-            "ephemeral",
             "nfs",
             "csi",
             "iscsi",
@@ -743,6 +752,12 @@ mod tests {
         assert_eq!(
             fields(json!({"containers": [], "volumes": volumes})),
             ["spec.volumes[36].emptyDir.sizeLimit"]
+        );
+        volumes.pop();
+        volumes.push(json!({"name": "v", "persistentVolumeClaim": {"claimName": "c"}}));
+        assert_eq!(
+            fields(json!({"containers": [], "volumes": volumes})),
+            ["spec.volumes[36].persistentVolumeClaim"]
         );
     }
 
@@ -813,7 +828,6 @@ mod tests {
                 "terminationMessagePath",
                 json!({"terminationMessagePath": "/proc/x"}),
             ),
-            ("volumeDevices", json!({"volumeDevices": [{"name": "v"}]})),
             (
                 "volumeMounts[0].mountPropagation",
                 json!({"volumeMounts": [{"name": "v", "mountPropagation": "Bidirectional"}]}),
