@@ -33,6 +33,12 @@ const RBAC_GROUP: &str = "rbac.authorization.k8s.io";
 const NODE_PORTS_ANNOTATION: &str = "hypernetes.io/node-ports";
 const NODE_PORTS_QUOTA: &str = "node-ports";
 const NODE_PORTS_RESOURCE: &str = "services.nodeports";
+/// Bounds what the claims of a tenant ask for together.
+const STORAGE_QUOTA: &str = "storage";
+const STORAGE_RESOURCE: &str = "requests.storage";
+/// Storage of a tenant that names none, and the word for as much as there is.
+const DEFAULT_STORAGE: &str = "10Gi";
+const UNLIMITED: &str = "unlimited";
 /// On a namespace: kernels that its pods may name, as JSON; absent if any.
 pub(crate) const KERNELS_ANNOTATION: &str = "hypernetes.io/allowed-kernels";
 
@@ -70,6 +76,7 @@ pub(crate) async fn reconcile(
         return Ok(Action::requeue(Duration::from_secs(30)));
     }
     ensure_node_ports(tenant, &namespace, &name, client).await?;
+    ensure_storage(tenant, &name, client).await?;
     let network = ensure_network(tenant, &name, client).await?;
     ensure_roles(&name, client).await?;
 
@@ -195,6 +202,38 @@ async fn ensure_node_ports(
             .patch(name.as_str(), &PatchParams::default(), &Patch::Merge(patch))
             .await
             .map_err(ReconcileError::api(format!("annotate namespace {name}")))?;
+    }
+    Ok(())
+}
+
+/// Bounds the tenant's storage: one tenant does not fill the node unless an operator lets it.
+async fn ensure_storage(
+    tenant: &DynamicObject,
+    name: &TenantName,
+    client: &Client,
+) -> Result<(), ReconcileError> {
+    let quotas: Api<ResourceQuota> = Api::namespaced(client.clone(), name.as_str());
+    let storage = tenant.data["spec"]["storage"].as_str();
+    let storage = storage.unwrap_or(DEFAULT_STORAGE);
+    if storage == UNLIMITED {
+        objects::delete(&quotas, STORAGE_QUOTA).await?;
+        return Ok(());
+    }
+    let hard = json!({STORAGE_RESOURCE: storage});
+    let wanted = json!({
+        "apiVersion": "v1",
+        "kind": "ResourceQuota",
+        "metadata": {"name": STORAGE_QUOTA, "namespace": name.as_str()},
+        "spec": {"hard": hard},
+    });
+    let found = objects::ensure(&quotas, wanted).await?;
+    let is = serde_json::to_value(&found).unwrap_or_default()["spec"]["hard"].take();
+    if is != hard {
+        let patch = Patch::Merge(json!({"spec": {"hard": hard}}));
+        quotas
+            .patch(STORAGE_QUOTA, &PatchParams::default(), &patch)
+            .await
+            .map_err(ReconcileError::api(format!("bound the storage of {name}")))?;
     }
     Ok(())
 }

@@ -254,6 +254,9 @@ pub(crate) enum Tenant {
         /// How many ports of the node its services may have (type NodePort)
         #[arg(long, value_name = "COUNT")]
         node_ports: Option<u16>,
+        /// How much its persistent volume claims may ask for together, or `unlimited`
+        #[arg(long, value_name = "SIZE", default_value = "10Gi")]
+        storage: String,
     },
     /// List tenants
     #[command(visible_alias = "list")]

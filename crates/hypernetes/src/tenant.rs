@@ -32,6 +32,7 @@ pub(crate) async fn run(paths: &Paths, command: Tenant) -> Result<()> {
             display_name,
             kernels,
             node_ports,
+            storage,
         } => {
             let name = parse(&name)?;
             let mut spec = json!({"network": {"default": {"cidr": cidr.trunc().to_string()}}});
@@ -44,6 +45,7 @@ pub(crate) async fn run(paths: &Paths, command: Tenant) -> Result<()> {
             if let Some(count) = node_ports {
                 spec["nodePorts"] = count.into();
             }
+            spec["storage"] = storage.into();
             create(paths, &name, spec).await?;
             if let Some(path) = kubeconfig {
                 write_kubeconfig(

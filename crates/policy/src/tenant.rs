@@ -1,5 +1,6 @@
 //! Tenant objects.
 
+use hypernetes_types::Quantity;
 use serde_json::Value;
 
 use crate::{FieldError, network};
@@ -24,7 +25,7 @@ pub(crate) fn check(object: &Value, causes: &mut Vec<FieldError>) {
         causes.push(FieldError::new("spec", "must be an object"));
     }
     for key in spec.as_object().into_iter().flat_map(|spec| spec.keys()) {
-        if !["displayName", "network", "kernels", "nodePorts"].contains(&key.as_str()) {
+        if !["displayName", "network", "kernels", "nodePorts", "storage"].contains(&key.as_str()) {
             causes.push(FieldError::new(format!("spec.{key}"), "is not supported"));
         }
     }
@@ -46,6 +47,16 @@ pub(crate) fn check(object: &Value, causes: &mut Vec<FieldError>) {
             "spec.nodePorts",
             "must be a number from 0 to 65535",
         ));
+    }
+    if let Some(storage) = spec.get("storage") {
+        let text = storage.as_str().unwrap_or_default();
+        let amount = text.parse::<Quantity>().ok();
+        if text != "unlimited" && amount.is_none_or(|amount| amount < Quantity::default()) {
+            causes.push(FieldError::new(
+                "spec.storage",
+                "must be a quantity such as 10Gi, or unlimited",
+            ));
+        }
     }
     if let Some(kernels) = spec.get("kernels") {
         let valid = kernels.as_array().is_some_and(|list| {
