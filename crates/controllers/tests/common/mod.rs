@@ -8,6 +8,7 @@ use hypernetes_apiserver::{ApiServer, ApiServerConfig};
 use hypernetes_controllers::ControllersConfig;
 use hypernetes_identity::{User, WORKLOAD_CONTROLLERS};
 use hypernetes_store::{Store, StoreConfig};
+use hypernetes_volume::LocalVolumes;
 use kube::Client;
 use serde_json::{Value, json};
 use tokio::{sync::Mutex, task::JoinHandle};
@@ -19,6 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Cluster {
     pub(crate) client: Client,
     pub(crate) usage: UsageBoard,
+    /// Keeps volumes, 1 GiB at most.
+    pub(crate) driver: LocalVolumes,
+    _dir: tempfile::TempDir,
     server: ApiServer,
     controllers: Mutex<(CancellationToken, JoinHandle<()>)>,
     node: JoinHandle<()>,
@@ -30,7 +34,10 @@ impl Drop for Cluster {
     }
 }
 
-fn start_controllers(server: &ApiServer) -> (CancellationToken, JoinHandle<()>) {
+fn start_controllers(
+    server: &ApiServer,
+    driver: LocalVolumes,
+) -> (CancellationToken, JoinHandle<()>) {
     let stop = CancellationToken::new();
     let client = |name: &str, group: &str| {
         let user = User::authenticated(name, [group.to_owned()]);
@@ -40,7 +47,7 @@ fn start_controllers(server: &ApiServer) -> (CancellationToken, JoinHandle<()>) 
         client: client("system:controllers", "system:masters"),
         networks: None,
         workloads: Some(client("system:workloads", WORKLOAD_CONTROLLERS)),
-        volumes: None,
+        volumes: Some(Arc::new(driver)),
         ca_pem: "ca".into(),
     };
     let token = stop.clone();
@@ -56,11 +63,17 @@ impl Cluster {
         let usage = config.usage.clone();
         let server = ApiServer::new(config).await.unwrap();
         let client = Client::new(server.service_as(User::system("test")), "default");
-        let controllers = Mutex::new(start_controllers(&server));
+        let dir = tempfile::tempdir().unwrap();
+        let driver = LocalVolumes::open(dir.path().join("volumes"), Some(1 << 30))
+            .await
+            .unwrap();
+        let controllers = Mutex::new(start_controllers(&server, driver.clone()));
         let node = tokio::spawn(node(client.clone()));
         let cluster = Self {
             client,
             usage,
+            driver,
+            _dir: dir,
             server,
             controllers,
             node,
@@ -74,7 +87,7 @@ impl Cluster {
     pub(crate) async fn restart(&self) {
         let mut controllers = self.controllers.lock().await;
         controllers.1.abort();
-        *controllers = start_controllers(&self.server);
+        *controllers = start_controllers(&self.server, self.driver.clone());
     }
 
     async fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> kube::Result<Value> {
