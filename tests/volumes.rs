@@ -133,6 +133,7 @@ fn volumes_of_tenants() {
     a_volume_grows(&daemon, &acme);
     bounds_and_walls(&daemon, &acme, &beta);
     sets_keep_their_data(&daemon, &acme, &image);
+    a_block_volume(&daemon, &beta, &image);
     docker_habits(&daemon, &beta, &image);
     everything_goes(&daemon, &acme);
 }
@@ -276,6 +277,30 @@ fn sets_keep_their_data(daemon: &Daemon, acme: &Tenant, image: &str) {
         kept.split_whitespace().collect::<Vec<_>>(),
         ["db-1", "more"]
     );
+}
+
+fn a_block_volume(daemon: &Daemon, beta: &Tenant, image: &str) {
+    beta.apply(daemon, &claim("raw", "32Mi", "  volumeMode: Block\n"));
+    let pod = |name: &str| {
+        pod(name, image, "raw").replace(
+            "volumeMounts: [{name: v, mountPath: /data}]",
+            "volumeDevices: [{name: v, devicePath: /dev/raw}]",
+        )
+    };
+    beta.apply(daemon, &pod("writer"));
+    beta.ready(daemon, "writer");
+    beta.sh(
+        daemon,
+        "writer",
+        "echo block | dd of=/dev/raw conv=notrunc,fsync 2>/dev/null",
+    );
+    beta.k(daemon, &["delete", "pod", "writer"]);
+    beta.apply(daemon, &pod("reader"));
+    beta.ready(daemon, "reader");
+    let said = beta.sh(daemon, "reader", "test -b /dev/raw && head -c 5 /dev/raw");
+    assert_eq!(said, "block");
+    beta.k(daemon, &["delete", "pod", "reader"]);
+    beta.k(daemon, &["delete", "pvc", "raw"]);
 }
 
 fn docker_habits(daemon: &Daemon, beta: &Tenant, image: &str) {

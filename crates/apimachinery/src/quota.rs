@@ -96,10 +96,10 @@ pub fn usage(kind: &ResourceKind, object: &Value) -> Amounts {
             out.insert("persistentvolumeclaims".into(), one);
             let size = storage_of(object);
             out.insert("requests.storage".into(), size);
-            // The same of each class.
-            if let Some(class) = object["spec"]["storageClassName"].as_str()
-                && !class.is_empty()
-            {
+            // The same of each class; the older way to name one comes first.
+            let class = crate::meta::annotation(object, "volume.beta.kubernetes.io/storage-class")
+                .or_else(|| object["spec"]["storageClassName"].as_str());
+            if let Some(class) = class.filter(|class| !class.is_empty()) {
                 let name =
                     |resource: &str| format!("{class}.storageclass.storage.k8s.io/{resource}");
                 out.insert(name("persistentvolumeclaims"), one);
@@ -333,6 +333,25 @@ mod tests {
         assert_eq!(text(&of_pod(&pod["spec"], "requests")), "cpu=2500m");
         pod["status"]["phase"] = "Succeeded".into();
         assert_eq!(text(&usage(pods, &pod)), "count/pods=1");
+    }
+
+    #[test]
+    fn a_claim_counts_for_itself_and_for_its_class() {
+        let claims = by_resource("", "v1", "persistentvolumeclaims").unwrap();
+        let mut claim = json!({"metadata": {}, "spec": {"storageClassName": "a",
+            "resources": {"requests": {"storage": "1Gi"}}}});
+        let of_class = |class: &str, size: &str| {
+            format!(
+                "{class}.storageclass.storage.k8s.io/persistentvolumeclaims=1,\
+                 {class}.storageclass.storage.k8s.io/requests.storage={size},\
+                 count/persistentvolumeclaims=1,persistentvolumeclaims=1,requests.storage={size}"
+            )
+        };
+        let gi = "1073741824";
+        assert_eq!(text(&usage(claims, &claim)), of_class("a", gi));
+        claim["metadata"]["annotations"] = json!({"volume.beta.kubernetes.io/storage-class": "b"});
+        claim["status"]["allocatedResources"] = json!({"storage": "2147483648"});
+        assert_eq!(text(&usage(claims, &claim)), of_class("b", "2147483648"));
     }
 
     #[test]

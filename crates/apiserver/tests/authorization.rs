@@ -119,9 +119,14 @@ fn requests() -> Vec<(&'static str, String)> {
 
 /// Whether everybody who is known may do it.
 fn is_everybodys(target: &str) -> bool {
-    ["/selfsubject", "/runtimeclasses", "/priorityclasses"]
-        .iter()
-        .any(|part| target.contains(part))
+    [
+        "/selfsubject",
+        "/runtimeclasses",
+        "/priorityclasses",
+        "/storageclasses",
+    ]
+    .iter()
+    .any(|part| target.contains(part))
 }
 
 async fn nothing_is_shown(client: &Client, known: bool) {
@@ -158,6 +163,45 @@ async fn members_of_another_tenant_get_nothing() {
     let cluster = two_tenants().await;
     for role in ["admin", "edit", "view"] {
         nothing_is_shown(&cluster.member("acme", role), true).await;
+    }
+}
+
+#[tokio::test]
+async fn members_write_claims_and_read_classes_and_no_volumes() {
+    let cluster = two_tenants().await;
+    let json = [("content-type", "application/json")];
+    let claim = r#"{"metadata": {"name": "c"}, "spec": {"accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": "1Gi"}}}}"#;
+    let claims = "/api/v1/namespaces/acme/persistentvolumeclaims";
+    let classes = "/apis/storage.k8s.io/v1/storageclasses";
+    for (role, written) in [("admin", 201), ("edit", 201), ("view", 403)] {
+        let member = cluster.member("acme", role);
+        let made = member.ask("POST", claims, &json, claim).await;
+        assert_eq!(made.code, written, "{role}: {}", made.text);
+        assert_eq!(member.get(claims).await.code, 200);
+        assert_eq!(member.get(classes).await.code, 200);
+        let status = format!("{claims}/c/status");
+        for (method, path) in [
+            ("POST", classes),
+            ("DELETE", classes),
+            ("GET", "/api/v1/persistentvolumes"),
+            ("POST", "/api/v1/persistentvolumes"),
+            ("PUT", status.as_str()),
+        ] {
+            let answer = member.ask(method, path, &json, "{}").await;
+            assert_eq!(answer.code, 403, "{role} {method} {path}: {}", answer.text);
+        }
+        if written == 201 {
+            let gone = member
+                .ask("DELETE", &format!("{claims}/c"), &json, "")
+                .await;
+            assert_eq!(gone.code, 200, "{role}: {}", gone.text);
+            // What holds it is the controllers' to take off, but a member may take it off its own.
+            let free = r#"{"metadata": {"finalizers": null}}"#;
+            let merge = [("content-type", "application/merge-patch+json")];
+            let path = format!("{claims}/c");
+            assert_eq!(member.ask("PATCH", &path, &merge, free).await.code, 200);
+        }
     }
 }
 

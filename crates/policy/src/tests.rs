@@ -438,6 +438,12 @@ fn network_and_tenant_objects_are_checked() {
         0
     );
     assert_eq!(tenant("acme", json!({"kernels": ["../x"]})), 1);
+    for storage in ["10Gi", "0", "unlimited"] {
+        assert_eq!(tenant("acme", json!({"storage": storage})), 0);
+    }
+    for storage in [json!("much"), json!("-1Gi"), json!(""), json!({})] {
+        assert_eq!(tenant("acme", json!({"storage": storage})), 1);
+    }
     assert_eq!(tenant("acme", json!({"quota": {}})), 1);
     assert_eq!(tenant("Acme", json!({})), 1);
     assert_eq!(tenant("kube-system", json!({})), 1);
