@@ -4,6 +4,7 @@
     reason = "an integration test is one module"
 )]
 #![allow(clippy::unwrap_used, reason = "helpers of a test fail by panic")]
+#![allow(clippy::panic, reason = "helpers of a test fail by panic")]
 #![allow(dead_code, reason = "the common part serves other tests too")]
 
 mod common;
@@ -71,7 +72,7 @@ async fn a_claim_gets_a_volume_that_goes_with_it() {
     assert_eq!(bound["status"]["capacity"]["storage"], "10Mi");
     let volume = cluster.wait(&format!("{VOLUMES}/{own}"), is_bound).await;
     assert_eq!(volume["spec"]["csi"]["volumeHandle"], own.as_str());
-    assert_eq!(handles(&cluster).await, [own.clone()]);
+    assert_eq!(handles(&cluster).await, std::slice::from_ref(&own));
     event(
         &cluster,
         "ProvisioningSucceeded",
