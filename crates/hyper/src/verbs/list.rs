@@ -182,10 +182,11 @@ fn select(all: Vec<Container>, options: &Ps, filters: &Filters) -> Result<Vec<Co
             Failure::daemon(format_args!("invalid filter 'name={text}': {error}"))
         })?);
     }
-    let last = if options.latest {
-        Some(1)
-    } else {
-        options.last
+    // docker's -1 is no bound at all.
+    let last = match options.last {
+        _ if options.latest => Some(1),
+        Some(count) => usize::try_from(count).ok(),
+        None => None,
     };
     let every = options.all
         || last.is_some()

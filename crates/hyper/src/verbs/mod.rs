@@ -39,6 +39,9 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         }
         Command::ContainerGroup { command } => match command {
             ContainerGroup::Ls(ps) => list::ps(&target.connect().await?, &ps).await,
+            ContainerGroup::Prune(options) => {
+                lifecycle::prune(&target.connect().await?, &options).await
+            }
             ContainerGroup::Other(command) => {
                 Box::pin(container(&target.connect().await?, *command)).await
             }
@@ -104,7 +107,6 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
         ContainerCommand::Top(options) => exec::top(cluster, &options).await,
         ContainerCommand::Stats(options) => stats::run(cluster, &options).await,
         ContainerCommand::Events(options) => events::run(cluster, &options).await,
-        ContainerCommand::Prune(options) => lifecycle::prune(cluster, &options).await,
         ContainerCommand::Pause(options) => pause::pause(cluster, &options).await,
         ContainerCommand::Unpause(options) => pause::unpause(cluster, &options).await,
         ContainerCommand::Diff(_) => Err(Failure::refused(
