@@ -11,6 +11,8 @@ mod completion;
 mod compose;
 mod error;
 mod format;
+#[cfg(test)]
+mod golden;
 mod logs;
 mod meta;
 mod model;

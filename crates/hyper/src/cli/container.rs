@@ -19,7 +19,7 @@ pub(crate) struct Ps {
     #[arg(short, long)]
     pub(crate) all: bool,
     /// Keep those of which a condition holds: status=exited, name=web, label=a=b, …
-    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
     /// table, json or a Go template
     #[arg(long, value_name = "FORMAT")]
@@ -296,7 +296,7 @@ pub(crate) struct Stats {
 #[derive(Debug, Args)]
 pub(crate) struct Events {
     /// Keep those of which a condition holds: container=web, event=start, type=container
-    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
     /// json or a Go template
     #[arg(long, value_name = "FORMAT")]

@@ -17,7 +17,7 @@ pub(crate) struct ListOptions {
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<String>,
     /// Keep those of which a condition holds
-    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
     /// Only names or ids
     #[arg(short, long)]

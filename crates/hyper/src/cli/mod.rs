@@ -221,6 +221,6 @@ pub(crate) struct Prune {
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Only those with a label, or older than a time (until=24h)
-    #[arg(long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
 }

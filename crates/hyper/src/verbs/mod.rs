@@ -88,8 +88,12 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
 
 async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
     match command {
-        ContainerCommand::Run(options) => Box::pin(run::run(cluster, &options)).await,
-        ContainerCommand::Create(options) => run::create(cluster, &options).await,
+        ContainerCommand::Run(options) => Box::pin(run::run(cluster, &options))
+            .await
+            .map_err(|failure| of_a_start("run", failure)),
+        ContainerCommand::Create(options) => run::create(cluster, &options)
+            .await
+            .map_err(|failure| of_a_start("create", failure)),
         ContainerCommand::Ps(options) => list::ps(cluster, &options).await,
         ContainerCommand::Logs(options) => logs::run(cluster, &options).await,
         ContainerCommand::Exec(options) => exec::run(cluster, &options).await,
@@ -125,6 +129,22 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
             "update",
             "create the container anew with other limits",
         )),
+    }
+}
+
+/// docker's way to say that `run` or `create` itself failed, and not the container.
+fn of_a_start(verb: &str, failure: Failure) -> Failure {
+    let refused = failure.message.contains(" is not supported: ");
+    if failure.code < crate::error::OWN || failure.message.is_empty() || refused {
+        return failure;
+    }
+    let said = failure
+        .message
+        .strip_prefix("hyper: ")
+        .unwrap_or(&failure.message);
+    Failure {
+        message: format!("hyper: {said}\n\nRun 'hyper {verb} --help' for more information"),
+        ..failure
     }
 }
 
