@@ -11,6 +11,8 @@ mod completion;
 mod compose;
 mod error;
 mod format;
+#[cfg(test)]
+mod golden;
 mod logs;
 mod meta;
 mod model;
@@ -18,13 +20,16 @@ mod names;
 mod refusals;
 mod spec;
 mod streams;
+#[cfg(test)]
+mod surface;
 mod terminal;
 mod units;
+mod usage;
 mod verbs;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory as _, Parser as _};
+use clap::CommandFactory as _;
 use clap_complete::CompleteEnv;
 
 use crate::{cli::Cli, error::OWN};
@@ -39,9 +44,12 @@ fn main() -> ExitCode {
     CompleteEnv::with_factory(Cli::command)
         .bin("hyper")
         .complete();
-    let cli = match Cli::try_parse() {
+    let args: Vec<String> = std::env::args_os()
+        .map(|arg| arg.to_string_lossy().into_owned())
+        .collect();
+    let cli = match usage::parse(&args) {
         Ok(cli) => cli,
-        Err(error) => return refuse(&error),
+        Err(error) => return refuse(&error, &args),
     };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -68,21 +76,20 @@ fn main() -> ExitCode {
     }
 }
 
-/// A command line that is not one: help is success, everything else hyper's own error.
-fn refuse(error: &clap::Error) -> ExitCode {
+/// A command line that is not one: help is success.
+fn refuse(error: &clap::Error, args: &[String]) -> ExitCode {
     use clap::error::ErrorKind;
     match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             terminal::out(&error.render().to_string());
             ExitCode::SUCCESS
         }
         _ => {
-            terminal::note(
-                refusals::explain(error)
-                    .unwrap_or_else(|| error.render().to_string())
-                    .trim_end(),
-            );
-            ExitCode::from(OWN)
+            let failure = usage::explain(error, args);
+            terminal::note(&failure.message);
+            ExitCode::from(failure.code)
         }
     }
 }

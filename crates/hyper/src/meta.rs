@@ -1,5 +1,7 @@
 //! Labels and annotations by which pods are docker's containers.
 
+/// Labels and annotations of hyper's own begin so.
+pub(crate) const PREFIX: &str = "hyper.hypernetes.io/";
 /// Label: the container's name.
 pub(crate) const NAME: &str = "hyper.hypernetes.io/name";
 /// Annotation: the container's id, 64 hexadecimal digits.

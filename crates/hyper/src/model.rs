@@ -439,7 +439,8 @@ impl Container {
                 meta::SERVICE => {
                     labels.insert("com.docker.compose.service".to_owned(), value.clone())
                 }
-                meta::NAME => None,
+                // What hyper keeps for itself is not what somebody labelled.
+                key if key.starts_with(meta::PREFIX) => None,
                 key => labels.insert(key.to_owned(), value.clone()),
             };
         }

@@ -1,11 +1,9 @@
-//! docker's flags that have no meaning here, and what to use instead.
-
-use clap::error::{ContextKind, ContextValue};
+//! docker's flags and verbs that have no meaning here, and what to use instead.
 
 const OWN_KERNEL: &str = "a container has a microVM and a kernel of its own";
 
-/// Flag and advice.
-const FLAGS: &[(&str, &str)] = &[
+/// Of `run` and `create`: flag and advice.
+const CREATE: &[(&str, &str)] = &[
     (
         "--privileged",
         "a container has a kernel of its own, and --cap-add gives it what it needs there",
@@ -82,141 +80,259 @@ const FLAGS: &[(&str, &str)] = &[
         "--health-start-interval",
         "--health-interval is used from the start",
     ),
+    ("--blkio-weight-device", "Kubernetes has no field for it"),
+    (
+        "--device-read-bps",
+        "no device of any host is seen in a container",
+    ),
+    (
+        "--device-read-iops",
+        "no device of any host is seen in a container",
+    ),
+    (
+        "--device-write-bps",
+        "no device of any host is seen in a container",
+    ),
+    (
+        "--device-write-iops",
+        "no device of any host is seen in a container",
+    ),
+    ("--cpu-count", "containers are Linux"),
+    ("--cpu-percent", "containers are Linux"),
+    ("--io-maxbandwidth", "containers are Linux"),
+    ("--io-maxiops", "containers are Linux"),
+    ("--cpu-rt-period", "--cpus limits CPUs"),
+    ("--cpu-rt-runtime", "--cpus limits CPUs"),
+    ("-c", "--cpus limits CPUs"),
+    ("--link-local-ip", "addresses are given by the network"),
+    (
+        "--use-api-socket",
+        "a container has no credentials of the cluster; give it a Secret with kubectl",
+    ),
 ];
 
-/// A sentence for a command line that clap refused because of one of docker's flags or verbs.
-pub(crate) fn explain(error: &clap::Error) -> Option<String> {
-    use clap::error::ErrorKind;
-    let text = |kind: ContextKind| match error.get(kind) {
-        Some(ContextValue::String(text)) => Some(text.as_str()),
-        _ => None,
-    };
-    match error.kind() {
-        ErrorKind::UnknownArgument => {
-            let given = text(ContextKind::InvalidArg)?;
-            let flag = given.split('=').next().unwrap_or(given);
-            match FLAGS.iter().find(|(name, _)| *name == flag) {
-                Some((name, advice)) => Some(format!("hyper: {name} is not supported: {advice}")),
-                None if flag.starts_with("--") => Some(format!(
-                    "unknown flag: {flag}\n\nRun 'hyper --help' for more information"
-                )),
-                None if flag.starts_with('-') => {
-                    let letter: String = flag.chars().skip(1).take(1).collect();
-                    Some(format!(
-                        "unknown shorthand flag: '{letter}' in {flag}\n\nRun 'hyper --help' for more information"
-                    ))
-                }
-                None => None,
-            }
+const SIGNATURES: &str = "images are named by digest where content matters";
+const NO_SWARM: &str = "the cluster is a Kubernetes; use kubectl";
+const PLUGIN: &str =
+    "volumes come from the cluster's storage classes; choose one with -o class=NAME";
+const PLAN: &str =
+    "addresses, gateways and drivers of a network are the cluster's; --subnet chooses the range";
+
+/// Of other verbs: verb, flag and advice.
+const FLAGS: &[(&str, &str, &str)] = &[
+    (
+        "",
+        "--config",
+        "the configuration is the kubeconfig: --kubeconfig FILE",
+    ),
+    ("", "-D", "the server's log says more"),
+    ("", "--debug", "the server's log says more"),
+    (
+        "",
+        "-H",
+        "the cluster is a context of the kubeconfig: --context NAME",
+    ),
+    (
+        "",
+        "--host",
+        "the cluster is a context of the kubeconfig: --context NAME",
+    ),
+    ("", "-l", "the server's log says more"),
+    ("", "--log-level", "the server's log says more"),
+    ("", "--tls", "certificates are the kubeconfig's"),
+    ("", "--tlscacert", "certificates are the kubeconfig's"),
+    ("", "--tlscert", "certificates are the kubeconfig's"),
+    ("", "--tlskey", "certificates are the kubeconfig's"),
+    ("", "--tlsverify", "certificates are the kubeconfig's"),
+    (
+        "rm",
+        "-l",
+        "containers of one network find each other by name: there are no links",
+    ),
+    (
+        "rm",
+        "--link",
+        "containers of one network find each other by name: there are no links",
+    ),
+    ("restart", "-s", "set it with run --stop-signal"),
+    ("restart", "--signal", "set it with run --stop-signal"),
+    ("start", "--checkpoint", "a container starts from its image"),
+    (
+        "start",
+        "--checkpoint-dir",
+        "a container starts from its image",
+    ),
+    (
+        "images",
+        "--tree",
+        "one platform of an image is kept: it is linux/amd64",
+    ),
+    (
+        "rmi",
+        "--platform",
+        "one platform of an image is kept: it is linux/amd64",
+    ),
+    ("pull", "--disable-content-trust", SIGNATURES),
+    ("push", "--disable-content-trust", SIGNATURES),
+    (
+        "search",
+        "-f",
+        "a registry has no such marks; `hyper search` lists tags",
+    ),
+    (
+        "search",
+        "--filter",
+        "a registry has no such marks; `hyper search` lists tags",
+    ),
+    (
+        "context create",
+        "--description",
+        "a kubeconfig has no place for it; name the context so",
+    ),
+    ("network create", "--attachable", PLAN),
+    ("network create", "--aux-address", PLAN),
+    ("network create", "--config-from", PLAN),
+    ("network create", "--config-only", PLAN),
+    ("network create", "--gateway", PLAN),
+    ("network create", "--ingress", PLAN),
+    (
+        "network create",
+        "--internal",
+        "an operator says so in the Network's spec.egress",
+    ),
+    ("network create", "--ip-range", PLAN),
+    ("network create", "--ipam-driver", PLAN),
+    ("network create", "--ipam-opt", PLAN),
+    ("network create", "--ipv4", PLAN),
+    ("network create", "--ipv6", PLAN),
+    ("network create", "-o", PLAN),
+    ("network create", "--opt", PLAN),
+    ("network create", "--scope", PLAN),
+    ("network inspect", "-v", NO_SWARM),
+    ("network inspect", "--verbose", NO_SWARM),
+    (
+        "system prune",
+        "-a",
+        "remove images with `hyper image prune -a`",
+    ),
+    (
+        "system prune",
+        "--all",
+        "remove images with `hyper image prune -a`",
+    ),
+    (
+        "system prune",
+        "--volumes",
+        "remove volumes with `hyper volume rm`",
+    ),
+    ("volume ls", "--cluster", NO_SWARM),
+    ("volume create", "-d", PLUGIN),
+    ("volume create", "--driver", PLUGIN),
+    ("volume create", "--availability", NO_SWARM),
+    ("volume create", "--group", NO_SWARM),
+    ("volume create", "--limit-bytes", "-o size=10Gi is its size"),
+    (
+        "volume create",
+        "--required-bytes",
+        "-o size=10Gi is its size",
+    ),
+    ("volume create", "--scope", NO_SWARM),
+    ("volume create", "--secret", NO_SWARM),
+    ("volume create", "--sharing", NO_SWARM),
+    ("volume create", "--topology-preferred", NO_SWARM),
+    ("volume create", "--topology-required", NO_SWARM),
+    ("volume create", "--type", NO_SWARM),
+];
+
+/// Verbs and groups of them.
+const VERBS: &[(&str, &str)] = &[
+    ("swarm", NO_SWARM),
+    ("service", NO_SWARM),
+    ("stack", NO_SWARM),
+    ("node", NO_SWARM),
+    ("secret", NO_SWARM),
+    ("config", NO_SWARM),
+    (
+        "buildx",
+        "build with another tool, push into a registry, then run",
+    ),
+    (
+        "builder",
+        "build with another tool, push into a registry, then run",
+    ),
+    ("plugin", "it is the registry's or the operator's"),
+    ("trust", "it is the registry's or the operator's"),
+    ("manifest", "it is the registry's or the operator's"),
+    (
+        "checkpoint",
+        "a container that stands still for a while is paused: `hyper pause`",
+    ),
+    (
+        "context export",
+        "copy the kubeconfig: kubectl config view --minify --flatten",
+    ),
+    (
+        "context import",
+        "merge kubeconfigs with KUBECONFIG=FILE:FILE",
+    ),
+    (
+        "context update",
+        "make another with `hyper context create --from`",
+    ),
+    ("volume update", NO_SWARM),
+    ("volume prune", "remove them by name with `hyper volume rm`"),
+    (
+        "network prune",
+        "remove them by name with `hyper network rm`",
+    ),
+];
+
+/// Other names of verbs, and the names that the tables above use.
+const SAME: &[(&str, &str)] = &[
+    ("container ls", "ps"),
+    ("container list", "ps"),
+    ("container ps", "ps"),
+    ("image ls", "images"),
+    ("image list", "images"),
+    ("image rm", "rmi"),
+    ("image remove", "rmi"),
+    ("network list", "network ls"),
+    ("volume list", "volume ls"),
+    ("system events", "events"),
+    ("system info", "info"),
+];
+
+/// The name of a verb that is used for it, whatever it was called by.
+pub(crate) fn canonical(path: &[String]) -> String {
+    let joined = path.join(" ");
+    if let Some((_, name)) = SAME.iter().find(|(other, _)| *other == joined) {
+        return (*name).to_owned();
+    }
+    match path {
+        [group, verb] if group == "container" && verb != "prune" => verb.clone(),
+        [group, verb] if group == "image" && !matches!(verb.as_str(), "inspect" | "prune") => {
+            verb.clone()
         }
-        ErrorKind::MissingRequiredArgument | ErrorKind::TooFewValues => too_few(error),
-        ErrorKind::InvalidSubcommand => {
-            let verb = text(ContextKind::InvalidSubcommand)?;
-            Some(match verb {
-                "swarm" | "service" | "stack" | "node" | "secret" | "config" => {
-                    format!(
-                        "hyper: {verb} is not supported: the cluster is a Kubernetes; use kubectl"
-                    )
-                }
-                "buildx" | "builder" => format!(
-                    "hyper: {verb} is not supported: build with another tool, push into a registry, then run"
-                ),
-                "plugin" | "trust" | "manifest" => format!(
-                    "hyper: {verb} is not supported: it is the registry's or the operator's"
-                ),
-                _ => format!(
-                    "hyper: unknown command: hyper {verb}\n\nRun 'hyper --help' for more information"
-                ),
-            })
-        }
-        _ => None,
+        _ => joined,
     }
 }
 
-/// docker's words for arguments that are missing.
-fn too_few(error: &clap::Error) -> Option<String> {
-    let count = match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::Strings(missing)) => missing.len(),
-        _ => 1,
-    };
-    let rendered = error.render().to_string();
-    let usage = rendered
-        .lines()
-        .find_map(|line| line.strip_prefix("Usage: "))?;
-    let verb: Vec<&str> = usage
-        .split(' ')
-        .take_while(|word| word.chars().all(|c| c.is_ascii_lowercase()))
-        .collect();
-    let verb = verb.join(" ");
-    let arguments = if count == 1 { "argument" } else { "arguments" };
-    Some(format!(
-        "hyper: '{verb}' requires at least {count} {arguments}\n\nUsage:  {usage}\n\nRun '{verb} --help' for more information"
-    ))
+/// What to use instead of a flag of docker's.
+pub(crate) fn advice(path: &[String], flag: &str) -> Option<&'static str> {
+    let verb = canonical(path);
+    if verb == "run" || verb == "create" {
+        let found = CREATE.iter().find(|(name, _)| *name == flag);
+        return found.map(|(_, advice)| *advice);
+    }
+    FLAGS
+        .iter()
+        .find(|(of, name, _)| *of == verb && *name == flag)
+        .map(|(_, _, advice)| *advice)
 }
 
-#[cfg(test)]
-mod tests {
-    use clap::Parser as _;
-
-    use super::*;
-    use crate::cli::Cli;
-
-    #[test]
-    fn flags_and_verbs_of_docker_are_refused_with_advice() {
-        for (args, said) in [
-            (
-                &["run", "--privileged", "busybox"][..],
-                "hyper: --privileged is not supported: a container has a kernel of its own",
-            ),
-            (
-                &["run", "--ulimit", "nofile=1", "busybox"],
-                "hyper: --ulimit is not supported: Kubernetes has no field for it",
-            ),
-            (
-                &["run", "--gpus=all", "busybox"],
-                "hyper: --gpus is not supported",
-            ),
-            (
-                &["run", "-P", "busybox"],
-                "hyper: -P is not supported: name the ports",
-            ),
-            (&["run", "--bogus", "busybox"], "unknown flag: --bogus"),
-            (&["ps", "-x"], "unknown shorthand flag: 'x' in -x"),
-            (
-                &["swarm", "init"],
-                "hyper: swarm is not supported: the cluster is a Kubernetes",
-            ),
-            (&["dance"], "hyper: unknown command: hyper dance"),
-            (
-                &["rm"],
-                "hyper: 'hyper rm' requires at least 1 argument\n\nUsage:  hyper rm",
-            ),
-            (
-                &["rename", "a"],
-                "hyper: 'hyper rename' requires at least 1 argument",
-            ),
-            (
-                &["compose", "exec", "web"],
-                "hyper: 'hyper compose exec' requires at least 1 argument",
-            ),
-        ] {
-            let error = Cli::try_parse_from(["hyper"].iter().chain(args)).unwrap_err();
-            let text = explain(&error).unwrap_or_else(|| panic!("{args:?}: {error}"));
-            assert!(text.starts_with(said), "{args:?}: {text}");
-        }
-    }
-
-    #[test]
-    fn no_flag_is_both_served_and_refused() {
-        use clap::CommandFactory as _;
-        let command = Cli::command();
-        let run = command.find_subcommand("run").unwrap();
-        for (flag, _) in FLAGS {
-            let served = run.get_arguments().any(|arg| {
-                arg.get_long()
-                    .is_some_and(|long| format!("--{long}") == *flag)
-            });
-            assert!(!served, "{flag}");
-        }
-    }
+/// What to use instead of a verb of docker's.
+pub(crate) fn verb(path: &[String], word: &str) -> Option<&'static str> {
+    let whole = [path, &[word.to_owned()]].concat().join(" ");
+    let found = VERBS.iter().find(|(name, _)| *name == whole);
+    found.map(|(_, advice)| *advice)
 }

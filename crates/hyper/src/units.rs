@@ -102,7 +102,7 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration> {
 /// seconds, or a duration before `now`.
 pub(crate) fn parse_time(text: &str, now: Timestamp) -> Result<Timestamp> {
     let invalid = || {
-        Failure::usage(format_args!(
+        Failure::plain(format_args!(
             "invalid value for \"since\" or \"until\": failed to parse value as time or duration: \"{text}\""
         ))
     };

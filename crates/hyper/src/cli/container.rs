@@ -19,14 +19,14 @@ pub(crate) struct Ps {
     #[arg(short, long)]
     pub(crate) all: bool,
     /// Keep those of which a condition holds: status=exited, name=web, label=a=b, …
-    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
     /// table, json or a Go template
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<String>,
     /// The N newest, in any state
-    #[arg(short = 'n', long, value_name = "N")]
-    pub(crate) last: Option<usize>,
+    #[arg(short = 'n', long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) last: Option<i64>,
     /// The newest, in any state
     #[arg(short, long)]
     pub(crate) latest: bool,
@@ -243,8 +243,10 @@ pub(crate) struct Copy {
     #[arg(short, long)]
     pub(crate) quiet: bool,
     /// CONTAINER:PATH, a path here, or - for a tar stream
+    #[arg(value_name = "CONTAINER:SRC_PATH")]
     pub(crate) source: String,
     /// CONTAINER:PATH, a path here, or - for a tar stream
+    #[arg(value_name = "DEST_PATH|-")]
     pub(crate) destination: String,
 }
 
@@ -254,6 +256,7 @@ pub(crate) struct Port {
     #[arg(add = ArgValueCandidates::new(completion::containers))]
     pub(crate) container: String,
     /// Port in the container: 80 or 80/tcp
+    #[arg(value_name = "PRIVATE_PORT[/PROTO]")]
     pub(crate) port: Option<String>,
 }
 
@@ -263,7 +266,11 @@ pub(crate) struct Top {
     #[arg(add = ArgValueCandidates::new(completion::containers))]
     pub(crate) container: String,
     /// Options of ps in the container
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "ps OPTIONS"
+    )]
     pub(crate) options: Vec<String>,
 }
 
@@ -289,7 +296,7 @@ pub(crate) struct Stats {
 #[derive(Debug, Args)]
 pub(crate) struct Events {
     /// Keep those of which a condition holds: container=web, event=start, type=container
-    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
     /// json or a Go template
     #[arg(long, value_name = "FORMAT")]

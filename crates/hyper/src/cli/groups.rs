@@ -17,7 +17,7 @@ pub(crate) struct ListOptions {
     #[arg(long, value_name = "FORMAT")]
     pub(crate) format: Option<String>,
     /// Keep those of which a condition holds
-    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(short, long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
     /// Only names or ids
     #[arg(short, long)]
@@ -71,6 +71,7 @@ pub(crate) enum VolumeCommand {
         #[arg(long, value_name = "KEY=VALUE")]
         label: Vec<String>,
         /// Name
+        #[arg(value_name = "VOLUME")]
         name: Option<String>,
     },
     /// Details of volumes as JSON
@@ -79,7 +80,7 @@ pub(crate) enum VolumeCommand {
         #[arg(short, long)]
         format: Option<String>,
         /// Names
-        #[arg(required = true)]
+        #[arg(required = true, value_name = "VOLUME")]
         names: Vec<String>,
     },
     /// Remove volumes
@@ -89,7 +90,7 @@ pub(crate) enum VolumeCommand {
         #[arg(short, long)]
         force: bool,
         /// Names
-        #[arg(required = true)]
+        #[arg(required = true, value_name = "VOLUME")]
         names: Vec<String>,
     },
 }
@@ -111,6 +112,7 @@ pub(crate) enum NetworkCommand {
         #[arg(long, value_name = "KEY=VALUE")]
         label: Vec<String>,
         /// Name
+        #[arg(value_name = "NETWORK")]
         name: String,
     },
     /// Details of networks as JSON
@@ -119,7 +121,7 @@ pub(crate) enum NetworkCommand {
         #[arg(short, long)]
         format: Option<String>,
         /// Names
-        #[arg(required = true)]
+        #[arg(required = true, value_name = "NETWORK")]
         names: Vec<String>,
     },
     /// Remove networks
@@ -129,7 +131,7 @@ pub(crate) enum NetworkCommand {
         #[arg(short, long)]
         force: bool,
         /// Names
-        #[arg(required = true)]
+        #[arg(required = true, value_name = "NETWORK")]
         names: Vec<String>,
     },
     /// Not supported: a container's network is chosen when it is created
@@ -150,6 +152,7 @@ pub(crate) enum ContextCommand {
     /// Make a context the current one
     Use {
         /// Context
+        #[arg(value_name = "CONTEXT")]
         name: String,
     },
     /// Details of contexts as JSON
@@ -158,6 +161,7 @@ pub(crate) enum ContextCommand {
         #[arg(short, long)]
         format: Option<String>,
         /// Contexts; the current one by default
+        #[arg(value_name = "CONTEXT")]
         names: Vec<String>,
     },
     /// Make a context from another: its cluster and user, another namespace
@@ -172,6 +176,7 @@ pub(crate) enum ContextCommand {
         #[arg(long, value_name = "KEY=VALUE")]
         docker: Option<String>,
         /// Context
+        #[arg(value_name = "CONTEXT")]
         name: String,
     },
     /// Remove contexts
@@ -181,7 +186,7 @@ pub(crate) enum ContextCommand {
         #[arg(short, long)]
         force: bool,
         /// Contexts
-        #[arg(required = true)]
+        #[arg(required = true, value_name = "CONTEXT")]
         names: Vec<String>,
     },
 }

@@ -16,6 +16,7 @@ pub(crate) struct Pull {
     #[arg(short, long)]
     pub(crate) all_tags: bool,
     /// Image
+    #[arg(value_name = "NAME[:TAG|@DIGEST]")]
     pub(crate) image: String,
 }
 
@@ -62,6 +63,7 @@ pub(crate) struct Images {
     #[arg(short, long)]
     pub(crate) all: bool,
     /// Only this repository, or this image
+    #[arg(value_name = "REPOSITORY[:TAG]")]
     pub(crate) repository: Option<String>,
 }
 
@@ -77,6 +79,7 @@ pub(crate) struct Push {
     #[arg(long)]
     pub(crate) platform: Option<String>,
     /// Image
+    #[arg(value_name = "NAME[:TAG]")]
     pub(crate) image: String,
 }
 
@@ -188,7 +191,7 @@ pub(crate) struct PruneImages {
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Only those with a label, or older than a time (until=24h)
-    #[arg(long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
 }
 

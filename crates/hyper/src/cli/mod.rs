@@ -30,6 +30,7 @@ pub(crate) use run::{Create, Run};
 #[command(
     name = "hyper",
     version,
+    disable_version_flag = true,
     disable_help_subcommand = true,
     arg_required_else_help = true,
     subcommand_value_name = "COMMAND",
@@ -46,6 +47,9 @@ pub(crate) struct Cli {
     /// Namespace [default: the context's]
     #[arg(short, long, env = "HYPER_NAMESPACE", value_name = "NAME")]
     pub(crate) namespace: Option<String>,
+    /// Print version
+    #[arg(short = 'v', long, action = ArgAction::Version)]
+    version: Option<bool>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -142,6 +146,8 @@ pub(crate) enum ContainerGroup {
     /// List containers
     #[command(aliases = ["list"])]
     Ls(Ps),
+    /// Remove all stopped containers
+    Prune(Prune),
     #[command(flatten)]
     Other(Box<ContainerCommand>),
 }
@@ -190,9 +196,6 @@ pub(crate) enum ContainerCommand {
     Stats(Stats),
     /// What happens, as it happens
     Events(Events),
-    /// Remove all stopped containers
-    #[command(hide = true)]
-    Prune(Prune),
     /// Have all processes of containers stand still
     Pause(Names),
     /// Have paused containers go on
@@ -218,6 +221,6 @@ pub(crate) struct Prune {
     #[arg(short, long)]
     pub(crate) force: bool,
     /// Only those with a label, or older than a time (until=24h)
-    #[arg(long, value_name = "FILTER", action = ArgAction::Append)]
+    #[arg(long, value_name = "FILTER", action = ArgAction::Append, value_parser = crate::format::well_formed)]
     pub(crate) filter: Vec<String>,
 }

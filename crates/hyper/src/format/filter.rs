@@ -8,15 +8,21 @@ use crate::error::{Failure, Result};
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Filters(BTreeMap<String, Vec<String>>);
 
+/// A filter as the command line takes it.
+pub(crate) fn well_formed(text: &str) -> std::result::Result<String, String> {
+    match text.split_once('=') {
+        Some(_) => Ok(text.to_owned()),
+        None => Err("bad format of filter (expected name=value)".to_owned()),
+    }
+}
+
 impl Filters {
     /// Parses filters; a key that is not one of `known` is refused.
     pub(crate) fn parse(given: &[String], known: &[&str]) -> Result<Self> {
         let mut filters = BTreeMap::<String, Vec<String>>::new();
         for text in given {
             let Some((key, value)) = text.split_once('=') else {
-                return Err(Failure::usage(format_args!(
-                    "invalid argument \"{text}\" for \"-f, --filter\" flag: bad format of filter (expected name=value)"
-                )));
+                return Err(Failure::usage(well_formed(text).err().unwrap_or_default()));
             };
             let key = key.trim().to_ascii_lowercase();
             if !known.contains(&key.as_str()) {

@@ -4,6 +4,6 @@ mod filter;
 mod table;
 mod template;
 
-pub(crate) use filter::Filters;
+pub(crate) use filter::{Filters, well_formed};
 pub(crate) use table::columns;
 pub(crate) use template::{Row, Rows, render};

@@ -101,12 +101,26 @@ fn unescape(text: &str) -> String {
     text.replace("\\t", "\t").replace("\\n", "\n")
 }
 
+/// `.Label "key"`, a method of docker's rows, is a function of the row's labels here.
+fn methods(text: &str) -> String {
+    text.replace(".Label \"", "label .Labels \"")
+}
+
 fn parse(text: &str) -> Result<Template> {
+    let text = &methods(text);
     Template::new("")
         .missing_key(gotmpl::MissingKey::Error)
         .func("json", |args| {
             let value = args.first().unwrap_or(&GoValue::Nil);
             Ok(GoValue::String(to_json(value).to_string().into()))
+        })
+        .func("label", |args| {
+            let (labels, key) = (text_of(args, 0), text_of(args, 1));
+            let found = labels
+                .split(',')
+                .filter_map(|pair| pair.split_once('='))
+                .find(|(name, _)| *name == key);
+            Ok(found.map_or("", |(_, value)| value).into())
         })
         .func("upper", |args| Ok(text_of(args, 0).to_uppercase().into()))
         .func("lower", |args| Ok(text_of(args, 0).to_lowercase().into()))

@@ -228,10 +228,9 @@ pub(crate) fn print(objects: &[Value], format: Option<&str>) -> Result<()> {
 pub(crate) async fn run(cluster: &Cluster, options: &Inspect) -> Result<()> {
     let kind = options.kind.as_deref().unwrap_or("");
     if !matches!(kind, "" | "container" | "network" | "volume") {
-        return Err(Failure::refused(
-            format_args!("inspect --type {kind}"),
-            "the types are container, network and volume",
-        ));
+        return Err(Failure::plain(format_args!(
+            "unknown type: {kind:?}: must be one of \"container\", \"network\", \"volume\""
+        )));
     }
     let all = cluster.containers().await?;
     let mut found = Vec::new();
@@ -257,7 +256,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Inspect) -> Result<()> {
         match object {
             Some(object) => found.push(object),
             None => missing.push(match kind {
-                "" => format!("error: no such object: {name}"),
+                "" => format!("Error: No such object: {name}"),
                 "container" => format!("Error response from daemon: No such container: {name}"),
                 kind => format!("Error response from daemon: {kind} {name} not found"),
             }),

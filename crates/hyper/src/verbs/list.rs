@@ -75,9 +75,21 @@ pub(crate) fn mounts(container: &Container) -> Vec<String> {
         .collect()
 }
 
+/// Program and arguments, those with blanks in quotes, as docker lists them.
+fn command_line(command: &[String]) -> String {
+    let quoted = command.iter().enumerate().map(|(at, word)| {
+        if at > 0 && word.contains(' ') {
+            format!("'{word}'")
+        } else {
+            word.clone()
+        }
+    });
+    quoted.collect::<Vec<_>>().join(" ")
+}
+
 /// One line.
 pub(crate) fn row(container: &Container, whole: bool, now: Timestamp) -> Row {
-    let command = container.command().join(" ");
+    let command = command_line(&container.command());
     let command = if whole {
         command
     } else {
@@ -144,7 +156,13 @@ pub(crate) async fn ps(cluster: &Cluster, options: &Ps) -> Result<()> {
         ..ROWS
     };
     let list = if options.size { &with_size } else { &ROWS };
-    terminal::out(&list.print(&rows, options.format.as_deref(), options.quiet)?);
+    let format = options.format.as_deref();
+    if options.quiet && format.is_some() {
+        terminal::note(
+            "WARNING: Ignoring custom format, because both --format and --quiet are set.",
+        );
+    }
+    terminal::out(&list.print(&rows, format.filter(|_| !options.quiet), options.quiet)?);
     Ok(())
 }
 
@@ -182,10 +200,11 @@ fn select(all: Vec<Container>, options: &Ps, filters: &Filters) -> Result<Vec<Co
             Failure::daemon(format_args!("invalid filter 'name={text}': {error}"))
         })?);
     }
-    let last = if options.latest {
-        Some(1)
-    } else {
-        options.last
+    // docker's -1 is no bound at all.
+    let last = match options.last {
+        _ if options.latest => Some(1),
+        Some(count) => usize::try_from(count).ok(),
+        None => None,
     };
     let every = options.all
         || last.is_some()
@@ -282,9 +301,11 @@ pub(crate) async fn port(cluster: &Cluster, options: &Port) -> Result<()> {
         None => None,
         Some(text) => {
             let (number, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
-            let number: u16 = number
-                .parse()
-                .map_err(|_bad| Failure::plain(format_args!("Error: invalid port '{text}'")))?;
+            let number: u16 = number.parse().map_err(|_bad| {
+                Failure::plain(format_args!(
+                    "Error: invalid port ({text}): strconv.ParseUint: parsing \"{number}\": invalid syntax"
+                ))
+            })?;
             Some((number, protocol.to_owned()))
         }
     };
@@ -302,7 +323,10 @@ pub(crate) async fn port(cluster: &Cluster, options: &Port) -> Result<()> {
             port.host
         };
         let all = ["0.0.0.0".to_owned()];
-        let addresses = if addresses.is_empty() {
+        let own = [port.address.clone()];
+        let addresses = if !port.address.is_empty() {
+            &own[..]
+        } else if addresses.is_empty() {
             &all[..]
         } else {
             &addresses
@@ -318,8 +342,9 @@ pub(crate) async fn port(cluster: &Cluster, options: &Port) -> Result<()> {
         }
     }
     match wanted {
-        Some((number, protocol)) if !found => Err(Failure::plain(format_args!(
-            "no public port '{number}/{protocol}' published for {}",
+        Some(_) if !found => Err(Failure::plain(format_args!(
+            "Error: No public port '{}' published for {}",
+            options.port.as_deref().unwrap_or_default(),
             options.container
         ))),
         _ => Ok(()),

@@ -39,6 +39,9 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         }
         Command::ContainerGroup { command } => match command {
             ContainerGroup::Ls(ps) => list::ps(&target.connect().await?, &ps).await,
+            ContainerGroup::Prune(options) => {
+                lifecycle::prune(&target.connect().await?, &options).await
+            }
             ContainerGroup::Other(command) => {
                 Box::pin(container(&target.connect().await?, *command)).await
             }
@@ -85,8 +88,12 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
 
 async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
     match command {
-        ContainerCommand::Run(options) => Box::pin(run::run(cluster, &options)).await,
-        ContainerCommand::Create(options) => run::create(cluster, &options).await,
+        ContainerCommand::Run(options) => Box::pin(run::run(cluster, &options))
+            .await
+            .map_err(|failure| of_a_start("run", failure)),
+        ContainerCommand::Create(options) => run::create(cluster, &options)
+            .await
+            .map_err(|failure| of_a_start("create", failure)),
         ContainerCommand::Ps(options) => list::ps(cluster, &options).await,
         ContainerCommand::Logs(options) => logs::run(cluster, &options).await,
         ContainerCommand::Exec(options) => exec::run(cluster, &options).await,
@@ -104,7 +111,6 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
         ContainerCommand::Top(options) => exec::top(cluster, &options).await,
         ContainerCommand::Stats(options) => stats::run(cluster, &options).await,
         ContainerCommand::Events(options) => events::run(cluster, &options).await,
-        ContainerCommand::Prune(options) => lifecycle::prune(cluster, &options).await,
         ContainerCommand::Pause(options) => pause::pause(cluster, &options).await,
         ContainerCommand::Unpause(options) => pause::unpause(cluster, &options).await,
         ContainerCommand::Diff(_) => Err(Failure::refused(
@@ -123,6 +129,22 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
             "update",
             "create the container anew with other limits",
         )),
+    }
+}
+
+/// docker's way to say that `run` or `create` itself failed, and not the container.
+fn of_a_start(verb: &str, failure: Failure) -> Failure {
+    let refused = failure.message.contains(" is not supported: ");
+    if failure.code < crate::error::OWN || failure.message.is_empty() || refused {
+        return failure;
+    }
+    let said = failure
+        .message
+        .strip_prefix("hyper: ")
+        .unwrap_or(&failure.message);
+    Failure {
+        message: format!("hyper: {said}\n\nRun 'hyper {verb} --help' for more information"),
+        ..failure
     }
 }
 

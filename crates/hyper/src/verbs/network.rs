@@ -31,6 +31,8 @@ const ROWS: Rows<'_> = Rows {
     quiet: "ID",
 };
 
+const ONE_NETWORK: &str = "a container is on one network, which run --network chooses";
+
 fn api(cluster: &Cluster) -> Api<DynamicObject> {
     let kind = ApiResource::from_gvk(&GroupVersionKind::gvk(
         "hypernetes.io",
@@ -194,9 +196,7 @@ pub(crate) async fn run(cluster: &Cluster, command: NetworkCommand) -> Result<()
             })
             .await
         }
-        NetworkCommand::Connect(_) | NetworkCommand::Disconnect(_) => Err(Failure::refused(
-            "network connect",
-            "a container is on one network, which run --network chooses",
-        )),
+        NetworkCommand::Connect(_) => Err(Failure::refused("network connect", ONE_NETWORK)),
+        NetworkCommand::Disconnect(_) => Err(Failure::refused("network disconnect", ONE_NETWORK)),
     }
 }

@@ -48,7 +48,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Run) -> Result<()> {
         return Err(Failure::plain("the input device is not a TTY"));
     }
     if options.detach && !create.attach.is_empty() {
-        return Err(Failure::usage(
+        return Err(Failure::plain(
             "conflicting options: cannot specify both --attach and --detach",
         ));
     }
