@@ -288,6 +288,81 @@ async fn basic_authentication_over_tls() {
     );
 }
 
+/// Takes the layers of an image out of a registry that still has its manifest.
+fn forget_layers(registry: &Registry, image: &Image) {
+    for layer in &image.layers {
+        let hex = layer.blob.hex();
+        let found = run(Command::new("find").arg(registry.dir.path()).args([
+            "-type",
+            "d",
+            "-path",
+            "*/blobs/sha256/*",
+            "-name",
+            hex,
+        ]));
+        for dir in found.lines() {
+            fs::remove_file(Path::new(dir).join("data")).unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn naming_a_layer_that_is_here_is_not_having_it() {
+    let (Some(private), Some(mine)) = (
+        Registry::start(&["--auth", "ann:secret"]),
+        Registry::start(&[]),
+    ) else {
+        return;
+    };
+    let dir = TempDir::new().unwrap();
+    let store = store(&dir);
+    let account = || PullOptions {
+        credentials: Credentials::Basic {
+            username: "ann".into(),
+            password: "secret".into(),
+        },
+        ..PullOptions::default()
+    };
+    let image = store
+        .pull(&private.name("busybox:1"), &account())
+        .await
+        .unwrap();
+    // A registry of somebody else's with the same manifest, and nothing behind it.
+    forget_layers(&mine, &image);
+    let failure = pull(&store, &mine.name("busybox:1")).await.unwrap_err();
+    assert!(
+        matches!(&failure, ImageError::NoSuchImage { .. }),
+        "{failure:?}"
+    );
+    // Where it came from it may be had again, without being fetched.
+    forget_layers(&private, &image);
+    let again = store
+        .pull(&private.name("busybox:1"), &account())
+        .await
+        .unwrap();
+    assert_eq!(again.id, image.id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_anybody_can_have_is_fetched_once() {
+    let (Some(open), Some(other)) = (Registry::start(&[]), Registry::start(&[])) else {
+        return;
+    };
+    let dir = TempDir::new().unwrap();
+    let store = store(&dir);
+    let image = pull(&store, &open.name("busybox:1")).await.unwrap();
+    forget_layers(&other, &image);
+    let again = pull(&store, &other.name("busybox:1")).await.unwrap();
+    assert_eq!(again.id, image.id);
+    let removed = store
+        .remove(image.id.as_str(), &HashSet::new())
+        .await
+        .unwrap();
+    assert_eq!(removed.layers.len(), image.layers.len());
+    let origins = fs::read_dir(dir.path().join("store/origins")).unwrap();
+    assert_eq!(origins.count(), 0, "origins go with their layers");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_pulls_share_the_work() {
     let Some(registry) = Registry::start(&[]) else {

@@ -133,6 +133,11 @@ impl Repository {
         self.role
     }
 
+    /// Scheme, host and repository: what is served there is served by one owner.
+    pub(crate) fn source(&self) -> String {
+        self.base.as_str().to_owned()
+    }
+
     /// Host and port, for messages.
     pub(crate) fn place(&self) -> String {
         transport::authority(&self.base)

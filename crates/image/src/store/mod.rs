@@ -6,6 +6,7 @@
 //! images/<hex>.json    one record per image, by the digest of its configuration
 //! references.json      names, with tag or digest, of images
 //! content/, kept/      see `content`
+//! origins/<hex>        where a layer has come from, by diff id, see `origins`
 //! tmp/                 what is being written
 //! lock, pulls.lock     see below
 //! ```
@@ -20,6 +21,7 @@
 mod content;
 mod disk;
 mod load;
+mod origins;
 mod pull;
 mod push;
 mod remove;
@@ -99,7 +101,9 @@ impl ImageStore {
     /// Opens a store, making it if it is not there, and cleans what a crash has left. Blocks on the
     /// disk.
     pub fn open(root: PathBuf, config: StoreConfig) -> Result<Self, ImageError> {
-        for part in ["blobs", "content", "images", "kept", "layers", "tmp"] {
+        for part in [
+            "blobs", "content", "images", "kept", "layers", "origins", "tmp",
+        ] {
             let dir = root.join(part);
             fs::create_dir_all(&dir).map_err(disk::failed("create", &dir))?;
         }

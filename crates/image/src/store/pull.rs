@@ -11,7 +11,7 @@ use hypernetes_types::{Digest, ImageReference};
 use reqwest::StatusCode;
 use tokio::sync::mpsc;
 
-use super::{ImageStore, Inner, disk};
+use super::{ImageStore, Inner, disk, origins::Asked};
 use crate::{
     Credentials, Image, ImageError, Layer, PullEvent,
     layer::{self, Compression, Promise},
@@ -241,10 +241,14 @@ impl ImageStore {
         compression: Compression,
     ) -> Result<Layer, ImageError> {
         let _turn = self.inner.flights.take(format!("layer {diff_id}")).await;
+        let asked = Asked::new(repository, &options.credentials);
         if !options.force {
-            let (wanted, digest) = (diff_id.clone(), blob.digest.clone());
+            let (wanted, digest, asked) = (diff_id.clone(), blob.digest.clone(), asked.clone());
             let here = self
-                .blocking(move |inner| Ok(inner.layer_here(wanted, digest)))
+                .blocking(move |inner| {
+                    let may = inner.may_have(&wanted, &asked)?;
+                    Ok(may.then(|| inner.layer_here(wanted, digest)).flatten())
+                })
                 .await?;
             if let Some(layer) = here {
                 options.tell(PullEvent::LayerDone {
@@ -257,7 +261,10 @@ impl ImageStore {
         let (sender, receiver) = mpsc::channel(CHANNEL);
         let expected = blob.clone();
         let write = self.blocking(move |inner| {
-            inner.import_layer(ChannelRead::new(receiver), &expected, diff_id, compression)
+            let source = ChannelRead::new(receiver);
+            let layer = inner.import_layer(source, &expected, diff_id, compression)?;
+            inner.note_origin(&layer.diff_id, &asked)?;
+            Ok(layer)
         });
         let limit = Duration::from_secs(120 + blob.size / (16 << 10));
         let fetch = async {

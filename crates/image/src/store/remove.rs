@@ -91,6 +91,11 @@ impl Inner {
                 gone.extend(format!("sha256:{hex}").parse::<Digest>());
             }
         }
+        for name in disk::names(&self.root.join("origins"))? {
+            if !layers.contains(name.as_str()) {
+                disk::remove(&self.root.join("origins").join(&name))?;
+            }
+        }
         for name in disk::names(&self.root.join("blobs"))? {
             if !blobs.contains(name.as_str()) && !documents.contains(&name) {
                 disk::remove(&self.root.join("blobs").join(&name))?;
