@@ -12,7 +12,7 @@ use std::{
     fs::{self, File},
     os::unix::{
         ffi::OsStrExt,
-        fs::{FileTypeExt, MetadataExt},
+        fs::{FileTypeExt, MetadataExt, PermissionsExt},
     },
     path::Path,
     process::Command,
@@ -326,9 +326,15 @@ impl Drop for Mounted {
 
 /// Checks an image with erofs-utils and extracts it there; false if the tool is not installed.
 pub(crate) fn fsck(image: &Path, extract: &Path) -> bool {
+    // Up to version 1.5 it reads twelve bytes behind every inode, those without attributes too: behind the last
+    // one there may be nothing.
+    let padded = tempfile::NamedTempFile::new().unwrap();
+    let size = fs::copy(image, padded.path()).unwrap();
+    fs::set_permissions(padded.path(), fs::Permissions::from_mode(0o600)).unwrap();
+    padded.as_file().set_len(size + 4096).unwrap();
     let output = match Command::new("fsck.erofs")
         .arg(format!("--extract={}", extract.display()))
-        .arg(image)
+        .arg(padded.path())
         .output()
     {
         Ok(output) => output,
