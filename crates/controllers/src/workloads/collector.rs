@@ -103,7 +103,7 @@ async fn work(
         {
             tracing::debug!(error = %chain(error), "cannot collect yet; again");
         }
-        queue.done(id, outcome.is_err());
+        queue.done(id, outcome.unwrap_or(true));
     }
 }
 

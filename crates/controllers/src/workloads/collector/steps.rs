@@ -17,36 +17,38 @@ use crate::{
 const FOREGROUND: &str = "foregroundDeletion";
 const ORPHAN: &str = "orphan";
 
-/// Does what is next for one object.
+/// Does what is next for one object. True: it is to be looked at again, as an owner of it is not watched yet.
 pub(super) async fn process(
     cluster: &Cluster,
     graph: &Shared,
     id: &str,
-) -> Result<(), ReconcileError> {
+) -> Result<bool, ReconcileError> {
     let Some(node) = lock(graph).nodes.get(id).cloned() else {
-        return Ok(());
+        return Ok(false);
     };
     let object = cluster.get(&node.kind, &node.namespace, &node.name).await?;
     let Some(object) = object.filter(|object| uid(object) == id) else {
-        return Ok(());
+        return Ok(false);
     };
     if meta::is_deleting(&object) {
         let has = |wanted: &str| meta::finalizers(&object).any(|finalizer| finalizer == wanted);
         if has(ORPHAN) {
-            return orphan(cluster, id, &node, &object).await;
+            return orphan(cluster, id, &node, &object).await.map(|()| false);
         }
         if has(FOREGROUND) {
-            return foreground(cluster, graph, id, &node, &object).await;
+            return foreground(cluster, graph, id, &node, &object)
+                .await
+                .map(|()| false);
         }
-        return Ok(());
+        return Ok(false);
     }
     if meta::owner_references(&object).is_empty() {
-        return Ok(());
+        return Ok(false);
     }
     let owners = owners(cluster, graph, &object).await?;
     if !owners.solid.is_empty() {
         if owners.absent.is_empty() && owners.waiting.is_empty() {
-            return Ok(());
+            return Ok(owners.unwatched);
         }
         // Some stay: the others are no reason to wait any more.
         let gone: Vec<&str> = owners
@@ -55,7 +57,9 @@ pub(super) async fn process(
             .chain(&owners.waiting)
             .map(String::as_str)
             .collect();
-        return drop_owners(cluster, &node.kind, &object, &gone).await;
+        return drop_owners(cluster, &node.kind, &object, &gone)
+            .await
+            .map(|()| false);
     }
     let propagation = if owners.waiting.is_empty() {
         match meta::finalizers(&object).next() {
@@ -68,7 +72,10 @@ pub(super) async fn process(
         // Its owner waits for it: it waits for its own in turn.
         Some(Propagation::Foreground)
     };
-    cluster.delete(&node.kind, &object, propagation).await
+    cluster
+        .delete(&node.kind, &object, propagation)
+        .await
+        .map(|()| false)
 }
 
 #[derive(Default)]
@@ -79,6 +86,8 @@ struct Owners {
     absent: Vec<String>,
     /// Going, and waiting for this object.
     waiting: Vec<String>,
+    /// One that is there has not been seen by the watch of its kind, which may be new: its end would not be either.
+    unwatched: bool,
 }
 
 async fn owners(
@@ -91,6 +100,7 @@ async fn owners(
         let text = |field: &str| reference[field].as_str().unwrap_or_default();
         let id = text("uid").to_owned();
         let known = lock(graph).nodes.get(&id).map(|node| node.kind.clone());
+        let watched = known.is_some();
         let kind = match known {
             Some(kind) => kind,
             // Never seen: it may be new, or of a kind that is not served.
@@ -121,7 +131,10 @@ async fn owners(
             {
                 found.waiting.push(id);
             }
-            Some(_) => found.solid.push(id),
+            Some(_) => {
+                found.unwatched |= !watched;
+                found.solid.push(id);
+            }
         }
     }
     Ok(found)
