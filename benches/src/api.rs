@@ -13,13 +13,14 @@ use hypernetes_testkit::{Daemon, DaemonOptions};
 use serde_json::{Value, json};
 
 use crate::{
-    client::Endpoint,
+    client::{Connection, Endpoint},
     stats::{Samples, rss_kib},
 };
 
 const CLIENTS: usize = 64;
 const CREATES: usize = 20_000;
 const GETS: usize = 40_000;
+const LISTS: usize = 10;
 
 pub(crate) async fn measure() -> Result<Value> {
     println!("\n== API server: {CLIENTS} clients over TLS, one machine for both sides");
@@ -78,17 +79,7 @@ pub(crate) async fn measure() -> Result<Value> {
     );
 
     let before_lists = rss_kib(daemon.pid()).context("the daemon runs")?;
-    let mut lists = Vec::new();
-    let mut bytes = 0;
-    for _ in 0..10 {
-        let started = Instant::now();
-        bytes = single
-            .request("GET", "/api/v1/namespaces/default/configmaps", None)
-            .await?
-            .len();
-        lists.push(started.elapsed().as_secs_f64() * 1e3);
-    }
-    let lists = Samples::new(lists);
+    let (lists, bytes) = timed_lists(&mut single, "/api/v1/namespaces/default/configmaps").await?;
     let after_lists = rss_kib(daemon.pid()).context("the daemon runs")?;
     println!(
         "list of {CREATES} objects, {:.1} MB: {}",
@@ -116,6 +107,21 @@ pub(crate) async fn measure() -> Result<Value> {
     });
     tokio::task::spawn_blocking(move || drop(daemon)).await?;
     Ok(result)
+}
+
+/// Milliseconds of each of some lists, and the bytes of the last.
+pub(crate) async fn timed_lists(
+    connection: &mut Connection,
+    path: &str,
+) -> Result<(Samples, usize)> {
+    let mut times = Vec::new();
+    let mut bytes = 0;
+    for _ in 0..LISTS {
+        let started = Instant::now();
+        bytes = connection.request("GET", path, None).await?.len();
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    Ok((Samples::new(times), bytes))
 }
 
 /// Runs `total` requests over all clients; rate and latency of each in milliseconds.

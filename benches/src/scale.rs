@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::{
-    api::load,
+    api::{load, timed_lists},
     client::{Endpoint, Watch},
     stats::{Samples, rss_kib},
 };
@@ -29,7 +29,6 @@ const CHANGES: usize = 100;
 /// Watches that wait, over few connections, as the informers of a program share one.
 const IDLE_WATCHES: usize = 10_000;
 const WATCHES_OF_A_CONNECTION: usize = 100;
-const LISTS: usize = 10;
 
 pub(crate) async fn measure() -> Result<Value> {
     println!("\n== API server with {PODS} pods and {OTHERS} other objects");
@@ -56,17 +55,7 @@ pub(crate) async fn measure() -> Result<Value> {
     println!("resident memory: {} MiB", with_objects / 1024);
 
     let mut connection = endpoint.connect().await?;
-    let mut lists = Vec::new();
-    let mut bytes = 0;
-    for _ in 0..LISTS {
-        let started = Instant::now();
-        bytes = connection
-            .request("GET", "/api/v1/namespaces/default/pods", None)
-            .await?
-            .len();
-        lists.push(started.elapsed().as_secs_f64() * 1e3);
-    }
-    let lists = Samples::new(lists);
+    let (lists, bytes) = timed_lists(&mut connection, "/api/v1/namespaces/default/pods").await?;
     let after_lists = rss_kib(daemon.pid()).context("the daemon runs")?;
     println!(
         "list of {PODS} pods, {:.1} MB: {}; {} MiB more afterwards",

@@ -178,23 +178,7 @@ async fn ensure_node_ports(
     let shown = namespace.annotations().get(NODE_PORTS_ANNOTATION);
     if annotation.is_some() || shown.is_some() {
         let hard = json!({NODE_PORTS_RESOURCE: count.to_string()});
-        let wanted = json!({
-            "apiVersion": "v1",
-            "kind": "ResourceQuota",
-            "metadata": {"name": NODE_PORTS_QUOTA, "namespace": name.as_str()},
-            "spec": {"hard": hard},
-        });
-        let found = objects::ensure(&quotas, wanted).await?;
-        let is = serde_json::to_value(&found).unwrap_or_default()["spec"]["hard"].take();
-        if is != hard {
-            let patch = Patch::Merge(json!({"spec": {"hard": hard}}));
-            quotas
-                .patch(NODE_PORTS_QUOTA, &PatchParams::default(), &patch)
-                .await
-                .map_err(ReconcileError::api(format!(
-                    "bound the node ports of {name}"
-                )))?;
-        }
+        ensure_quota(&quotas, NODE_PORTS_QUOTA, name, hard).await?;
     }
     if shown != annotation.as_ref() {
         let patch = json!({"metadata": {"annotations": {NODE_PORTS_ANNOTATION: annotation}}});
@@ -219,21 +203,38 @@ async fn ensure_storage(
         objects::delete(&quotas, STORAGE_QUOTA).await?;
         return Ok(());
     }
-    let hard = json!({STORAGE_RESOURCE: storage});
+    ensure_quota(
+        &quotas,
+        STORAGE_QUOTA,
+        name,
+        json!({STORAGE_RESOURCE: storage}),
+    )
+    .await
+}
+
+/// Makes a quota of the tenant's namespace say what it shall.
+async fn ensure_quota(
+    quotas: &Api<ResourceQuota>,
+    quota: &str,
+    tenant: &TenantName,
+    hard: Value,
+) -> Result<(), ReconcileError> {
     let wanted = json!({
         "apiVersion": "v1",
         "kind": "ResourceQuota",
-        "metadata": {"name": STORAGE_QUOTA, "namespace": name.as_str()},
+        "metadata": {"name": quota, "namespace": tenant.as_str()},
         "spec": {"hard": hard},
     });
-    let found = objects::ensure(&quotas, wanted).await?;
+    let found = objects::ensure(quotas, wanted).await?;
     let is = serde_json::to_value(&found).unwrap_or_default()["spec"]["hard"].take();
     if is != hard {
         let patch = Patch::Merge(json!({"spec": {"hard": hard}}));
         quotas
-            .patch(STORAGE_QUOTA, &PatchParams::default(), &patch)
+            .patch(quota, &PatchParams::default(), &patch)
             .await
-            .map_err(ReconcileError::api(format!("bound the storage of {name}")))?;
+            .map_err(ReconcileError::api(format!(
+                "set quota {quota} of tenant {tenant}"
+            )))?;
     }
     Ok(())
 }
