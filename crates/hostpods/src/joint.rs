@@ -7,7 +7,7 @@ use hypernetes_image::{Credentials, Image, ImageError};
 use hypernetes_runtime::{
     Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
     HostDevice, NodeFigures, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig,
-    SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
+    SandboxStats, SandboxStatus, SandboxUpdate, Session, Timing, VolumeConfig,
 };
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
 use hypernetes_vmm::HostShare;
@@ -224,6 +224,14 @@ impl PodRuntime for JointRuntime {
 
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
         self.of_container(id).attach(id, stdin).await
+    }
+
+    async fn start_timing(&self, id: &SandboxId) -> Option<Timing> {
+        self.of_sandbox(id).start_timing(id).await
+    }
+
+    async fn attach_first(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
+        self.of_container(id).attach_first(id, stdin).await
     }
 
     async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Connection, RuntimeError> {

@@ -32,6 +32,8 @@ pub(crate) const STOP_GRACE: &str = "hypernetes.io/stop-grace-seconds";
 pub(crate) const PAUSED: &str = "hypernetes.io/paused";
 /// Condition by which the node says that they do, or why not.
 pub(crate) const PAUSED_CONDITION: &str = "hypernetes.io/Paused";
+/// Annotation that the node honours: with `true` it tells in events what the start's phases took.
+pub(crate) const TIMING: &str = "hypernetes.io/timing";
 /// Annotation that the node honours: kernel of the pod.
 pub(crate) const KERNEL: &str = "hypernetes.io/kernel";
 /// Annotation that the node honours: network of the pod.

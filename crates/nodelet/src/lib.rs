@@ -38,6 +38,7 @@ mod status;
 mod steps;
 mod stop;
 mod streams;
+mod timing;
 mod tokens;
 mod usage;
 mod volumes;

@@ -15,6 +15,7 @@ use kube::{
     Api, Client,
     api::{DeleteParams, Preconditions},
 };
+use tokio::time::Instant;
 
 use crate::{
     access::ImageAccess,
@@ -33,10 +34,14 @@ use crate::{
     services::Services,
     sources::Sources,
     stop::{Ending, Hooks},
+    timing,
     tokens::Tokens,
     volumes::{self, Built},
+    wishes,
 };
 
+/// Reason of events about how long something took.
+const TIMING: &str = "Timing";
 /// A hook that does not end is broken off after a day, or with its pod.
 const HOOK_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
@@ -167,7 +172,15 @@ impl Node {
                 );
             }
         }
-        match self.runtime.run_sandbox(config).await {
+        let run = self.runtime.run_sandbox(config).await;
+        if let Ok(sandbox) = &run
+            && wishes::wants_timing(pod)
+            && let Some(took) = self.runtime.start_timing(sandbox).await
+        {
+            let said = timing::of_sandbox(&took);
+            self.events.pod(pod, None, Level::Normal, TIMING, said);
+        }
+        match run {
             Ok(sandbox) => match self.write_volumes(&sandbox, &content.volumes, pod).await {
                 Ok(()) => Outcome::SandboxUp {
                     sandbox,
@@ -295,6 +308,7 @@ impl Node {
                 message,
             }
         };
+        let begun = Instant::now();
         let image = match pull::ensure(self, pod, container).await {
             Ok(image) => image,
             Err(none) => {
@@ -305,6 +319,7 @@ impl Node {
                 };
             }
         };
+        let pulled = begun.elapsed();
         let place = self.place_of(&sandbox).await;
         let pod_ip = place
             .as_ref()
@@ -367,6 +382,7 @@ impl Node {
                 return trouble("CreateContainerConfigError", chain(&error).to_string());
             }
         };
+        let prepared = begun.elapsed();
         let id = match self.runtime.create_container(&sandbox, config).await {
             Ok(id) => id,
             Err(error) => {
@@ -378,6 +394,7 @@ impl Node {
                 return trouble("CreateContainerError", chain(&error).to_string());
             }
         };
+        let created = begun.elapsed();
         let said = format!("Created container: {}", container.name);
         self.events.pod(pod, name, Level::Normal, "Created", said);
         if let Err(error) = self.runtime.start_container(&id).await {
@@ -385,6 +402,16 @@ impl Node {
         }
         let said = format!("Started container {}", container.name);
         self.events.pod(pod, name, Level::Normal, "Started", said);
+        if wishes::wants_timing(pod) {
+            let parts = [
+                ("image", pulled),
+                ("specification", prepared - pulled),
+                ("create", created - prepared),
+                ("start", begun.elapsed() - created),
+            ];
+            let said = timing::of_container(&container.name, &parts);
+            self.events.pod(pod, name, Level::Normal, TIMING, said);
+        }
         let hook = container
             .lifecycle
             .as_ref()

@@ -203,7 +203,7 @@ impl PodStreams for Streams {
         }
         let session = self
             .runtime
-            .attach(&container.id, stdin)
+            .attach_first(&container.id, stdin)
             .await
             .map_err(|error| stream_error(&error))?;
         Ok(bridge(session, &request))

@@ -5,6 +5,7 @@
 //! | `hypernetes.io/max-restarts` | containers are restarted so many times at most, whatever `restartPolicy` would have done then |
 //! | `hypernetes.io/stop-grace-seconds` | seconds that a stop at `activeDeadlineSeconds` may take, instead of `terminationGracePeriodSeconds`; with 0 there is no stop signal and no preStop hook, the containers are killed |
 //! | `hypernetes.io/paused` | with `true` the containers stand still, and none is started |
+//! | `hypernetes.io/timing` | with `true` events with the reason `Timing` say what the start's phases took |
 //!
 //! A value that is not a number, or not `true`, is as if it were not there.
 
@@ -12,6 +13,7 @@ use hypernetes_types::kinds::PAUSED_ANNOTATION;
 use k8s_openapi::api::core::v1::Pod;
 
 const MAX_RESTARTS: &str = "hypernetes.io/max-restarts";
+const TIMING: &str = "hypernetes.io/timing";
 const STOP_GRACE: &str = "hypernetes.io/stop-grace-seconds";
 
 fn number(pod: &Pod, key: &str) -> Option<u32> {
@@ -21,6 +23,12 @@ fn number(pod: &Pod, key: &str) -> Option<u32> {
 /// How often a container of the pod is restarted at most.
 pub(crate) fn max_restarts(pod: &Pod) -> Option<u32> {
     number(pod, MAX_RESTARTS)
+}
+
+/// Whether events are to say how long the phases of its start took.
+pub(crate) fn wants_timing(pod: &Pod) -> bool {
+    let annotations = pod.metadata.annotations.as_ref();
+    annotations.is_some_and(|all| all.get(TIMING).is_some_and(|value| value == "true"))
 }
 
 /// Seconds from the stop signal to the kill when a pod that is not deleted ends.

@@ -81,7 +81,7 @@ pub(crate) enum Request {
     RemoveContainer(ContainerId, Reply<()>),
     Update(ContainerId, Box<ContainerUpdate>, Reply<()>),
     Reopener(ContainerId, Reply<Reopener>),
-    Subscribe(ContainerId, Reply<Subscription>),
+    Subscribe(ContainerId, bool, Reply<Subscription>),
 }
 
 /// How others reach a sandbox's task. The task ends when the last handle is dropped.
@@ -372,7 +372,7 @@ impl Actor {
                 drop(reply.send(self.update_container(&id, *update).await));
             }
             Request::Reopener(id, reply) => drop(reply.send(self.reopener(&id))),
-            Request::Subscribe(id, reply) => drop(reply.send(self.subscribe(&id))),
+            Request::Subscribe(id, early, reply) => drop(reply.send(self.subscribe(&id, early))),
         }
     }
 
@@ -479,7 +479,7 @@ impl Actor {
         }
     }
 
-    fn subscribe(&self, id: &ContainerId) -> Result<Subscription, RuntimeError> {
+    fn subscribe(&self, id: &ContainerId, early: bool) -> Result<Subscription, RuntimeError> {
         let member = self
             .members
             .get(id)
@@ -491,7 +491,7 @@ impl Actor {
         member
             .pump
             .as_ref()
-            .and_then(|pump| pump.fanout.subscribe())
+            .and_then(|pump| pump.fanout.subscribe(early))
             .ok_or_else(refused)
     }
 }

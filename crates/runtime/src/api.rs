@@ -15,6 +15,7 @@ use crate::{
     figures::NodeFigures,
     host::{HostContainer, HostLimits, HostPod},
     seccomp::SeccompProfile,
+    timing::Timing,
 };
 
 /// Who a sandbox is to its owner. `uid` and `attempt` together are unique.
@@ -822,6 +823,16 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     ) -> Result<Session, RuntimeError>;
     /// Joins the first process of a running container; output from now on.
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError>;
+    /// As [`attach`](Self::attach), for whoever has started the container: what its terminal has said
+    /// before the first client came, the last 64 KiB of it, comes first.
+    async fn attach_first(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
+        self.attach(id, stdin).await
+    }
+    /// How long the phases of its start took, if this process started it.
+    async fn start_timing(&self, id: &SandboxId) -> Option<Timing> {
+        let _ = id;
+        None
+    }
     /// Connects to a TCP port on the pod's localhost.
     async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Connection, RuntimeError>;
     /// Makes an image be in the store and returns its record.

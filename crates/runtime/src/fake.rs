@@ -836,7 +836,7 @@ impl PodRuntime for FakeRuntime {
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
         self.enter("attach", id.as_str())?;
         let fanout = self.running(id, "attach")?;
-        let Some(subscription) = fanout.subscribe() else {
+        let Some(subscription) = fanout.subscribe(false) else {
             return Err(not_found("container", id));
         };
         let (stdin_tx, mut input) = mpsc::channel::<Bytes>(8);

@@ -252,6 +252,54 @@ impl NodeRuntime {
 type Boot = oneshot::Receiver<Result<(), RuntimeError>>;
 
 impl NodeRuntime {
+    /// Joins the first process of a container.
+    async fn join(
+        &self,
+        id: &ContainerId,
+        stdin: bool,
+        early: bool,
+    ) -> Result<Session, RuntimeError> {
+        let handle = self.handle_of(id)?;
+        let client = self.client(&handle, "attach").await?;
+        let subscription = handle
+            .ask(|reply| Request::Subscribe(id.clone(), early, reply))
+            .await?;
+        let record = handle.snapshot.borrow().containers.get(id).cloned();
+        let record = record.ok_or_else(|| not_found("container", id))?;
+        let input = AttachInput {
+            stdin: stdin && record.config.stdin,
+            stdin_once: record.config.stdin_once,
+            tty: record.config.tty,
+        };
+        let place = Place {
+            sandbox: handle.id.clone(),
+            client,
+            deadline: self.deadline(),
+        };
+        // Not the handle: a session must not keep the sandbox's task alive.
+        let (snapshot, container) = (handle.snapshot.clone(), id.clone());
+        let ended = async move {
+            let mut snapshot = snapshot;
+            let code = |snapshot: &Arc<Snapshot>| match snapshot.containers.get(&container) {
+                Some(record) if record.phase.is_live() && !snapshot.gone => None,
+                Some(record) => Some(record.exit_code),
+                None => Some(actor::KILLED),
+            };
+            let end = snapshot.wait_for(|snapshot| code(snapshot).is_some()).await;
+            end.ok()
+                .and_then(|snapshot| code(&snapshot))
+                .unwrap_or(actor::KILLED)
+        };
+        Ok(sessions::attach(
+            &self.shared,
+            &place,
+            id,
+            subscription,
+            input,
+            ended,
+        ))
+    }
+
     async fn start_exec(
         &self,
         id: &ContainerId,
@@ -592,45 +640,16 @@ impl PodRuntime for NodeRuntime {
     }
 
     async fn attach(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
-        let handle = self.handle_of(id)?;
-        let client = self.client(&handle, "attach").await?;
-        let subscription = handle
-            .ask(|reply| Request::Subscribe(id.clone(), reply))
-            .await?;
-        let record = handle.snapshot.borrow().containers.get(id).cloned();
-        let record = record.ok_or_else(|| not_found("container", id))?;
-        let input = AttachInput {
-            stdin: stdin && record.config.stdin,
-            stdin_once: record.config.stdin_once,
-            tty: record.config.tty,
-        };
-        let place = Place {
-            sandbox: handle.id.clone(),
-            client,
-            deadline: self.deadline(),
-        };
-        // Not the handle: a session must not keep the sandbox's task alive.
-        let (snapshot, container) = (handle.snapshot.clone(), id.clone());
-        let ended = async move {
-            let mut snapshot = snapshot;
-            let code = |snapshot: &Arc<Snapshot>| match snapshot.containers.get(&container) {
-                Some(record) if record.phase.is_live() && !snapshot.gone => None,
-                Some(record) => Some(record.exit_code),
-                None => Some(actor::KILLED),
-            };
-            let end = snapshot.wait_for(|snapshot| code(snapshot).is_some()).await;
-            end.ok()
-                .and_then(|snapshot| code(&snapshot))
-                .unwrap_or(actor::KILLED)
-        };
-        Ok(sessions::attach(
-            &self.shared,
-            &place,
-            id,
-            subscription,
-            input,
-            ended,
-        ))
+        self.join(id, stdin, false).await
+    }
+
+    async fn start_timing(&self, id: &SandboxId) -> Option<Timing> {
+        let timing = self.timing(id)?;
+        (!timing.total.is_zero()).then_some(timing)
+    }
+
+    async fn attach_first(&self, id: &ContainerId, stdin: bool) -> Result<Session, RuntimeError> {
+        self.join(id, stdin, true).await
     }
 
     async fn port_forward(&self, id: &SandboxId, port: u16) -> Result<Connection, RuntimeError> {

@@ -10,6 +10,7 @@ use tokio::{
 };
 
 use super::{
+    events::PodEvent,
     launch::{self, Launch},
     lifecycle, publish,
     watch::{self, Started},
@@ -19,6 +20,7 @@ use crate::{
     cluster::Cluster,
     error::{Failure, OWN, Result, exit_code},
     logs::{self, Query},
+    meta,
     model::{Container, State},
     streams::{self, End, Streams},
     terminal,
@@ -26,6 +28,9 @@ use crate::{
 
 /// Times a user may press Ctrl-C before hyper leaves.
 const PATIENCE: u32 = 3;
+
+/// How long the node may take to write its events down.
+const PATIENCE_FOR_EVENTS: Duration = Duration::from_secs(3);
 
 /// How long a container that runs may turn out to be none.
 const MOMENT: Duration = Duration::from_millis(250);
@@ -54,8 +59,14 @@ pub(crate) async fn run(cluster: &Cluster, options: &Run) -> Result<()> {
     }
     let keys = streams::detach_keys(&options.detach_keys)?;
     let begun = Instant::now();
+    // Nodes of other clusters would not know it.
+    let measured = options.timing && cluster.is_hypernetes().await?;
     let launch = Launch {
         detached: options.detach,
+        annotations: measured
+            .then(|| (meta::TIMING, "true".to_owned()))
+            .into_iter()
+            .collect(),
         ..Launch::default()
     };
     let container = launch::create(cluster, create, &launch).await?;
@@ -76,7 +87,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Run) -> Result<()> {
         return Err(failure);
     }
     if options.timing {
-        timing(cluster, &container, accepted, begun.elapsed()).await?;
+        timing(cluster, &container, accepted, begun.elapsed(), measured).await?;
     }
     if options.detach {
         terminal::line(&container.id);
@@ -204,12 +215,29 @@ async fn timing(
     container: &Container,
     accepted: Duration,
     running: Duration,
+    measured: bool,
 ) -> Result<()> {
     terminal::note(&format!(
         "{:>7} ms  accepted by the API server",
         accepted.as_millis()
     ));
-    let events = super::events::of_pod(cluster, container).await?;
+    let told = async {
+        loop {
+            let events = super::events::of_pod(cluster, container).await?;
+            let started = |event: &PodEvent| {
+                event.reason == "Timing" && event.message.starts_with("container ")
+            };
+            if !measured || events.iter().any(started) {
+                return Ok::<_, Failure>(events);
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    // Events are written in the background, and may be dropped.
+    let events = match tokio::time::timeout(PATIENCE_FOR_EVENTS, told).await {
+        Ok(events) => events?,
+        Err(_elapsed) => super::events::of_pod(cluster, container).await?,
+    };
     let first = events.first().map(|event| event.time);
     for event in events {
         let since = first.map_or(0, |first| {
@@ -356,8 +384,10 @@ impl Foreground {
             .tty(true)
             .container(container.spec().name);
         let name = container.spec().name;
-        if self.from_start {
-            // What it has said until now is in its log, and nowhere else.
+        // A node of ours keeps for the first client what a terminal has said before; with others
+        // it is in the log only.
+        let from_log = self.from_start && !cluster.is_hypernetes().await?;
+        if from_log {
             let until_now = Query::default();
             match logs::print(cluster, container.pod_name(), &name, &until_now).await {
                 Ok(()) => {}
@@ -378,7 +408,7 @@ impl Foreground {
             }
             // It has ended already: what it said is in its log.
             Err(_) => {
-                if !self.from_start {
+                if !from_log {
                     logs::print(cluster, container.pod_name(), &name, &Query::default()).await?;
                 }
                 Ok(End::Ended(None))

@@ -512,6 +512,7 @@ impl Actor {
             log,
             link: link.state.clone(),
             deadline: self.shared.config.deadlines.call,
+            tty: member.record.config.tty,
         }));
     }
 

@@ -1,6 +1,9 @@
 //! Live output to whoever is attached.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, PoisonError},
+};
 
 use bytes::Bytes;
 use tokio::sync::mpsc::{self, error::TrySendError};
@@ -13,6 +16,9 @@ use crate::api::Output;
 const QUEUE: usize = 64;
 /// Clients of one container.
 const MAX_CLIENTS: usize = 32;
+/// What a terminal says before anybody looks at it, in bytes. The newest counts: it is what a
+/// screen would show.
+const MAX_EARLY: usize = 64 * 1024;
 
 /// One client's view.
 #[derive(Debug)]
@@ -40,17 +46,35 @@ pub(crate) struct Fanout {
 struct Inner {
     clients: Vec<Client>,
     ended: bool,
+    /// Output that waits for the first client.
+    early: Option<VecDeque<u8>>,
 }
 
 impl Fanout {
-    /// Adds a client. `None` when too many are attached.
-    pub(crate) fn subscribe(&self) -> Option<Subscription> {
+    /// For a terminal: what it says before the first client comes is that client's too. Whoever
+    /// starts a program and then attaches would otherwise miss its first prompt.
+    pub(crate) fn with_early_output() -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                early: Some(VecDeque::new()),
+                ..Inner::default()
+            }),
+        }
+    }
+
+    /// Adds a client. `None` when too many are attached. `early`: it also gets what nobody has got.
+    pub(crate) fn subscribe(&self, early: bool) -> Option<Subscription> {
         let (sender, output) = mpsc::channel(QUEUE);
         let cut = CancellationToken::new();
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.clients.retain(|client| !client.output.is_closed());
         if inner.clients.len() >= MAX_CLIENTS {
             return None;
+        }
+        let unseen = inner.early.take().filter(|unseen| !unseen.is_empty());
+        if let (true, Some(unseen)) = (early, unseen) {
+            // The queue is new and has room.
+            drop(sender.try_send(Output::Stdout(Vec::from(unseen).into())));
         }
         if !inner.ended {
             inner.clients.push(Client {
@@ -63,6 +87,11 @@ impl Fanout {
 
     pub(crate) fn send(&self, stream: Stream, data: &Bytes) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(early) = &mut inner.early {
+            early.extend(data);
+            let excess = early.len().saturating_sub(MAX_EARLY);
+            early.drain(..excess);
+        }
         inner.clients.retain(|client| {
             let output = match stream {
                 Stream::Stdout => Output::Stdout(data.clone()),
@@ -94,7 +123,10 @@ mod tests {
     #[tokio::test]
     async fn a_slow_client_is_cut_off_and_the_others_are_not() {
         let fanout = Fanout::default();
-        let (mut slow, mut quick) = (fanout.subscribe().unwrap(), fanout.subscribe().unwrap());
+        let (mut slow, mut quick) = (
+            fanout.subscribe(true).unwrap(),
+            fanout.subscribe(true).unwrap(),
+        );
         let data = Bytes::from_static(b"x");
         for _ in 0..2 * QUEUE {
             fanout.send(Stream::Stdout, &data);
@@ -108,6 +140,46 @@ mod tests {
         fanout.end();
         assert!(quick.output.recv().await.is_none());
         assert!(slow.cut.is_cancelled() && !quick.cut.is_cancelled());
-        assert!(fanout.subscribe().unwrap().output.recv().await.is_none());
+        assert!(
+            fanout
+                .subscribe(true)
+                .unwrap()
+                .output
+                .recv()
+                .await
+                .is_none()
+        );
+    }
+
+    #[tokio::test]
+    async fn the_first_client_of_a_terminal_gets_what_it_said_before() {
+        let fanout = Fanout::with_early_output();
+        fanout.send(Stream::Stdout, &Bytes::from(vec![b'.'; MAX_EARLY]));
+        fanout.send(Stream::Stdout, &Bytes::from_static(b"$ "));
+        let (mut first, mut second) = (
+            fanout.subscribe(true).unwrap(),
+            fanout.subscribe(true).unwrap(),
+        );
+        fanout.send(Stream::Stdout, &Bytes::from_static(b"ls"));
+        fanout.end();
+        let Some(Output::Stdout(early)) = first.output.recv().await else {
+            panic!("no early output");
+        };
+        assert_eq!(early.len(), MAX_EARLY);
+        assert!(early.ends_with(b".$ "));
+        let live = Output::Stdout(Bytes::from_static(b"ls"));
+        assert_eq!(first.output.recv().await, Some(live.clone()));
+        assert_eq!(second.output.recv().await, Some(live));
+    }
+
+    #[tokio::test]
+    async fn early_output_outlives_the_program() {
+        let fanout = Fanout::with_early_output();
+        fanout.send(Stream::Stdout, &Bytes::from_static(b"bye"));
+        fanout.end();
+        let mut late = fanout.subscribe(true).unwrap();
+        let said = Output::Stdout(Bytes::from_static(b"bye"));
+        assert_eq!(late.output.recv().await, Some(said));
+        assert_eq!(late.output.recv().await, None);
     }
 }

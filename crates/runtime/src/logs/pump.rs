@@ -40,6 +40,7 @@ pub(crate) struct PumpSpec {
     pub(crate) log: Option<LogFile>,
     pub(crate) link: watch::Receiver<LinkState>,
     pub(crate) deadline: Duration,
+    pub(crate) tty: bool,
 }
 
 /// Tells a pump that its log was taken away.
@@ -70,7 +71,12 @@ pub(crate) struct Pump {
 
 impl Pump {
     pub(crate) fn spawn(mut spec: PumpSpec) -> Self {
-        let fanout = Arc::new(Fanout::default());
+        let seen = spec.log.as_ref().map_or([0; 2], LogFile::offsets);
+        // An adopted terminal has had its first client, as far as anybody knows.
+        let fanout = Arc::new(match spec.tty && seen == [0; 2] {
+            true => Fanout::with_early_output(),
+            false => Fanout::default(),
+        });
         let (done, drained) = watch::channel(false);
         let (reopener, reopens) = mpsc::channel(1);
         let span = tracing::info_span!("log", container = %spec.container);
@@ -79,7 +85,7 @@ impl Pump {
             spec,
             fanout: Arc::clone(&fanout),
             cutter: LineCutter::default(),
-            seen: log.as_ref().map_or([0; 2], LogFile::offsets),
+            seen,
             log,
             ended: [false; 2],
             reopens,
