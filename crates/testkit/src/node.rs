@@ -124,6 +124,12 @@ impl Node {
         assert!(child.wait().unwrap().success(), "{}", self.log_tail());
     }
 
+    /// Whether the daemon has ended, by itself or by somebody else.
+    pub fn has_ended(&mut self) -> bool {
+        let child = self.child.as_mut();
+        child.is_none_or(|child| child.try_wait().unwrap().is_some())
+    }
+
     /// The daemon's process.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().unwrap().id()

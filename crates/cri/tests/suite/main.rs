@@ -17,3 +17,4 @@ mod guests;
 mod host_ports;
 mod huge_pages;
 mod shipping;
+mod syscalls;

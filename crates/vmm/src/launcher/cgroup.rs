@@ -40,11 +40,24 @@ pub(crate) fn remove(group: &str) -> io::Result<()> {
         match fs::remove_dir(root.join(group)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => failure = Some(e),
             _ => {
-                // A parent with other members refuses (EBUSY), which ends the walk.
                 let mut parent = group.parent();
                 while let Some(path) = parent.filter(|path| is_own(path)) {
-                    if fs::remove_dir(root.join(path)).is_err() {
-                        break;
+                    match fs::remove_dir(root.join(path)) {
+                        Ok(()) => {}
+                        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                        // It has other members.
+                        Err(e)
+                            if matches!(
+                                e.kind(),
+                                io::ErrorKind::ResourceBusy | io::ErrorKind::DirectoryNotEmpty
+                            ) =>
+                        {
+                            break;
+                        }
+                        Err(e) => {
+                            failure = Some(e);
+                            break;
+                        }
                     }
                     parent = path.parent();
                 }
