@@ -10,11 +10,27 @@ use std::{
 
 use tokio::sync::mpsc::{self, error::TrySendError};
 
-use crate::{Change, Revision, StoreError};
+use crate::{Change, Revision, StoreError, writer::Shared};
 
 type Queue = mpsc::Sender<Arc<Change>>;
 
-/// All watchers, by the prefix they watch.
+/// What a watcher watches.
+#[derive(Debug, Clone)]
+pub(crate) enum Scope {
+    Prefix(Box<str>),
+    Key(Box<str>),
+}
+
+impl Scope {
+    pub(crate) fn has(&self, key: &str) -> bool {
+        match self {
+            Self::Prefix(prefix) => key.starts_with(&**prefix),
+            Self::Key(own) => key == &**own,
+        }
+    }
+}
+
+/// All watchers, by what they watch.
 #[derive(Debug, Default)]
 pub(crate) struct Hub {
     groups: Mutex<Groups>,
@@ -25,6 +41,8 @@ pub(crate) struct Hub {
 pub(crate) struct Groups {
     /// Prefixes that end with `/` or are empty: found by cutting the key at each slash.
     by_directory: HashMap<Box<str>, Vec<Queue>>,
+    /// Single keys: a change of another one does not wake their watchers.
+    by_key: HashMap<Box<str>, Vec<Queue>>,
     /// Others: compared one by one.
     by_text: Vec<(Box<str>, Queue)>,
 }
@@ -46,16 +64,22 @@ impl Hub {
 }
 
 impl Groups {
-    pub(crate) fn add(&mut self, prefix: &str, capacity: usize) -> mpsc::Receiver<Arc<Change>> {
+    pub(crate) fn add(&mut self, scope: Scope, capacity: usize) -> mpsc::Receiver<Arc<Change>> {
         let (queue, receiver) = mpsc::channel(capacity);
-        if prefix.is_empty() || prefix.ends_with('/') {
-            let group = self.by_directory.entry(prefix.into()).or_default();
-            group.retain(|queue| !queue.is_closed());
-            group.push(queue);
-        } else {
-            self.by_text.retain(|(_, queue)| !queue.is_closed());
-            self.by_text.push((prefix.into(), queue));
-        }
+        let (groups, name) = match scope {
+            Scope::Key(key) => (&mut self.by_key, key),
+            Scope::Prefix(prefix) if prefix.is_empty() || prefix.ends_with('/') => {
+                (&mut self.by_directory, prefix)
+            }
+            Scope::Prefix(prefix) => {
+                self.by_text.retain(|(_, queue)| !queue.is_closed());
+                self.by_text.push((prefix, queue));
+                return receiver;
+            }
+        };
+        let group = groups.entry(name).or_default();
+        group.retain(|queue| !queue.is_closed());
+        group.push(queue);
         receiver
     }
 
@@ -64,25 +88,33 @@ impl Groups {
         let key = change.key.as_str();
         let cuts = key.match_indices('/').map(|(at, _)| &key[..=at]);
         for prefix in std::iter::once("").chain(cuts) {
-            if let Some(group) = self.by_directory.get_mut(prefix) {
-                group.retain(|queue| send(queue, change));
-                if group.is_empty() {
-                    self.by_directory.remove(prefix);
-                }
-            }
+            hand(&mut self.by_directory, prefix, change);
         }
+        hand(&mut self.by_key, key, change);
         self.by_text
             .retain(|(prefix, queue)| !key.starts_with(&**prefix) || send(queue, change));
     }
 
     pub(crate) fn close(&mut self) {
         self.by_directory.clear();
+        self.by_key.clear();
         self.by_text.clear();
     }
 
     #[cfg(test)]
     fn len(&self) -> usize {
-        self.by_directory.values().map(Vec::len).sum::<usize>() + self.by_text.len()
+        let groups = self.by_directory.values().chain(self.by_key.values());
+        groups.map(Vec::len).sum::<usize>() + self.by_text.len()
+    }
+}
+
+/// Hands the change to the group of a name.
+fn hand(groups: &mut HashMap<Box<str>, Vec<Queue>>, name: &str, change: &Arc<Change>) {
+    if let Some(group) = groups.get_mut(name) {
+        group.retain(|queue| send(queue, change));
+        if group.is_empty() {
+            groups.remove(name);
+        }
     }
 }
 
@@ -96,16 +128,29 @@ fn send(queue: &Queue, change: &Arc<Change>) -> bool {
 /// Changes under a prefix, each once and in order.
 ///
 /// Dropping it ends the watch. A watcher that leaves more changes waiting than its queue holds is
-/// ended with [`StoreError::Lagged`] after those that were queued.
+/// ended with [`StoreError::Lagged`] after those that were queued, and so is one that goes over the past so slowly
+/// that the window leaves it behind.
 #[derive(Debug)]
 pub struct Watch {
+    /// What of the past is still to be read.
+    pub(crate) past: Option<Past>,
     pub(crate) replay: VecDeque<Arc<Change>>,
     pub(crate) live: mpsc::Receiver<Arc<Change>>,
-    pub(crate) hub: Arc<Hub>,
-    pub(crate) closed: Arc<std::sync::atomic::AtomicBool>,
+    pub(crate) shared: Arc<Shared>,
     pub(crate) started: Revision,
     pub(crate) delivered: Revision,
 }
+
+/// A part of the past: it is read some changes at a time, so that it never is in memory as a whole for one watcher.
+#[derive(Debug)]
+pub(crate) struct Past {
+    pub(crate) scope: Scope,
+    pub(crate) after: Revision,
+    pub(crate) until: Revision,
+}
+
+/// Changes of the past that are read at a time.
+pub(crate) const REPLAY: usize = 128;
 
 impl Watch {
     /// The next change. Cancel-safe.
@@ -113,7 +158,7 @@ impl Watch {
     /// # Errors
     /// [`StoreError::Lagged`] if changes were dropped, [`StoreError::Closed`] at the store's end.
     pub async fn next(&mut self) -> Result<Arc<Change>, StoreError> {
-        let change = match self.replay.pop_front() {
+        let change = match self.replayed()? {
             Some(change) => change,
             None => match self.live.recv().await {
                 Some(change) => change,
@@ -129,7 +174,7 @@ impl Watch {
     /// # Errors
     /// As [`Watch::next`].
     pub fn try_next(&mut self) -> Result<Option<Arc<Change>>, StoreError> {
-        let change = match self.replay.pop_front() {
+        let change = match self.replayed()? {
             Some(change) => change,
             None => match self.live.try_recv() {
                 Ok(change) => change,
@@ -141,11 +186,34 @@ impl Watch {
         Ok(Some(change))
     }
 
+    /// The next change of the past.
+    fn replayed(&mut self) -> Result<Option<Arc<Change>>, StoreError> {
+        while self.replay.is_empty() {
+            let Some(past) = &mut self.past else {
+                return Ok(None);
+            };
+            let memory = self.shared.read();
+            let Ok(some) = memory.changes(&past.scope, past.after, past.until, REPLAY) else {
+                return Err(StoreError::Lagged {
+                    delivered: past.after,
+                });
+            };
+            drop(memory);
+            self.replay = some.changes;
+            match some.after {
+                Some(after) => past.after = after,
+                None => self.past = None,
+            }
+        }
+        Ok(self.replay.pop_front())
+    }
+
     /// The revision up to which nothing is missing: what a bookmark may promise. Never goes back.
     pub fn progress(&mut self) -> Revision {
         // Read before the queues are looked at: all changes up to it are in a queue by then.
-        let dispatched = self.hub.dispatched();
-        if self.replay.is_empty() && self.live.is_empty() && !self.live.is_closed() {
+        let dispatched = self.shared.hub.dispatched();
+        let replayed = self.past.is_none() && self.replay.is_empty();
+        if replayed && self.live.is_empty() && !self.live.is_closed() {
             self.started = self.started.max(dispatched);
         }
         // Changes come in order; another one of the same transaction may still wait.
@@ -154,7 +222,7 @@ impl Watch {
     }
 
     fn ended(&self) -> StoreError {
-        if self.closed.load(Ordering::Acquire) {
+        if self.shared.closed.load(Ordering::Acquire) {
             StoreError::Closed
         } else {
             StoreError::Lagged {
@@ -181,22 +249,24 @@ mod tests {
     fn a_change_reaches_exactly_the_prefixes_of_its_key() {
         let mut groups = Groups::default();
         let prefixes = ["", "a/", "a/b/", "a/b", "a/b/c", "b/", "a/bc/", "x"];
-        let mut queues: Vec<_> = prefixes.iter().map(|p| (*p, groups.add(p, 4))).collect();
+        let prefixes = prefixes.map(|prefix| Scope::Prefix(prefix.into()));
+        let keys = ["a/b/c", "a/b/", "a/b/cc"].map(|key| Scope::Key(key.into()));
+        let mut queues: Vec<_> = (prefixes.into_iter().chain(keys))
+            .map(|scope| (scope.clone(), groups.add(scope, 4)))
+            .collect();
         groups.dispatch(&change("a/b/c"));
-        for (prefix, queue) in &mut queues {
-            assert_eq!(
-                queue.try_recv().is_ok(),
-                "a/b/c".starts_with(*prefix),
-                "{prefix:?}"
-            );
+        for (scope, queue) in &mut queues {
+            assert_eq!(queue.try_recv().is_ok(), scope.has("a/b/c"), "{scope:?}");
         }
+        assert!(Scope::Key("a/b/c".into()).has("a/b/c"));
+        assert!(!Scope::Key("a/b/".into()).has("a/b/c"));
     }
 
     #[test]
     fn full_and_abandoned_watchers_are_dropped() {
         let mut groups = Groups::default();
-        let slow = groups.add("a/", 1);
-        drop(groups.add("b/", 1));
+        let slow = groups.add(Scope::Prefix("a/".into()), 1);
+        drop(groups.add(Scope::Key("b/1".into()), 1));
         groups.dispatch(&change("a/1"));
         groups.dispatch(&change("b/1"));
         assert_eq!(groups.len(), 1);

@@ -40,6 +40,7 @@ mod history;
 mod hub;
 mod memory;
 mod store;
+mod versions;
 mod writer;
 
 use bytes::Bytes;

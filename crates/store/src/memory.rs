@@ -13,7 +13,12 @@ use std::{
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::{Change, Entry, Revision, StoreError, disk::Image};
+use crate::{
+    Change, Entry, Revision, StoreError,
+    disk::Image,
+    hub::Scope,
+    versions::{Compressor, Held, Version, Versions},
+};
 
 /// A page of a consistent list.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,67 +31,6 @@ pub struct ListPage {
     pub more: bool,
     /// How many keys follow the last entry.
     pub remaining: usize,
-}
-
-/// One value of a key; no value is a deletion.
-#[derive(Debug, Clone)]
-pub(crate) struct Version {
-    pub(crate) create: Revision,
-    pub(crate) revision: Revision,
-    pub(crate) value: Option<Bytes>,
-}
-
-/// Versions of one key, oldest first. Nearly all keys have one.
-#[derive(Debug)]
-enum Versions {
-    One(Version),
-    Many(Vec<Version>),
-}
-
-impl Versions {
-    fn as_slice(&self) -> &[Version] {
-        match self {
-            Self::One(version) => std::slice::from_ref(version),
-            Self::Many(versions) => versions,
-        }
-    }
-
-    fn newest(&self) -> &Version {
-        self.as_slice()
-            .last()
-            .expect("a key has at least one version")
-    }
-
-    fn at(&self, revision: Revision) -> Option<&Version> {
-        self.as_slice()
-            .iter()
-            .rev()
-            .find(|version| version.revision <= revision)
-    }
-
-    fn push(&mut self, version: Version) {
-        match self {
-            Self::One(first) => *self = Self::Many(vec![first.clone(), version]),
-            Self::Many(versions) => versions.push(version),
-        }
-    }
-
-    /// Drops what nobody can ask for when `floor` is the oldest readable revision. Returns whether
-    /// anything is left.
-    fn trim(&mut self, floor: Revision) -> bool {
-        if let Self::Many(versions) = self {
-            let superseded = versions
-                .iter()
-                .skip(1)
-                .take_while(|v| v.revision <= floor)
-                .count();
-            versions.drain(..superseded);
-            if let [only] = versions.as_slice() {
-                *self = Self::One(only.clone());
-            }
-        }
-        !matches!(self, Self::One(only) if only.value.is_none() && only.revision <= floor)
-    }
 }
 
 /// A change of the past, with what it takes to go back over it.
@@ -105,11 +49,28 @@ pub(crate) struct Window {
     pub(crate) changes: usize,
 }
 
+/// That a key has changed.
+#[derive(Debug)]
+struct Record {
+    at: Instant,
+    revision: Revision,
+    key: Arc<str>,
+}
+
+/// Some changes of the past.
+#[derive(Debug, Default)]
+pub(crate) struct Replay {
+    pub(crate) changes: VecDeque<Arc<Change>>,
+    /// Where the next ones begin, if there are more.
+    pub(crate) after: Option<Revision>,
+}
+
 /// All that readers see.
 #[derive(Debug)]
 pub(crate) struct Memory {
     keys: BTreeMap<Arc<str>, Versions>,
-    history: VecDeque<(Instant, Arc<Change>)>,
+    /// Which key changed when: what it was and became is among its versions.
+    history: VecDeque<Record>,
     revision: Revision,
     floor: Revision,
     window: Window,
@@ -131,43 +92,39 @@ impl Memory {
 
     /// Takes over an entry from the file at start.
     pub(crate) fn load(&mut self, key: &str, create: Revision, revision: Revision, value: Bytes) {
-        let version = Version {
-            create,
-            revision,
-            value: Some(value),
-        };
+        let version = Version::new(create, revision, Some(value));
         self.keys.insert(Arc::from(key), Versions::One(version));
     }
 
     /// Takes over the past from the file: all changes after `floor`, in order.
     pub(crate) fn restore(&mut self, floor: Revision, past: Vec<Past>) {
         let now = Instant::now();
-        let mut versions: HashMap<String, Vec<Version>> = HashMap::new();
+        let mut versions: HashMap<Arc<str>, Vec<Version>> = HashMap::new();
         for one in past {
-            let of_key =
-                versions
-                    .entry(one.change.key.clone())
-                    .or_insert_with(|| match one.before {
-                        None => Vec::new(),
-                        Some((create, revision, value)) => vec![Version {
-                            create,
-                            revision,
-                            value: Some(value),
-                        }],
-                    });
-            of_key.push(Version {
-                create: one.create,
-                revision: one.change.revision,
-                value: one.change.value.clone(),
-            });
-            self.history.push_back((now, Arc::new(one.change)));
-        }
-        for (key, mut of_key) in versions {
-            let versions = match of_key.len() {
-                1 => Versions::One(of_key.remove(0)),
-                _ => Versions::Many(of_key),
+            let key: Arc<str> = match self.keys.get_key_value(one.change.key.as_str()) {
+                Some((key, _)) => Arc::clone(key),
+                None => one.change.key.into(),
             };
-            self.keys.insert(Arc::from(key), versions);
+            let of_key = versions
+                .entry(Arc::clone(&key))
+                .or_insert_with(|| match one.before {
+                    None => Vec::new(),
+                    Some((create, revision, value)) => {
+                        vec![Version::new(create, revision, Some(value))]
+                    }
+                });
+            let revision = one.change.revision;
+            of_key.push(Version::new(one.create, revision, one.change.value));
+            self.history.push_back(Record {
+                at: now,
+                revision,
+                key,
+            });
+        }
+        let mut compressor = Compressor::new();
+        for (key, of_key) in versions {
+            let versions = Versions::packed(of_key, &mut compressor);
+            self.keys.insert(key, versions);
         }
         self.floor = floor;
     }
@@ -175,7 +132,7 @@ impl Memory {
     /// The newest version of a key as the file has it.
     pub(crate) fn image(&self, key: &str) -> Image {
         let version = self.newest(key)?;
-        Some((version.create, version.revision, version.value.clone()?))
+        Some((version.create, version.revision, version.value()?))
     }
 
     pub(crate) fn revision(&self) -> Revision {
@@ -197,11 +154,10 @@ impl Memory {
     }
 
     /// All live entries in key order.
-    pub(crate) fn live(&self) -> impl Iterator<Item = (&str, &Version, &Bytes)> {
-        self.keys.iter().filter_map(|(key, versions)| {
-            let version = versions.newest();
-            version.value.as_ref().map(|value| (&**key, version, value))
-        })
+    pub(crate) fn live(&self) -> impl Iterator<Item = Entry> {
+        self.keys
+            .iter()
+            .filter_map(|(key, versions)| versions.newest().entry(key))
     }
 
     pub(crate) fn check(&self, at: Option<Revision>) -> Result<Revision, StoreError> {
@@ -222,7 +178,7 @@ impl Memory {
     }
 
     pub(crate) fn get(&self, key: &str, at: Revision) -> Option<Entry> {
-        entry(key, self.keys.get(key)?.at(at)?)
+        self.keys.get(key)?.at(at)?.entry(key)
     }
 
     pub(crate) fn list(
@@ -247,7 +203,7 @@ impl Memory {
                 continue;
             };
             if entries.len() < limit {
-                entries.extend(entry(key, version));
+                entries.extend(version.entry(key));
             } else if version.value.is_some() {
                 remaining += 1;
             }
@@ -260,43 +216,87 @@ impl Memory {
         }
     }
 
-    /// Changes after `from` to keys with the prefix, in order.
-    pub(crate) fn changes(&self, prefix: &str, from: Revision) -> VecDeque<Arc<Change>> {
+    /// Changes after `from` and until `until` of what is watched, in order: at most about `limit`.
+    ///
+    /// # Errors
+    /// [`StoreError::Compacted`].
+    pub(crate) fn changes(
+        &self,
+        scope: &Scope,
+        from: Revision,
+        until: Revision,
+        limit: usize,
+    ) -> Result<Replay, StoreError> {
+        self.check(Some(from))?;
         let start = self
             .history
-            .partition_point(|(_, change)| change.revision <= from);
-        self.history
-            .range(start..)
-            .filter(|(_, change)| change.key.starts_with(prefix))
-            .map(|(_, change)| Arc::clone(change))
-            .collect()
+            .partition_point(|record| record.revision <= from);
+        let mut replay = Replay::default();
+        let mut last = from;
+        for record in self.history.range(start..) {
+            if record.revision > until {
+                break;
+            }
+            // A revision as a whole: the next part begins after it.
+            if replay.changes.len() >= limit && record.revision > last {
+                replay.after = Some(last);
+                break;
+            }
+            last = record.revision;
+            if scope.has(&record.key)
+                && let Some((now, before)) = (self.keys.get(&record.key))
+                    .and_then(|versions| versions.change(record.revision))
+            {
+                replay.changes.push_back(Arc::new(Change {
+                    revision: record.revision,
+                    key: record.key.to_string(),
+                    value: now.value(),
+                    previous: before.and_then(Version::value),
+                }));
+            }
+        }
+        Ok(replay)
     }
 
-    /// Makes the changes of a committed batch visible.
-    pub(crate) fn publish(&mut self, revision: Revision, changes: &[Arc<Change>]) {
+    /// Makes the changes of a committed batch visible, each with the compressed form of what it replaces, if that
+    /// has one.
+    pub(crate) fn publish(
+        &mut self,
+        revision: Revision,
+        changes: impl ExactSizeIterator<Item = (Arc<Change>, Option<Held>)>,
+    ) {
         let now = Instant::now();
-        for change in changes {
-            let previous = self.keys.get_mut(change.key.as_str());
+        let count = changes.len();
+        for (change, superseded) in changes {
+            let name = change.key.as_str();
+            let only = (Bound::Included(name), Bound::Included(name));
+            let previous = self.keys.range_mut::<str, _>(only).next();
             let create = match &previous {
-                Some(versions) if versions.newest().value.is_some() => versions.newest().create,
+                Some((_, versions)) if versions.newest().value.is_some() => {
+                    versions.newest().create
+                }
                 _ => change.revision,
             };
-            let version = Version {
-                create,
-                revision: change.revision,
-                value: change.value.clone(),
-            };
-            match previous {
-                Some(versions) => versions.push(version),
-                None => {
-                    self.keys
-                        .insert(Arc::from(change.key.as_str()), Versions::One(version));
+            let version = Version::new(create, change.revision, change.value.clone());
+            let key = match previous {
+                Some((key, versions)) => {
+                    versions.push(version, superseded);
+                    Arc::clone(key)
                 }
-            }
-            self.history.push_back((now, Arc::clone(change)));
+                None => {
+                    let key: Arc<str> = Arc::from(name);
+                    self.keys.insert(Arc::clone(&key), Versions::One(version));
+                    key
+                }
+            };
+            self.history.push_back(Record {
+                at: now,
+                revision: change.revision,
+                key,
+            });
         }
         self.revision = self.revision.max(revision);
-        self.trim(now, changes.len() + TRIM_STEP);
+        self.trim(now, count + TRIM_STEP);
     }
 
     /// Forgets changes that have left the window, at most about `budget` of them. Returns whether
@@ -304,10 +304,10 @@ impl Memory {
     pub(crate) fn trim(&mut self, now: Instant, budget: usize) -> bool {
         let mut spent = 0;
         loop {
-            let Some((at, change)) = self.history.front() else {
+            let Some(first) = self.history.front() else {
                 return false;
             };
-            let old = now.saturating_duration_since(*at) > self.window.age;
+            let old = now.saturating_duration_since(first.at) > self.window.age;
             if !old && self.history.len() <= self.window.changes {
                 return false;
             }
@@ -315,29 +315,18 @@ impl Memory {
                 return true;
             }
             // A revision leaves as a whole: a watcher could else see half a transaction.
-            let floor = change.revision;
-            while let Some((_, change)) = self.history.pop_front_if(|(_, c)| c.revision == floor) {
+            let floor = first.revision;
+            while let Some(record) = self.history.pop_front_if(|one| one.revision == floor) {
                 spent += 1;
-                let gone = self
-                    .keys
-                    .get_mut(change.key.as_str())
-                    .is_some_and(|versions| !versions.trim(floor));
+                let gone =
+                    (self.keys.get_mut(&record.key)).is_some_and(|versions| !versions.trim(floor));
                 if gone {
-                    self.keys.remove(change.key.as_str());
+                    self.keys.remove(&record.key);
                 }
             }
             self.floor = floor;
         }
     }
-}
-
-fn entry(key: &str, version: &Version) -> Option<Entry> {
-    Some(Entry {
-        key: key.to_owned(),
-        value: version.value.clone()?,
-        create_revision: version.create,
-        mod_revision: version.revision,
-    })
 }
 
 #[cfg(test)]
@@ -354,6 +343,10 @@ mod tests {
         })
     }
 
+    fn publish(memory: &mut Memory, revision: Revision, change: Arc<Change>) {
+        memory.publish(revision, std::iter::once((change, None)));
+    }
+
     fn memory(changes: usize) -> Memory {
         Memory::new(
             Window {
@@ -367,11 +360,11 @@ mod tests {
     #[test]
     fn old_versions_are_read_until_they_leave_the_window() {
         let mut memory = memory(2);
-        memory.publish(1, &[change(1, "a", Some("1"))]);
-        memory.publish(2, &[change(2, "a", Some("2"))]);
+        publish(&mut memory, 1, change(1, "a", Some("1")));
+        publish(&mut memory, 2, change(2, "a", Some("2")));
         assert_eq!(memory.get("a", 1).unwrap().value, "1");
-        memory.publish(3, &[change(3, "a", Some("3"))]);
-        memory.publish(4, &[change(4, "a", Some("4"))]);
+        publish(&mut memory, 3, change(3, "a", Some("3")));
+        publish(&mut memory, 4, change(4, "a", Some("4")));
         assert_eq!(memory.floor(), 2);
         assert!(matches!(
             memory.check(Some(1)),
@@ -384,10 +377,10 @@ mod tests {
     #[test]
     fn deleted_keys_leave_memory_with_their_tombstone() {
         let mut memory = memory(1);
-        memory.publish(1, &[change(1, "a", Some("1"))]);
-        memory.publish(2, &[change(2, "a", None)]);
+        publish(&mut memory, 1, change(1, "a", Some("1")));
+        publish(&mut memory, 2, change(2, "a", None));
         assert_eq!(memory.len(), 1);
-        memory.publish(3, &[change(3, "b", Some("1"))]);
+        publish(&mut memory, 3, change(3, "b", Some("1")));
         assert_eq!(memory.len(), 1);
         assert_eq!(memory.get("a", 3), None);
     }
@@ -395,9 +388,9 @@ mod tests {
     #[test]
     fn a_recreated_key_is_new() {
         let mut memory = memory(10);
-        memory.publish(1, &[change(1, "a", Some("1"))]);
-        memory.publish(2, &[change(2, "a", None)]);
-        memory.publish(3, &[change(3, "a", Some("3"))]);
+        publish(&mut memory, 1, change(1, "a", Some("1")));
+        publish(&mut memory, 2, change(2, "a", None));
+        publish(&mut memory, 3, change(3, "a", Some("3")));
         assert_eq!(memory.get("a", 3).unwrap().create_revision, 3);
         assert_eq!(memory.get("a", 2), None);
         assert_eq!(memory.get("a", 1).unwrap().create_revision, 1);

@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 use crate::{
     Compare, Durability, Entry, ListPage, Op, Revision, StoreError, Watch,
     disk::{Disk, write_backup},
-    hub::Hub,
+    hub::{Hub, Past, REPLAY, Scope},
     memory::{Memory, Window},
     writer::{Request, Shared, Writer},
 };
@@ -250,17 +250,34 @@ impl Store {
     /// # Errors
     /// [`StoreError::Compacted`] or [`StoreError::Future`].
     pub fn watch(&self, prefix: &str, from: Option<Revision>) -> Result<Watch, StoreError> {
+        self.watch_scope(Scope::Prefix(prefix.into()), from)
+    }
+
+    /// Watches one key, as [`Store::watch`] does many; changes of others cost its watcher nothing.
+    ///
+    /// # Errors
+    /// [`StoreError::Compacted`] or [`StoreError::Future`].
+    pub fn watch_key(&self, key: &str, from: Option<Revision>) -> Result<Watch, StoreError> {
+        self.watch_scope(Scope::Key(key.into()), from)
+    }
+
+    fn watch_scope(&self, scope: Scope, from: Option<Revision>) -> Result<Watch, StoreError> {
         let shared = &self.0.shared;
         let memory = shared.read();
         let from = memory.check(from)?;
-        let replay = memory.changes(prefix, from);
-        let live = shared.hub.lock().add(prefix, self.0.watch_queue);
+        let until = memory.revision();
+        let first = memory.changes(&scope, from, until, REPLAY)?;
+        let live = shared.hub.lock().add(scope.clone(), self.0.watch_queue);
         drop(memory);
         Ok(Watch {
-            replay,
+            past: first.after.map(|after| Past {
+                scope,
+                after,
+                until,
+            }),
+            replay: first.changes,
             live,
-            hub: Arc::clone(&shared.hub),
-            closed: Arc::clone(&shared.closed),
+            shared: Arc::clone(shared),
             started: from,
             delivered: 0,
         })
@@ -275,15 +292,7 @@ impl Store {
         // Cloning the entries costs references only; the file is written without the lock.
         let (revision, entries) = {
             let memory = self.0.shared.read();
-            let entries: Vec<Entry> = memory
-                .live()
-                .map(|(key, version, value)| Entry {
-                    key: key.to_owned(),
-                    value: value.clone(),
-                    create_revision: version.create,
-                    mod_revision: version.revision,
-                })
-                .collect();
+            let entries: Vec<Entry> = memory.live().collect();
             (memory.revision(), entries)
         };
         write_backup(path, revision, entries.into_iter())?;

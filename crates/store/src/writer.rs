@@ -17,6 +17,7 @@ use crate::{
     history::Undo,
     hub::Hub,
     memory::Memory,
+    versions::{Compressor, Held},
 };
 
 /// Most transactions in one commit.
@@ -65,6 +66,7 @@ pub(crate) struct Writer {
     unsaved: Dirty,
     unsaved_past: Vec<Undo>,
     unsaved_since: Option<Instant>,
+    compressor: Compressor,
 }
 
 /// Effects of a batch before they are committed.
@@ -72,6 +74,8 @@ pub(crate) struct Writer {
 struct Batch {
     images: HashMap<String, Image>,
     changes: Vec<Arc<Change>>,
+    /// What each change replaces, compressed.
+    superseded: Vec<Option<Held>>,
     past: Vec<Undo>,
     revision: Revision,
 }
@@ -93,6 +97,7 @@ impl Writer {
             unsaved: BTreeMap::new(),
             unsaved_past: Vec::new(),
             unsaved_since: None,
+            compressor: Compressor::new(),
         }
     }
 
@@ -175,7 +180,7 @@ impl Writer {
             Ok(())
         };
         if outcome.is_ok() && changed {
-            self.publish(&batch);
+            self.publish(&mut batch);
         }
         for (reply, result) in replies {
             let result = match &outcome {
@@ -193,7 +198,7 @@ impl Writer {
 
     /// Checks the comparisons and adds the effects to the batch.
     fn apply(
-        &self,
+        &mut self,
         batch: &mut Batch,
         compares: &[Compare],
         ops: Vec<Op>,
@@ -252,6 +257,9 @@ impl Writer {
                 before: before.clone(),
             });
             let previous = before.map(|(.., value)| value);
+            let packed =
+                (previous.as_ref()).and_then(|value| Held::pack(value, &mut self.compressor));
+            batch.superseded.push(packed);
             batch.changes.push(Arc::new(Change {
                 revision,
                 key,
@@ -311,13 +319,15 @@ impl Writer {
         }
     }
 
-    fn publish(&self, batch: &Batch) {
+    fn publish(&self, batch: &mut Batch) {
         let mut memory = self
             .shared
             .memory
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        memory.publish(batch.revision, &batch.changes);
+        let superseded = std::mem::take(&mut batch.superseded);
+        let changes = batch.changes.iter().cloned().zip(superseded);
+        memory.publish(batch.revision, changes);
         // Taken before the memory is let go: a new watch sees a change either in the history or
         // in its queue.
         let mut groups = self.shared.hub.lock();

@@ -179,6 +179,66 @@ async fn a_watch_replays_and_goes_on() {
 }
 
 #[tokio::test]
+async fn a_long_past_is_replayed_in_parts_whole_and_in_order() {
+    let store = memory();
+    let value = |number: usize| format!("{number:04}").repeat(400);
+    for number in 0..600 {
+        write(&store, &format!("a/{}", number % 7), &value(number)).await;
+        write(&store, "b", &value(number)).await;
+    }
+    let mut watch = store.watch("a/", Some(0)).unwrap();
+    write(&store, "a/x", "live").await;
+    for number in 0..600_usize {
+        let change = watch.next().await.unwrap();
+        assert_eq!(change.revision, 2 * number as u64 + 1);
+        assert_eq!(change.value.as_ref().unwrap(), value(number).as_bytes());
+        let previous = number
+            .checked_sub(7)
+            .map(|before| Bytes::from(value(before)));
+        assert_eq!(change.previous, previous, "of change {number}");
+        if number < 500 {
+            assert_eq!(watch.progress(), change.revision - 1);
+        }
+    }
+    assert_eq!(watch.next().await.unwrap().key, "a/x");
+    assert_eq!(watch.try_next().unwrap(), None);
+    // Superseded values are read as they were by lists, too.
+    let page = store.list("a/", Some(99), None, None).unwrap();
+    assert_eq!(page.entries[0].value, value(49).as_bytes());
+}
+
+#[tokio::test]
+async fn a_watcher_that_the_window_leaves_behind_in_its_past_is_told() {
+    let store = Store::in_memory(StoreConfig {
+        history_changes: 200,
+        ..Default::default()
+    })
+    .unwrap();
+    for _ in 0..200 {
+        write(&store, "a", "x").await;
+    }
+    let mut watch = store.watch("", Some(0)).unwrap();
+    for _ in 0..200 {
+        write(&store, "a", "y").await;
+    }
+    let mut heard = 0;
+    let error = loop {
+        match watch.next().await {
+            Ok(change) => {
+                heard += 1;
+                assert_eq!(change.revision, heard);
+            }
+            Err(error) => break error,
+        }
+    };
+    assert!(
+        matches!(error, StoreError::Lagged { delivered } if delivered == heard),
+        "{error}"
+    );
+    assert!((100..200).contains(&heard), "{heard}");
+}
+
+#[tokio::test]
 async fn a_slow_watcher_is_ended_after_what_it_had() {
     let store = Store::in_memory(StoreConfig {
         watch_queue: 2,
