@@ -137,6 +137,11 @@ impl FieldSelector {
         self.requirements.is_empty()
     }
 
+    /// Whether the selection is of one value of this field and of nothing else.
+    pub fn is_only(&self, field: &str) -> bool {
+        matches!(self.requirements.as_slice(), [one] if one.equal && one.field == field)
+    }
+
     /// The value that a field must have, if the selector pins it (`metadata.name=x`).
     pub fn pinned(&self, field: &str) -> Option<&str> {
         self.requirements

@@ -62,6 +62,11 @@ impl Selection {
         self.labels.is_empty() && self.fields.is_empty()
     }
 
+    /// Whether every object of the name that it is of is meant: there is nothing to look at in it.
+    pub(crate) fn is_of_name(&self) -> bool {
+        self.labels.is_empty() && self.fields.is_only("metadata.name")
+    }
+
     pub(crate) fn matches(&self, object: &Value) -> bool {
         self.labels.matches(object) && self.fields.matches(object)
     }

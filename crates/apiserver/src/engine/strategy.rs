@@ -106,6 +106,14 @@ pub(crate) fn finish_create(kind: &ResourceKind, object: &mut Value) {
     workloads::finish_create(kind, object);
     if kind.kind == "Pod" {
         object["status"]["qosClass"] = quality_of_service(&object["spec"]).into();
+        let gates = object["spec"]["schedulingGates"].as_array();
+        if gates.is_some_and(|gates| !gates.is_empty()) {
+            // Said here and not by a scheduler, which has nothing to do with the pod before it is let go.
+            object["status"]["conditions"] = json!([{
+                "type": "PodScheduled", "status": "False", "reason": "SchedulingGated",
+                "message": "Scheduling is blocked due to non-empty scheduling gates",
+            }]);
+        }
     }
 }
 
@@ -300,6 +308,22 @@ mod tests {
         assert_eq!(qos(std::slice::from_ref(&full)), "Guaranteed");
         assert_eq!(qos(&[full, json!({})]), "Burstable");
         assert_eq!(qos(&[json!({"requests": {"cpu": "1"}})]), "Burstable");
+    }
+
+    #[test]
+    fn a_new_pod_at_a_gate_says_so() {
+        let conditions = |gates: Value| {
+            let mut pod =
+                json!({"metadata": {}, "spec": {"containers": [], "schedulingGates": gates}});
+            prepare_create(kind("pods"), &mut pod, Timestamp::UNIX_EPOCH);
+            finish_create(kind("pods"), &mut pod);
+            pod["status"]["conditions"].take()
+        };
+        assert_eq!(conditions(Value::Null), Value::Null);
+        assert_eq!(conditions(json!([])), Value::Null);
+        let gated = conditions(json!([{"name": "example.com/hold"}]));
+        assert_eq!(gated[0]["type"], "PodScheduled");
+        assert_eq!(gated[0]["reason"], "SchedulingGated");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Watches: one JSON object a line, for as long as the client stays.
 
+mod alarms;
+
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -10,9 +12,8 @@ use http_body_util::{BodyExt, StreamBody};
 use hypernetes_apimachinery::{ResourceKind, Status, crd::CustomKind, table};
 use hypernetes_store::{Change, Entry, StoreError, Watch};
 use serde_json::{Value, json};
-use tokio::time::{Instant, sleep_until};
-use tokio_util::sync::CancellationToken;
 
+use self::alarms::{Alarm, Alarms};
 use super::{
     Call, Engine, TableForm, is_view,
     options::{Begin, Selection, WatchOptions},
@@ -55,17 +56,13 @@ struct Watcher {
     view: View,
     clock: Clock,
     selection: Selection,
-    /// The only key that is watched, if there is one.
-    key: Option<String>,
+    /// Every object is meant, or every one with the key: none is decoded to be looked at.
+    all: bool,
     watch: Watch,
     initial: VecDeque<Entry>,
     /// Revision of the initial list, if its end is to be marked.
     mark: Option<u64>,
-    bookmarks: bool,
-    interval: Duration,
-    next_bookmark: Instant,
-    end: Instant,
-    shutdown: CancellationToken,
+    alarms: Alarms,
     /// The columns of a table are sent once.
     headers_sent: bool,
     finished: bool,
@@ -94,13 +91,11 @@ impl Engine {
         let begun = match options.begin {
             Begin::Everything | Begin::EverythingMarked => self.everything(&prefix, key.as_deref()),
             Begin::Now => self
-                .store
-                .watch(&prefix, None)
+                .changes(&prefix, key.as_deref(), None)
                 .map(|watch| (watch, Vec::new(), 0)),
             Begin::After(revision) => {
                 self.reach(revision).await?;
-                self.store
-                    .watch(&prefix, Some(revision))
+                self.changes(&prefix, key.as_deref(), Some(revision))
                     .map(|watch| (watch, Vec::new(), revision))
             }
         };
@@ -111,25 +106,22 @@ impl Engine {
             }
             Err(error) => return Err(status::of_store(&error)),
         };
-        let now = Instant::now();
         let life = options
             .timeout
             .map_or_else(random_life, Duration::from_secs);
+        let bookmarks = (options.bookmarks).then_some(self.limits.bookmark_interval);
         let watcher = Watcher {
             kind: call.kind,
             custom: call.custom.clone(),
             view,
             clock: self.clock.clone(),
+            all: options.selection.is_everything()
+                || key.is_some() && options.selection.is_of_name(),
             selection: options.selection,
-            key,
             watch,
             initial: initial.into(),
             mark: (options.begin == Begin::EverythingMarked).then_some(revision),
-            bookmarks: options.bookmarks,
-            interval: self.limits.bookmark_interval,
-            next_bookmark: now + self.limits.bookmark_interval,
-            end: now + life,
-            shutdown: self.shutdown.clone(),
+            alarms: Alarms::new(&self.shutdown, life, bookmarks),
             headers_sent: false,
             finished: false,
         };
@@ -142,6 +134,18 @@ impl Engine {
             "application/json",
             StreamBody::new(pieces).boxed_unsync(),
         ))
+    }
+
+    fn changes(
+        &self,
+        prefix: &str,
+        key: Option<&str>,
+        from: Option<u64>,
+    ) -> std::result::Result<Watch, StoreError> {
+        match key {
+            Some(key) => self.store.watch_key(key, from),
+            None => self.store.watch(prefix, from),
+        }
     }
 
     fn everything(
@@ -162,7 +166,7 @@ impl Engine {
                     }
                 }
             };
-            match self.store.watch(prefix, Some(page.revision)) {
+            match self.changes(prefix, key, Some(page.revision)) {
                 Ok(watch) => return Ok((watch, page.entries, page.revision)),
                 // The window moved on between the two steps.
                 Err(StoreError::Compacted { .. }) => {}
@@ -198,9 +202,7 @@ impl Watcher {
             return None;
         }
         while let Some(entry) = self.initial.pop_front() {
-            if self.selection.is_everything()
-                || self.selection.matches(&codec::decode(&entry.value))
-            {
+            if self.all || self.selection.matches(&codec::decode(&entry.value)) {
                 self.put(&mut out, Kind::Added, &entry.value);
             }
             if out.len() >= PIECE {
@@ -211,19 +213,26 @@ impl Watcher {
             self.put_bookmark(&mut out, revision, true);
         }
         while out.is_empty() {
-            // Names of local futures first: the branches need `self`.
-            let (end, bookmark) = (self.end, self.next_bookmark);
-            let shutdown = self.shutdown.clone();
-            tokio::select! {
-                biased;
-                () = shutdown.cancelled() => return None,
-                () = sleep_until(end) => return None,
-                change = self.watch.next() => self.take(&mut out, change.map(Some)),
-                () = sleep_until(bookmark), if self.bookmarks => {
+            // Changes first: while they come nothing else is waited for, only looked at.
+            let alarm = match self.alarms.due() {
+                Some(alarm) => Some(alarm),
+                None => tokio::select! {
+                    biased;
+                    change = self.watch.next() => {
+                        self.take(&mut out, change.map(Some));
+                        None
+                    }
+                    alarm = self.alarms.next() => Some(alarm),
+                },
+            };
+            match alarm {
+                Some(Alarm::End) => return None,
+                Some(Alarm::Bookmark) => {
                     let revision = self.watch.progress();
                     self.put_bookmark(&mut out, revision, false);
-                    self.next_bookmark = Instant::now() + self.interval;
+                    self.alarms.set_bookmark();
                 }
+                None => {}
             }
             if self.finished && out.is_empty() {
                 return None;
@@ -255,13 +264,10 @@ impl Watcher {
     }
 
     fn put_change(&mut self, out: &mut BytesMut, change: &Change) {
-        if self.key.as_ref().is_some_and(|key| *key != change.key) {
-            return;
-        }
         let selected = |bytes: &Option<Bytes>| {
-            bytes.as_ref().is_some_and(|bytes| {
-                self.selection.is_everything() || self.selection.matches(&codec::decode(bytes))
-            })
+            bytes
+                .as_ref()
+                .is_some_and(|bytes| self.all || self.selection.matches(&codec::decode(bytes)))
         };
         let (before, after) = (selected(&change.previous), selected(&change.value));
         match (before, after, &change.previous, &change.value) {
