@@ -22,7 +22,7 @@ use kube::{
     api::{DeleteParams, PostParams},
     runtime::{
         WatchStreamExt,
-        watcher::{self, Config, Event, watcher},
+        watcher::{self, Event, watcher},
     },
 };
 use tokio::time::{Instant, sleep_until};
@@ -32,6 +32,7 @@ use tracing::{debug, warn};
 use crate::{
     error::{ReconcileError, code},
     mirror::{Key, Mirror},
+    seen::watching,
 };
 use plan::{MANAGED_BY, MANAGER, MIRRORING, SERVICE_NAME, Step};
 
@@ -54,7 +55,7 @@ struct Endpoints {
 
 /// Keeps the slices of all services until `stop`.
 pub(crate) async fn run(client: Client, stop: &CancellationToken) {
-    let any = Config::default();
+    let any = watching();
     let mut services: Watch<Service> = watcher(Api::all(client.clone()), any.clone())
         .default_backoff()
         .boxed();
@@ -85,7 +86,7 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
                 Ok(event) => this.service_event(event),
                 Err(error) => warn!(error = %chain(&error), "cannot watch services"),
             },
-            Some(event) = pods.next() => match event.map(|event| event.modify(slim)) {
+            Some(event) = pods.next() => match event {
                 Ok(event) => this.pod_event(event),
                 Err(error) => warn!(error = %chain(&error), "cannot watch pods"),
             },
@@ -105,7 +106,23 @@ pub(crate) async fn run(client: Client, stop: &CancellationToken) {
     }
 }
 
-/// Takes from a pod what is of no use here: all pods are kept.
+/// What an event means if pods without an address, and those that have ended, are none at all: they are endpoints of
+/// nothing, and need not be kept.
+fn addressed(event: Event<Pod>) -> Option<Event<Pod>> {
+    let is_endpoint = |pod: &Pod| {
+        pod.status.as_ref().is_some_and(|status| {
+            let ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+            !ended && status.pod_ip.as_ref().is_some_and(|ip| !ip.is_empty())
+        })
+    };
+    match event {
+        Event::Apply(pod) if !is_endpoint(&pod) => Some(Event::Delete(pod)),
+        Event::InitApply(pod) if !is_endpoint(&pod) => None,
+        event => Some(event),
+    }
+}
+
+/// Takes from a pod what is of no use here.
 fn slim(pod: &mut Pod) {
     if let Some(spec) = pod.spec.take() {
         let ports = |container: Container| Container {
@@ -173,6 +190,10 @@ impl Endpoints {
     }
 
     fn pod_event(&mut self, event: Event<Pod>) {
+        let Some(event) = addressed(event) else {
+            return;
+        };
+        let event = event.modify(slim);
         for (key, old, new) in self.pods.apply(event) {
             let (services, versions) = (&self.services, [old, new]);
             let touched: Vec<Key> = services

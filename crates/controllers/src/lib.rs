@@ -24,6 +24,7 @@ mod mirror;
 mod namespace;
 mod network;
 mod objects;
+mod seen;
 mod tenant;
 mod volumes;
 mod workloads;
@@ -38,17 +39,18 @@ use hypernetes_volume::VolumeDriver;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::{
     Api, Client, ResourceExt,
-    api::{DynamicObject, PartialObjectMeta},
+    api::DynamicObject,
     runtime::{
         controller::{Action, Controller},
         reflector::ObjectRef,
-        watcher,
     },
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 pub use error::ReconcileError;
+
+use seen::{Seen, watching};
 
 /// What the controllers work with.
 #[derive(Clone)]
@@ -126,18 +128,9 @@ async fn tenants(context: Arc<ControllersConfig>, stop: &CancellationToken) {
                 .map(|name| ObjectRef::new_with(&name, kind.clone()))
         }
     };
-    Controller::new_with(tenants, watcher::Config::default(), kind)
-        .watches(
-            namespaces,
-            watcher::Config::default().labels(TENANT_LABEL),
-            of_namespace,
-        )
-        .watches_with(
-            networks,
-            network_kind,
-            watcher::Config::default(),
-            of_network,
-        )
+    Controller::new_with(tenants, watching(), kind)
+        .watches(namespaces, watching().labels(TENANT_LABEL), of_namespace)
+        .watches_with(networks, network_kind, watching(), of_network)
         .graceful_shutdown_on(stopped(stop))
         .run(
             |tenant, context| boxed(async move { tenant::reconcile(&tenant, &context).await }),
@@ -151,7 +144,7 @@ async fn tenants(context: Arc<ControllersConfig>, stop: &CancellationToken) {
 async fn networks(context: Arc<ControllersConfig>, stop: &CancellationToken) {
     let kind = objects::network_resource();
     let networks: Api<DynamicObject> = Api::all_with(context.client.clone(), &kind);
-    Controller::new_with(networks, watcher::Config::default(), kind)
+    Controller::new_with(networks, watching(), kind)
         .graceful_shutdown_on(stopped(stop))
         .run(
             |network, context| boxed(async move { network::reconcile(&network, &context).await }),
@@ -164,16 +157,17 @@ async fn networks(context: Arc<ControllersConfig>, stop: &CancellationToken) {
 
 async fn namespaces(context: Arc<ControllersConfig>, stop: &CancellationToken) {
     let namespaces: Api<Namespace> = Api::all(context.client.clone());
-    let pods: Api<PartialObjectMeta<Pod>> = Api::all(context.client.clone());
+    let kind = workloads::cluster::pods().resource();
+    let pods: Api<Seen> = Api::all_with(context.client.clone(), &kind);
     // The end of a namespace's last pod is what its deletion mostly waits for.
-    let of_pod = |pod: PartialObjectMeta<Pod>| {
+    let of_pod = |pod: Seen| {
         let leaving = pod.metadata.deletion_timestamp.is_some();
         pod.namespace()
             .filter(|_| leaving)
             .map(|name| ObjectRef::new(&name))
     };
-    Controller::new(namespaces, watcher::Config::default())
-        .watches(pods, watcher::Config::default(), of_pod)
+    Controller::new(namespaces, watching())
+        .watches_with(pods, kind, watching(), of_pod)
         .graceful_shutdown_on(stopped(stop))
         .run(
             |namespace, context| {
@@ -188,7 +182,7 @@ async fn namespaces(context: Arc<ControllersConfig>, stop: &CancellationToken) {
 
 async fn auto_removal(context: Arc<ControllersConfig>, stop: &CancellationToken) {
     let pods: Api<Pod> = Api::all(context.client.clone());
-    Controller::new(pods, watcher::Config::default().labels(auto_remove::NAME))
+    Controller::new(pods, watching().labels(auto_remove::NAME))
         .graceful_shutdown_on(stopped(stop))
         .run(
             |pod, context| {

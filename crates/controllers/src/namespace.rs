@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, ServiceAccount};
 use kube::{
     Api, Client, ResourceExt,
-    api::{DeleteParams, DynamicObject, ListParams, PostParams},
+    api::{DeleteParams, ListParams, PostParams},
     core::ApiResource,
     discovery::{Discovery, Scope, verbs},
     runtime::controller::Action,
@@ -16,6 +16,8 @@ use crate::{
     ControllersConfig,
     error::{ReconcileError, code},
     objects,
+    seen::Seen,
+    workloads::cluster::pods,
 };
 
 /// How soon an emptied namespace is looked at again if no event comes.
@@ -62,7 +64,7 @@ pub(crate) async fn reconcile(
 
 /// Deletes what is in the namespace, then lets it go.
 async fn empty(name: &str, client: &Client) -> Result<Action, ReconcileError> {
-    let pods: Api<Pod> = Api::namespaced(client.clone(), name);
+    let pods: Api<Seen> = Api::namespaced_with(client.clone(), name, &pods().resource());
     let left = pods
         .list(&ListParams::default())
         .await
@@ -120,7 +122,7 @@ async fn delete_all(
     kind: &ApiResource,
     client: &Client,
 ) -> Result<usize, ReconcileError> {
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), namespace, kind);
+    let api: Api<Seen> = Api::namespaced_with(client.clone(), namespace, kind);
     let failed =
         |action: &str| ReconcileError::api(format!("{action} {} of {namespace}", kind.plural));
     let some = ListParams::default().limit(1);

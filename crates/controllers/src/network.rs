@@ -5,7 +5,6 @@ use std::time::Duration;
 use hypernetes_network::NetworkError;
 use hypernetes_types::NetworkId;
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, ResourceExt,
     api::{DynamicObject, ListParams},
@@ -18,6 +17,8 @@ use crate::{
     conditions::{self, Condition},
     error::ReconcileError,
     objects,
+    seen::Seen,
+    workloads::cluster::pods,
 };
 
 /// Does what is next for one network.
@@ -79,7 +80,8 @@ async fn delete(
     api: &Api<DynamicObject>,
     context: &ControllersConfig,
 ) -> Result<Action, ReconcileError> {
-    let pods: Api<Pod> = Api::namespaced(context.client.clone(), namespace);
+    let pods: Api<Seen> =
+        Api::namespaced_with(context.client.clone(), namespace, &pods().resource());
     let users = pods
         .list(&ListParams::default())
         .await

@@ -22,7 +22,6 @@ use kube::{
     runtime::{
         controller::{Action, Controller},
         reflector::{ObjectRef, Store},
-        watcher,
     },
 };
 use serde_json::{Value, json};
@@ -30,7 +29,9 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    ReconcileError, Reconciled, boxed, retry, stopped,
+    ReconcileError, Reconciled, boxed, retry,
+    seen::{SeenPod, watching},
+    stopped,
     workloads::cluster::{Cluster, Kind, pods},
 };
 
@@ -82,7 +83,7 @@ pub(crate) async fn run(client: Client, driver: Arc<dyn VolumeDriver>, stop: &Ca
     tokio::join!(
         run_claims(context.clone(), stop),
         run_volumes(context.clone(), stop),
-        run_pods(context, stop),
+        ephemeral::run(&context, stop),
     );
 }
 
@@ -139,7 +140,7 @@ fn claim_ref(namespace: &str, name: &str) -> ObjectRef<DynamicObject> {
 }
 
 async fn run_claims(context: Arc<Context>, stop: &CancellationToken) {
-    let any = watcher::Config::default;
+    let any = watching;
     let controller = Controller::new_with(api(&context, &claims()), any(), claims().resource());
     let (of_volumes, of_classes) = (controller.store(), controller.store());
     controller
@@ -162,13 +163,13 @@ async fn run_claims(context: Arc<Context>, stop: &CancellationToken) {
             move |_class| waiting(&of_classes),
         )
         .watches_with(
-            api(&context, &pods()),
+            Api::<SeenPod>::all_with(context.cluster.client(), &pods().resource()),
             pods().resource(),
             any(),
-            |pod: DynamicObject| {
+            |pod: SeenPod| {
                 let namespace = pod.namespace().unwrap_or_default();
-                let names = claim::named_by(&pod.name_any(), &pod.data["spec"]);
-                names
+                let name = pod.name_any();
+                claim::named_by(&name, &pod.spec.volumes)
                     .map(|name| claim_ref(&namespace, &name))
                     .collect::<Vec<_>>()
             },
@@ -189,7 +190,7 @@ async fn run_claims(context: Arc<Context>, stop: &CancellationToken) {
 }
 
 async fn run_volumes(context: Arc<Context>, stop: &CancellationToken) {
-    let any = watcher::Config::default;
+    let any = watching;
     Controller::new_with(api(&context, &volumes()), any(), volumes().resource())
         .watches_with(
             api(&context, &claims()),
@@ -214,19 +215,6 @@ async fn run_volumes(context: Arc<Context>, stop: &CancellationToken) {
                 })
             },
             |volume, error, _| retry("volume", &volume.name_any(), error),
-            context,
-        )
-        .for_each(|_| async {})
-        .await;
-}
-
-async fn run_pods(context: Arc<Context>, stop: &CancellationToken) {
-    let any = watcher::Config::default;
-    Controller::new_with(api(&context, &pods()), any(), pods().resource())
-        .graceful_shutdown_on(stopped(stop))
-        .run(
-            |pod, context| boxed(async move { ephemeral::reconcile(&context, &pod).await }),
-            |pod, error, _| retry("pod", &pod.name_any(), error),
             context,
         )
         .for_each(|_| async {})

@@ -14,7 +14,7 @@ mod deployment;
 mod job;
 mod owned;
 mod pods;
-mod queue;
+pub(crate) mod queue;
 mod quota;
 mod recorder;
 mod replica_set;
@@ -32,11 +32,10 @@ use futures::{StreamExt, future::BoxFuture};
 use hypernetes_telemetry::chain;
 use kube::{
     Api, Client, ResourceExt,
-    api::{DynamicObject, PartialObjectMeta},
+    api::DynamicObject,
     runtime::{
         controller::{self, Action, Controller},
         reflector::{ObjectRef, Store},
-        watcher,
     },
 };
 use serde_json::Value;
@@ -44,7 +43,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use self::cluster::{Cluster, Kind};
-use crate::{error::ReconcileError, stopped};
+use crate::{
+    error::ReconcileError,
+    seen::{Seen, watching},
+    stopped,
+};
 
 type Reconciled = Result<Action, ReconcileError>;
 
@@ -118,13 +121,12 @@ fn controller(cluster: &Cluster, kind: &Kind, owned: &[Kind]) -> Controller<Dyna
     let resource = kind.resource();
     let api = Api::all_with(cluster.client(), &resource);
     let config = controller::Config::default().concurrency(CONCURRENCY);
-    let mut controller =
-        Controller::new_with(api, watcher::Config::default(), resource).with_config(config);
+    let mut controller = Controller::new_with(api, watching(), resource).with_config(config);
     for child in owned {
         let resource = child.resource();
         // Whose they are is in their metadata; nothing else of them is decoded.
-        let api: Api<PartialObjectMeta<DynamicObject>> = Api::all_with(cluster.client(), &resource);
-        controller = controller.owns_with(api, resource, watcher::Config::default());
+        let api: Api<Seen> = Api::all_with(cluster.client(), &resource);
+        controller = controller.owns_with(api, resource, watching());
     }
     controller
 }

@@ -60,7 +60,8 @@ pub(crate) async fn run(node: Arc<Node>, board: Board, stop: CancellationToken) 
     let mut pods: Watch<Pod> = watcher(Api::all(client.clone()), mine)
         .default_backoff()
         .boxed();
-    let any = Config::default();
+    // One after the other: the pages of a list would be in memory as a whole.
+    let any = Config::default().streaming_lists();
     let mut maps: Watch<ConfigMap> = watcher(Api::all(client.clone()), any.clone())
         .default_backoff()
         .boxed();

@@ -57,7 +57,8 @@ pub(crate) async fn run(client: Client, node: String, events: Recorder, stop: Ca
         claims: Claims::new(),
         claims_known: false,
     };
-    let any = Config::default();
+    // One after the other: the pages of a list would be in memory as a whole.
+    let any = Config::default().streaming_lists();
     let mut claims = watcher(
         Api::<PersistentVolumeClaim>::all(client.clone()),
         any.clone(),
@@ -140,9 +141,10 @@ impl Scheduler {
                 false
             }
             Event::InitApply(pod) => {
-                let pod = placing(pod);
-                if let (Some(uid), Some(list)) = (pod.uid(), &mut self.listing) {
-                    list.insert(uid, Arc::new(pod));
+                if let (Some(uid), Some(list)) = (pod.uid(), &mut self.listing)
+                    && matters(&pod)
+                {
+                    list.insert(uid, Arc::new(placing(pod)));
                 }
                 false
             }
@@ -150,17 +152,21 @@ impl Scheduler {
                 self.pods = self.listing.take().unwrap_or_default();
                 true
             }
-            Event::Apply(pod) => {
-                let pod = placing(pod);
-                let Some(uid) = pod.uid() else { return false };
-                let still = is_gated(&pod) && is_noted(&pod);
-                self.pods.insert(uid, Arc::new(pod));
-                !still
-            }
+            Event::Apply(pod) => self.keep(pod),
             Event::Delete(pod) => pod
                 .uid()
                 .is_some_and(|uid| self.pods.remove(&uid).is_some()),
         }
+    }
+
+    /// Keeps a pod as it is now, if it matters; whether that can change anything.
+    fn keep(&mut self, pod: Pod) -> bool {
+        let Some(uid) = pod.uid() else { return false };
+        if matters(&pod) {
+            self.pods.insert(uid, Arc::new(placing(pod)));
+            return true;
+        }
+        self.pods.remove(&uid).is_some()
     }
 
     fn claim_event(&mut self, event: Event<PersistentVolumeClaim>) -> bool {
@@ -238,7 +244,7 @@ impl Scheduler {
 
     /// Places what waits.
     async fn pass(&mut self) {
-        let waits = |pod: &&Arc<Pod>| waits(pod) && !(is_gated(pod) && is_noted(pod));
+        let waits = |pod: &&Arc<Pod>| waits(pod);
         let mut waiting: Vec<Arc<Pod>> = self.pods.values().filter(waits).cloned().collect();
         waiting.sort_by_cached_key(|pod| {
             let created = pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
@@ -359,9 +365,7 @@ impl Scheduler {
             .await
         {
             Ok(written) => {
-                if let Some(uid) = written.uid() {
-                    self.pods.insert(uid, Arc::new(placing(written)));
-                }
+                self.keep(written);
                 true
             }
             // It has changed or gone: its news come by the watch.
@@ -439,7 +443,13 @@ impl Scheduler {
     }
 }
 
-/// A pod without what is of no use for placing it: all pods are kept.
+/// Whether placing a pod, or others beside it, can depend on it. One that has ended does not, nor one at a gate
+/// when that has been noted: its next change brings the whole of it again.
+fn matters(pod: &Pod) -> bool {
+    !is_finished(pod) && !(is_gated(pod) && is_noted(pod))
+}
+
+/// A pod without what is of no use for placing it.
 fn placing(mut pod: Pod) -> Pod {
     pod.metadata.managed_fields = None;
     if let Some(spec) = &mut pod.spec {

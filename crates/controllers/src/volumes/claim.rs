@@ -21,10 +21,8 @@ const BIND_COMPLETED: &str = "pv.kubernetes.io/bind-completed";
 const BOUND_BY_CONTROLLER: &str = "pv.kubernetes.io/bound-by-controller";
 
 /// Names of the claims that a pod uses, those of its own making too.
-pub(super) fn named_by(pod: &str, spec: &Value) -> impl Iterator<Item = String> + use<> {
-    let volumes = spec["volumes"].as_array().cloned().unwrap_or_default();
-    let pod = pod.to_owned();
-    volumes.into_iter().filter_map(move |volume| {
+pub(super) fn named_by(pod: &str, volumes: &[Value]) -> impl Iterator<Item = String> {
+    volumes.iter().filter_map(move |volume| {
         if volume["ephemeral"].is_object() {
             return Some(format!("{pod}-{}", volume["name"].as_str()?));
         }
@@ -57,12 +55,11 @@ async fn release(context: &Context, mut claim: Value) -> Reconciled {
     if !meta::finalizers(&claim).any(|own| own == PROTECTION) {
         return wait();
     }
-    let used = context
-        .cluster
-        .list(&pods(), namespace(&claim))
-        .await?
-        .iter()
-        .any(|pod| is_used_by(name(&claim), pod));
+    let uses = |pod: &Value| is_used_by(name(&claim), pod);
+    let users = (context.cluster)
+        .list_kept(&pods(), namespace(&claim), uses)
+        .await?;
+    let used = !users.is_empty();
     if !used {
         meta::remove_finalizer(&mut claim, PROTECTION);
         context.cluster.update(&claims(), &claim).await?;
@@ -80,7 +77,9 @@ fn is_used_by(claim: &str, pod: &Value) -> bool {
         .as_str()
         .unwrap_or_default()
         .is_empty();
-    placed && !ended && named_by(name(pod), &pod["spec"]).any(|used| used == claim)
+    let volumes = pod["spec"]["volumes"].as_array();
+    let volumes = volumes.map(Vec::as_slice).unwrap_or_default();
+    placed && !ended && named_by(name(pod), volumes).any(|used| used == claim)
 }
 
 /// Looks for a volume, or makes one.

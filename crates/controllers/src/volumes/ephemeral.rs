@@ -1,37 +1,87 @@
 //! Claims that pods bring themselves: each goes with its pod.
 
-use hypernetes_apimachinery::meta;
-use kube::{ResourceExt, api::DynamicObject};
-use serde_json::{Value, json};
+use std::{pin::pin, sync::Arc};
 
-use super::{Context, claims, wait};
+use futures::StreamExt;
+use hypernetes_apimachinery::meta;
+use hypernetes_telemetry::chain;
+use kube::{
+    Api, ResourceExt,
+    runtime::{WatchStreamExt, watcher},
+};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use super::{Context, claims};
 use crate::{
-    Reconciled,
-    workloads::cluster::{Cluster, name, namespace, pods, uid},
+    error::ReconcileError,
+    seen::{SeenPod, watching},
+    workloads::{
+        cluster::{Cluster, name, namespace, pods, uid},
+        queue::Queue,
+    },
 };
 
-/// Makes the claims of a new pod.
-pub(super) async fn reconcile(context: &Context, seen: &DynamicObject) -> Reconciled {
-    let any = |pod: &Value| {
-        let volumes = pod["volumes"].as_array().into_iter().flatten();
-        volumes
-            .into_iter()
-            .any(|volume| volume["ephemeral"].is_object())
-    };
-    if !any(&seen.data["spec"]) {
-        return wait();
+/// Pods that are looked at at a time.
+const WORKERS: usize = 4;
+
+/// Makes them until `stop`. Of pods that bring none, nothing is kept.
+pub(super) async fn run(context: &Arc<Context>, stop: &CancellationToken) {
+    let queue = Queue::default();
+    let workers = (0..WORKERS).map(|_| work(&context.cluster, &queue, stop));
+    tokio::join!(
+        watch(&context.cluster, &queue, stop),
+        futures::future::join_all(workers)
+    );
+}
+
+async fn watch(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {
+    let api: Api<SeenPod> = Api::all_with(cluster.client(), &pods().resource());
+    let events = watcher(api, watching()).default_backoff();
+    let mut events = pin!(events.take_until(stop.cancelled()));
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(watcher::Event::Apply(pod) | watcher::Event::InitApply(pod)) => {
+                let volumes = &pod.spec.volumes;
+                if volumes.iter().any(|volume| volume["ephemeral"].is_object()) {
+                    let namespace = pod.namespace().unwrap_or_default();
+                    queue.add(format!("{namespace}/{}", pod.name_any()));
+                }
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the watch of pods is begun anew"),
+        }
     }
-    let cluster: &Cluster = &context.cluster;
-    let place = seen.namespace().unwrap_or_default();
-    let Some(pod) = cluster.get(&pods(), &place, &seen.name_any()).await? else {
-        return wait();
+}
+
+async fn work(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {
+    loop {
+        let key = tokio::select! {
+            () = stop.cancelled() => return,
+            key = queue.next() => key,
+        };
+        let outcome = reconcile(cluster, &key).await;
+        if let Err(error) = &outcome {
+            tracing::warn!(pod = key, error = %chain(error), "cannot make the claims of a pod; again");
+        }
+        queue.done(key, outcome.is_err());
+    }
+}
+
+/// Makes the claims of a new pod.
+async fn reconcile(cluster: &Cluster, key: &str) -> Result<(), ReconcileError> {
+    let Some((place, own)) = key.split_once('/') else {
+        return Ok(());
+    };
+    let Some(pod) = cluster.get(&pods(), place, own).await? else {
+        return Ok(());
     };
     let ended = matches!(
         pod["status"]["phase"].as_str(),
         Some("Succeeded" | "Failed")
     );
     if ended || meta::is_deleting(&pod) {
-        return wait();
+        return Ok(());
     }
     for volume in pod["spec"]["volumes"].as_array().into_iter().flatten() {
         let template = &volume["ephemeral"]["volumeClaimTemplate"];
@@ -71,5 +121,5 @@ pub(super) async fn reconcile(context: &Context, seen: &DynamicObject) -> Reconc
             }
         }
     }
-    wait()
+    Ok(())
 }

@@ -4,11 +4,7 @@ use std::sync::Arc;
 
 use hypernetes_apimachinery::{meta, selector::LabelSelector};
 use jiff::{SignedDuration, Timestamp};
-use kube::{
-    Api, ResourceExt,
-    api::{DynamicObject, PartialObjectMeta},
-    runtime::{controller::Action, watcher},
-};
+use kube::{Api, ResourceExt, runtime::controller::Action};
 use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -22,7 +18,10 @@ use super::{
     replica_set::until,
     serve,
 };
-use crate::error::ReconcileError;
+use crate::{
+    error::ReconcileError,
+    seen::{Seen, watching},
+};
 
 /// For how long an eviction that was allowed is believed to come.
 const BELIEF: SignedDuration = SignedDuration::from_secs(120);
@@ -31,14 +30,10 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let kind = budgets();
     let controller = controller(cluster, &kind, &[]);
     let (store, own) = (controller.store(), kind.clone());
-    let api: Api<PartialObjectMeta<DynamicObject>> =
-        Api::all_with(cluster.client(), &pods().resource());
-    let controller = controller.watches_with(
-        api,
-        pods().resource(),
-        watcher::Config::default(),
-        move |pod| of_namespace(&store, &pod.namespace().unwrap_or_default(), &own),
-    );
+    let api: Api<Seen> = Api::all_with(cluster.client(), &pods().resource());
+    let controller = controller.watches_with(api, pods().resource(), watching(), move |pod| {
+        of_namespace(&store, &pod.namespace().unwrap_or_default(), &own)
+    });
     serve(
         cluster,
         kind,

@@ -127,7 +127,7 @@ pub(super) fn events() -> Kind {
 }
 
 /// Objects that are read at a time.
-const PAGE: usize = 500;
+const PAGE: usize = 100;
 
 type Done<T> = Result<T, ReconcileError>;
 

@@ -22,7 +22,6 @@ use futures::StreamExt;
 use hypernetes_telemetry::chain;
 use kube::{
     Api, ResourceExt,
-    api::{DynamicObject, PartialObjectMeta},
     discovery::{Discovery, Scope, verbs},
     runtime::{WatchStreamExt, watcher},
 };
@@ -35,7 +34,10 @@ use super::{
     cluster::{Cluster, Kind},
     queue::Queue,
 };
-use crate::error::ReconcileError;
+use crate::{
+    error::ReconcileError,
+    seen::{Seen, watching},
+};
 
 /// How often kinds that have come or gone are looked for.
 const DISCOVERY: Duration = Duration::from_secs(5);
@@ -176,9 +178,8 @@ async fn watch(
     changes: mpsc::Sender<Change>,
     stop: CancellationToken,
 ) {
-    let api: Api<PartialObjectMeta<DynamicObject>> =
-        Api::all_with(cluster.client(), &kind.resource());
-    let events = watcher(api, watcher::Config::default()).default_backoff();
+    let api: Api<Seen> = Api::all_with(cluster.client(), &kind.resource());
+    let events = watcher(api, watching()).default_backoff();
     let mut events = std::pin::pin!(events.take_until(stop.cancelled_owned()));
     let mut there = HashSet::new();
     while let Some(event) = events.next().await {

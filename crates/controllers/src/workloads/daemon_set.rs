@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use kube::{
     Api,
     api::DynamicObject,
-    runtime::{controller::Action, reflector::ObjectRef, watcher},
+    runtime::{controller::Action, reflector::ObjectRef},
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -26,7 +26,7 @@ use super::{
     revisions::{self, REVISION_LABEL},
     serve,
 };
-use crate::error::ReconcileError;
+use crate::{error::ReconcileError, seen::watching};
 
 pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let kind = daemon_sets();
@@ -34,18 +34,13 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let (store, resource) = (controller.store(), kind.resource());
     let api: Api<DynamicObject> = Api::all_with(cluster.client(), &nodes().resource());
     // A node that comes or goes concerns every set.
-    let controller = controller.watches_with(
-        api,
-        nodes().resource(),
-        watcher::Config::default(),
-        move |_node| {
-            let sets = store.state();
-            let resource = resource.clone();
-            sets.into_iter()
-                .map(move |set| ObjectRef::from_obj_with(set.as_ref(), resource.clone()))
-                .collect::<Vec<_>>()
-        },
-    );
+    let controller = controller.watches_with(api, nodes().resource(), watching(), move |_node| {
+        let sets = store.state();
+        let resource = resource.clone();
+        sets.into_iter()
+            .map(move |set| ObjectRef::from_obj_with(set.as_ref(), resource.clone()))
+            .collect::<Vec<_>>()
+    });
     serve(
         cluster,
         kind,

@@ -7,7 +7,6 @@ use hypernetes_apimachinery::meta;
 use hypernetes_telemetry::chain;
 use kube::{
     Api, ResourceExt,
-    api::{DynamicObject, PartialObjectMeta},
     runtime::{WatchStreamExt, watcher},
 };
 use serde_json::{Value, json};
@@ -19,7 +18,10 @@ use super::{
     owned::phase,
     queue::Queue,
 };
-use crate::error::ReconcileError;
+use crate::{
+    error::ReconcileError,
+    seen::{Seen, watching},
+};
 
 /// For how long a node may be away before its pods are given up.
 const QUARANTINE: Duration = Duration::from_secs(40);
@@ -37,9 +39,8 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
 
 /// Notes pods that wait to be counted by a job. Of all others nothing is kept.
 async fn watch(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {
-    let api: Api<PartialObjectMeta<DynamicObject>> =
-        Api::all_with(cluster.client(), &pods().resource());
-    let events = watcher(api, watcher::Config::default()).default_backoff();
+    let api: Api<Seen> = Api::all_with(cluster.client(), &pods().resource());
+    let events = watcher(api, watching()).default_backoff();
     let mut events = pin!(events.take_until(stop.cancelled()));
     while let Some(event) = events.next().await {
         match event {

@@ -7,11 +7,7 @@ use hypernetes_apimachinery::{
     kinds,
     quota::{self, Amounts},
 };
-use kube::{
-    Api, ResourceExt,
-    api::{DynamicObject, PartialObjectMeta},
-    runtime::{controller::Action, watcher},
-};
+use kube::{Api, ResourceExt, runtime::controller::Action};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -19,7 +15,11 @@ use super::{
     cluster::{Cluster, Kind, namespace, pods, quotas},
     controller, of_namespace, serve,
 };
-use crate::{error::ReconcileError, volumes::claims};
+use crate::{
+    error::ReconcileError,
+    seen::{Seen, watching},
+    volumes::claims,
+};
 
 /// How often what is not watched is counted.
 const RECOUNT: Duration = Duration::from_secs(10);
@@ -28,27 +28,17 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let kind = quotas();
     let controller = controller(cluster, &kind, &[]);
     let (store, own) = (controller.store(), kind.clone());
-    let api: Api<PartialObjectMeta<DynamicObject>> =
-        Api::all_with(cluster.client(), &pods().resource());
+    let api: Api<Seen> = Api::all_with(cluster.client(), &pods().resource());
     let (claims_store, claims_own) = (controller.store(), kind.clone());
-    let claims_api: Api<PartialObjectMeta<DynamicObject>> =
-        Api::all_with(cluster.client(), &claims().resource());
+    let claims_api: Api<Seen> = Api::all_with(cluster.client(), &claims().resource());
     let controller = controller
-        .watches_with(
-            api,
-            pods().resource(),
-            watcher::Config::default(),
-            move |pod| of_namespace(&store, &pod.namespace().unwrap_or_default(), &own),
-        )
-        .watches_with(
-            claims_api,
-            claims().resource(),
-            watcher::Config::default(),
-            move |claim| {
-                let namespace = claim.namespace().unwrap_or_default();
-                of_namespace(&claims_store, &namespace, &claims_own)
-            },
-        );
+        .watches_with(api, pods().resource(), watching(), move |pod| {
+            of_namespace(&store, &pod.namespace().unwrap_or_default(), &own)
+        })
+        .watches_with(claims_api, claims().resource(), watching(), move |claim| {
+            let namespace = claim.namespace().unwrap_or_default();
+            of_namespace(&claims_store, &namespace, &claims_own)
+        });
     serve(
         cluster,
         kind,

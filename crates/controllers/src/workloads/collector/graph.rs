@@ -5,12 +5,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use kube::{
-    Resource,
-    api::{DynamicObject, PartialObjectMeta},
-};
+use kube::Resource;
 
-use crate::workloads::cluster::Kind;
+use crate::{seen::Seen, workloads::cluster::Kind};
 
 /// The graph, for several workers.
 pub(super) type Shared = Mutex<Graph>;
@@ -121,10 +118,7 @@ impl Graph {
 
 impl Node {
     /// The object's id and what is known of it.
-    pub(super) fn of(
-        kind: &Arc<Kind>,
-        object: &PartialObjectMeta<DynamicObject>,
-    ) -> Option<(String, Self)> {
+    pub(super) fn of(kind: &Arc<Kind>, object: &Seen) -> Option<(String, Self)> {
         let metadata = object.meta();
         let owners = metadata.owner_references.iter().flatten();
         let node = Self {
