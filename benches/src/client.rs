@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{
     Request,
@@ -14,7 +14,10 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// A server and who we are to it.
@@ -124,37 +127,71 @@ impl Multiplexed {
     }
 }
 
-/// A watch on a connection of its own.
+/// A watch on a connection of its own. It is read without any HTTP library and nothing of it is decoded but where
+/// events end: a thousand of them shall cost the machine little beside the server that is measured.
 pub(crate) struct Watch {
-    body: Incoming,
-    pending: BytesMut,
-    _connection: Connection,
+    stream: TlsStream<TcpStream>,
+    buffer: Vec<u8>,
+    /// Events that came with the head of the answer.
+    early: usize,
+    last: u8,
 }
 
+/// Lines and what surrounds them are read in parts of at most this many bytes.
+const PART: usize = 16 * 1024;
+
 impl Watch {
-    pub(crate) async fn open(mut connection: Connection, path: &str) -> Result<Self> {
-        let body = connection.send("GET", path, None).await?;
+    pub(crate) async fn open(endpoint: &Endpoint, path: &str) -> Result<Self> {
+        let mut stream = endpoint.stream(b"http/1.1").await?;
+        let request =
+            format!("GET {path} HTTP/1.1\r\nhost: hypernetes\r\naccept: application/json\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut head = Vec::new();
+        let end = loop {
+            if let Some(at) = head.windows(4).position(|four| four == b"\r\n\r\n") {
+                break at + 4;
+            }
+            ensure!(head.len() < PART, "a head without an end");
+            ensure!(stream.read_buf(&mut head).await? > 0, "no answer");
+        };
+        let (head, rest) = head.split_at(end);
+        ensure!(
+            head.starts_with(b"HTTP/1.1 200 "),
+            "watch: {}",
+            String::from_utf8_lossy(head)
+        );
+        let mut last = b'\n';
+        let early = count_events(rest, &mut last);
         Ok(Self {
-            body,
-            pending: BytesMut::new(),
-            _connection: connection,
+            stream,
+            buffer: vec![0; PART],
+            early,
+            last,
         })
     }
 
-    /// The next event's line; `None` at the end.
-    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>> {
-        loop {
-            if let Some(end) = self.pending.iter().position(|byte| *byte == b'\n') {
-                return Ok(Some(self.pending.split_to(end + 1).freeze()));
+    /// Waits for events and returns how many have come; 0 is the end.
+    pub(crate) async fn next(&mut self) -> Result<usize> {
+        let mut events = std::mem::take(&mut self.early);
+        while events == 0 {
+            let length = self.stream.read(&mut self.buffer).await?;
+            if length == 0 {
+                return Ok(0);
             }
-            let Some(frame) = self.body.frame().await else {
-                return Ok(None);
-            };
-            if let Ok(data) = frame?.into_data() {
-                self.pending.extend_from_slice(&data);
-            }
+            events = count_events(&self.buffer[..length], &mut self.last);
         }
+        Ok(events)
     }
+}
+
+/// Events end with a line feed of their own; those of HTTP's chunks follow a carriage return.
+fn count_events(bytes: &[u8], last: &mut u8) -> usize {
+    let mut count = 0;
+    for byte in bytes {
+        count += usize::from(*byte == b'\n' && *last != b'\r');
+        *last = *byte;
+    }
+    count
 }
 
 impl Connection {
@@ -189,5 +226,21 @@ impl Connection {
             );
         }
         Ok(body)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_counted_and_chunks_are_not() {
+        let wire = b"5\r\n{\"a\"}\n\r\n1f\r\n{\"b\"}\n{\"c\"}\n\r\n";
+        for cut in 0..wire.len() {
+            let (first, second) = wire.split_at(cut);
+            let mut last = b'\n';
+            let count = count_events(first, &mut last) + count_events(second, &mut last);
+            assert_eq!(count, 3, "cut at {cut}");
+        }
     }
 }

@@ -16,6 +16,7 @@
 mod api;
 mod bare;
 mod client;
+mod fan_out;
 mod memory;
 mod network;
 mod runtime;

@@ -12,20 +12,18 @@ use std::{
 use anyhow::{Context, Result, bail};
 use hypernetes_testkit::{Daemon, DaemonOptions};
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
 
 use crate::{
     api::{load, timed_lists},
-    client::{Endpoint, Watch},
-    stats::{Samples, rss_kib},
+    client::Endpoint,
+    fan_out::{self, CONFIG_MAP, FanOut, LEASE, WATCHERS},
+    stats::{Samples, cpu_seconds, rss_kib},
 };
 
 const PODS: usize = 10_000;
 const OTHERS: usize = 20_000;
 /// With the pods and the others: 50,000.
 const MORE: usize = 20_000;
-const WATCHERS: usize = 1_000;
-const CHANGES: usize = 100;
 /// Watches that wait, over few connections, as the informers of a program share one.
 const IDLE_WATCHES: usize = 10_000;
 const WATCHES_OF_A_CONNECTION: usize = 100;
@@ -51,11 +49,18 @@ pub(crate) async fn measure() -> Result<Value> {
     .await?;
     println!("creates of pods: {pod_rate:.0}/s, {}", pods.line("ms"));
     config_maps(&endpoint, "other", OTHERS).await?;
+    let loaded = rss_kib(daemon.pid()).context("the daemon runs")?;
+    settle(daemon.pid()).await?;
     let with_objects = rss_kib(daemon.pid()).context("the daemon runs")?;
-    println!("resident memory: {} MiB", with_objects / 1024);
+    println!(
+        "resident memory: {} MiB after the last create, {} MiB when the controllers have come to rest",
+        loaded / 1024,
+        with_objects / 1024
+    );
 
     let mut connection = endpoint.connect().await?;
     let (lists, bytes) = timed_lists(&mut connection, "/api/v1/namespaces/default/pods").await?;
+    settle(daemon.pid()).await?;
     let after_lists = rss_kib(daemon.pid()).context("the daemon runs")?;
     println!(
         "list of {PODS} pods, {:.1} MB: {}; {} MiB more afterwards",
@@ -64,12 +69,20 @@ pub(crate) async fn measure() -> Result<Value> {
         after_lists.saturating_sub(with_objects) / 1024
     );
 
-    let heard = watchers(&endpoint).await?;
-    println!(
-        "a write to all of {WATCHERS} watchers: {}, p99 {:.1} ms",
-        heard.line("ms"),
-        heard.quantile(0.99)
-    );
+    let mut heard = Vec::new();
+    for watched in [&CONFIG_MAP, &LEASE] {
+        let fan = fan_out::measure(&endpoint, watched, daemon.pid()).await?;
+        println!(
+            "from sending a write of a {} to each of {WATCHERS} watchers: {}, p99 {:.1} ms; CPU of the daemon \
+             {:.1} us for each; such a write without watchers: {}",
+            watched.kind,
+            fan.heard.line("ms"),
+            fan.heard.quantile(0.99),
+            fan.cpu_us,
+            fan.alone.line("ms"),
+        );
+        heard.push(fan);
+    }
     let idle = idle_watches(&endpoint, daemon.pid()).await?;
     println!("{IDLE_WATCHES} idle watches: {} MiB", idle / 1024);
 
@@ -92,20 +105,44 @@ pub(crate) async fn measure() -> Result<Value> {
         full.line("s")
     );
     let after_start = rss_kib(daemon.pid()).context("the daemon runs")?;
-    println!("resident memory then: {} MiB", after_start / 1024);
+    settle(daemon.pid()).await?;
+    let after_reading = rss_kib(daemon.pid()).context("the daemon runs")?;
+    println!(
+        "resident memory then: {} MiB, {} MiB when the controllers have read them",
+        after_start / 1024,
+        after_reading / 1024
+    );
     tokio::task::spawn_blocking(move || drop(daemon)).await?;
     Ok(json!({
         "start_empty_seconds": empty,
         "pod_creates_per_second": pod_rate,
+        "rss_kib_after_last_create": loaded,
         "rss_kib_with_objects": with_objects,
         "list_ms": lists.json(),
         "list_bytes": bytes,
         "rss_kib_after_lists": after_lists,
-        "watch_ms": heard.json(),
+        "watch": heard.iter().map(FanOut::json).collect::<Vec<_>>(),
         "idle_watches_kib": idle,
         "start_seconds": full.json(),
         "rss_kib_after_start": after_start,
+        "rss_kib_after_reading": after_reading,
     }))
+}
+
+/// Waits until the daemon has next to nothing to do: what a client's requests have set off is no part of what they cost.
+async fn settle(pid: u32) -> Result<()> {
+    let end = Instant::now() + Duration::from_secs(120);
+    let mut before = cpu_seconds(pid).context("the daemon runs")?;
+    while Instant::now() < end {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let now = cpu_seconds(pid).context("the daemon runs")?;
+        if now - before < 0.1 {
+            return Ok(());
+        }
+        before = now;
+    }
+    println!("the daemon has not come to rest within two minutes");
+    Ok(())
 }
 
 /// Starts a daemon that was stopped; seconds until `/readyz` says yes.
@@ -170,58 +207,6 @@ async fn config_maps(endpoint: &Arc<Endpoint>, prefix: &'static str, count: usiz
     })
     .await?;
     Ok(())
-}
-
-/// Milliseconds from the sending of a write to the arrival of its event, for each watcher and change.
-async fn watchers(endpoint: &Arc<Endpoint>) -> Result<Samples> {
-    let mut writer = endpoint.connect().await?;
-    let target = "/api/v1/namespaces/default/configmaps/watched";
-    let body = |number: usize| {
-        json!({
-            "apiVersion": "v1", "kind": "ConfigMap",
-            "metadata": {"name": "watched"}, "data": {"number": number.to_string()},
-        })
-        .to_string()
-    };
-    let collection = "/api/v1/namespaces/default/configmaps";
-    writer.request("POST", collection, Some(body(0))).await?;
-    let path = format!(
-        "{collection}?watch=true&fieldSelector=metadata.name%3Dwatched&resourceVersion=0&timeoutSeconds=3600"
-    );
-    let (heard, mut arrivals) = mpsc::unbounded_channel();
-    let mut tasks = tokio::task::JoinSet::new();
-    for _ in 0..WATCHERS {
-        let mut watch = Watch::open(endpoint.connect().await?, &path).await?;
-        let heard = heard.clone();
-        tasks.spawn(async move {
-            while let Ok(Some(_event)) = watch.next().await {
-                if heard.send(Instant::now()).is_err() {
-                    break;
-                }
-            }
-        });
-    }
-    let mut round = async |sent: Instant| -> Result<Vec<f64>> {
-        let mut times = Vec::with_capacity(WATCHERS);
-        while times.len() < WATCHERS {
-            let arrival = tokio::time::timeout(Duration::from_secs(30), arrivals.recv())
-                .await
-                .context("a watcher did not hear of a change")?
-                .context("the watchers are gone")?;
-            times.push(arrival.duration_since(sent).as_secs_f64() * 1e3);
-        }
-        Ok(times)
-    };
-    // What was there at the beginning.
-    round(Instant::now()).await?;
-    let mut times = Vec::new();
-    for number in 1..=CHANGES {
-        let sent = Instant::now();
-        writer.request("PUT", target, Some(body(number))).await?;
-        times.extend(round(sent).await?);
-    }
-    tasks.shutdown().await;
-    Ok(Samples::new(times))
 }
 
 /// What watches that hear nothing cost the server, in KiB.
