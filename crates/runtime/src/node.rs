@@ -122,6 +122,19 @@ impl NodeRuntime {
         self.shared.templates.is_settled()
     }
 
+    /// How many more sandboxes can have a user id of their own.
+    #[cfg(test)]
+    pub(crate) fn free_uids(&self) -> usize {
+        let mut taken = Vec::new();
+        while let Ok(uid) = self.shared.take_uid() {
+            taken.push(uid);
+        }
+        for uid in &taken {
+            self.shared.free_uid(*uid);
+        }
+        taken.len()
+    }
+
     /// Images that containers on this node are made of: they must not be removed.
     pub fn images_in_use(&self) -> HashSet<Digest> {
         let mut ids = HashSet::new();

@@ -329,7 +329,7 @@ impl Records {
 
     async fn write(&self, action: &'static str, ops: Vec<Op>) -> Result<(), RuntimeError> {
         #[cfg(test)]
-        self.gate.step().await;
+        let ops = crate::testing::before_records(&self.gate, action, ops).await?;
         let result = self.store.txn(Vec::new(), ops, Durability::Sync).await;
         #[cfg(test)]
         self.gate.step().await;

@@ -243,6 +243,24 @@ pub(crate) async fn blocking<T: Send + 'static>(
     action: String,
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> Result<T, RuntimeError> {
+    #[cfg(test)]
+    {
+        use crate::testing::{Gate, Place};
+        let error = {
+            let action = action.clone();
+            |error| storage(action, error)
+        };
+        let work = run_blocking(action, work);
+        Gate::current().effect(Place::Files, error, work).await
+    }
+    #[cfg(not(test))]
+    run_blocking(action, work).await
+}
+
+async fn run_blocking<T: Send + 'static>(
+    action: String,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> Result<T, RuntimeError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(storage(action, error)),

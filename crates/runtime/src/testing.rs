@@ -1,7 +1,6 @@
 //! A node without a host, for this crate's own tests: what outlives a runtime lives here.
 
 use std::{
-    cell::RefCell,
     collections::{BTreeMap, HashMap, HashSet},
     fs::File,
     path::Path,
@@ -22,7 +21,7 @@ use hypernetes_network::{
     Attachment, FakeDriver, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
     NetworkSpec, PodNetworkRequest,
 };
-use hypernetes_store::{Store, StoreConfig};
+use hypernetes_store::{Op, Store, StoreConfig};
 use hypernetes_types::{
     ContainerId, CpuSet, Digest, ImageReference, KernelName, NetworkId, SandboxId,
 };
@@ -34,10 +33,7 @@ use hypernetes_volume::{
     BlockDevice, Capacity, LocalConfig, LocalVolumes, VolumeDriver, VolumeError, VolumeId,
     VolumeInfo, VolumeMode,
 };
-use tokio::{
-    io::{DuplexStream, copy_bidirectional},
-    sync::Notify,
-};
+use tokio::io::{DuplexStream, copy_bidirectional};
 
 use crate::{
     ContainerConfig, ContainerState, ContainerStatus, Deadlines, Defaults, DnsConfig,
@@ -46,59 +42,32 @@ use crate::{
     UidRange,
 };
 
-thread_local! {
-    static GATE: RefCell<Gate> = RefCell::new(Gate::default());
-}
+mod gate;
 
-/// Stops everything after a number of steps, as a crash would.
-#[derive(Debug, Clone)]
-pub(crate) struct Gate(Arc<GateState>);
+pub(crate) use gate::{Gate, Place, Trouble};
 
-#[derive(Debug)]
-struct GateState {
-    count: AtomicU64,
-    limit: AtomicU64,
-    hit: Notify,
-}
-
-impl Default for Gate {
-    fn default() -> Self {
-        let state = GateState {
-            count: AtomicU64::new(0),
-            limit: AtomicU64::new(u64::MAX),
-            hit: Notify::new(),
-        };
-        Self(Arc::new(state))
-    }
-}
-
-impl Gate {
-    /// The gate of this thread's test.
-    pub(crate) fn current() -> Self {
-        GATE.with(|gate| gate.borrow().clone())
-    }
-
-    /// One edge between two effects. Never returns once the limit is reached.
-    pub(crate) async fn step(&self) {
-        if self.0.count.fetch_add(1, Ordering::SeqCst) >= self.0.limit.load(Ordering::SeqCst) {
-            self.0.hit.notify_one();
-            std::future::pending::<()>().await;
+/// The edge before a write of records, and the trouble that waits there.
+pub(crate) async fn before_records(
+    gate: &Gate,
+    action: &'static str,
+    ops: Vec<Op>,
+) -> Result<Vec<Op>, RuntimeError> {
+    gate.step().await;
+    let kind = match gate.trouble(Place::Records) {
+        Some(Trouble::Before(kind)) => kind,
+        Some(Trouble::After(kind)) => {
+            gate.leave_in_limbo(ops);
+            kind
         }
-    }
-
-    /// Lets so many steps pass from here on.
-    pub(crate) fn close_after(&self, steps: u64) {
-        self.0.count.store(0, Ordering::SeqCst);
-        self.0.limit.store(steps, Ordering::SeqCst);
-    }
-
-    pub(crate) fn open(&self) {
-        self.0.limit.store(u64::MAX, Ordering::SeqCst);
-    }
-
-    pub(crate) async fn hit(&self) {
-        self.0.hit.notified().await;
-    }
+        trouble => {
+            if let Some(Trouble::Slow(time)) = trouble {
+                tokio::time::sleep(time).await;
+            }
+            drop(gate.take_limbo());
+            return Ok(ops);
+        }
+    };
+    Err(crate::records::storage(action, std::io::Error::from(kind)))
 }
 
 pub(crate) fn sandbox_config(name: &str) -> SandboxConfig {
@@ -219,7 +188,7 @@ pub(crate) struct World {
 impl World {
     pub(crate) async fn new() -> Self {
         let gate = Gate::default();
-        GATE.with(|current| *current.borrow_mut() = gate.clone());
+        gate.enter();
         let network = Arc::new(GatedNetwork {
             inner: FakeDriver::new(),
             gate: gate.clone(),
@@ -336,7 +305,18 @@ impl World {
             .lock()
             .unwrap()
             .insert(sandbox.clone(), FakeAgent::new());
-        former.unwrap().disconnect();
+        if let Some(former) = former {
+            former.disconnect();
+        }
+    }
+
+    /// All agents answer as the protocol says.
+    pub(crate) fn calm_agents(&self, methods: &[Method]) {
+        for agent in self.agents.agents.lock().unwrap().values() {
+            for method in methods {
+                agent.set_behaviour(*method, Behaviour::Normal);
+            }
+        }
     }
 
     /// What a container has written to its log, by stream name.
@@ -651,17 +631,13 @@ impl VolumeDriver for GatedVolumes {
         pod: &str,
         read_only: bool,
     ) -> Result<BlockDevice, VolumeError> {
-        self.gate.step().await;
-        let result = self.inner.attach(id, pod, read_only).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.attach(id, pod, read_only);
+        self.gate.effect(Place::Volumes, volume_trouble, work).await
     }
 
     async fn detach(&self, id: &VolumeId, pod: &str) -> Result<(), VolumeError> {
-        self.gate.step().await;
-        let result = self.inner.detach(id, pod).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.detach(id, pod);
+        self.gate.effect(Place::Volumes, volume_trouble, work).await
     }
 
     async fn capacity(&self) -> Result<Capacity, VolumeError> {
@@ -689,10 +665,10 @@ impl NetworkDriver for GatedNetwork {
         network: &NetworkId,
         request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
-        self.gate.step().await;
-        let result = self.inner.attach(sandbox, network, request).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.attach(sandbox, network, request);
+        self.gate
+            .effect(Place::Network, network_trouble, work)
+            .await
     }
 
     async fn ready(&self, network: &NetworkId) -> Result<(), NetworkError> {
@@ -704,10 +680,10 @@ impl NetworkDriver for GatedNetwork {
     }
 
     async fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError> {
-        self.gate.step().await;
-        let result = self.inner.detach(sandbox).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.detach(sandbox);
+        self.gate
+            .effect(Place::Network, network_trouble, work)
+            .await
     }
 
     async fn park(&self) -> Result<std::os::fd::OwnedFd, NetworkError> {
@@ -727,10 +703,10 @@ impl NetworkDriver for GatedNetwork {
     }
 
     async fn recover(&self, alive: &[SandboxId]) -> Result<(), NetworkError> {
-        self.gate.step().await;
-        let result = self.inner.recover(alive).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.recover(alive);
+        self.gate
+            .effect(Place::Network, network_trouble, work)
+            .await
     }
 }
 
@@ -769,6 +745,11 @@ impl Vmm for GatedVmm {
     }
 
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, VmmError> {
+        let failed = vmm_trouble(&spec.run_dir);
+        // On error nothing is left running: that is promised.
+        if let Some(Trouble::Before(kind) | Trouble::After(kind)) = self.gate.trouble(Place::Vmm) {
+            return Err(failed(kind.into()));
+        }
         self.gate.step().await;
         let result = self.inner.launch(spec).await;
         self.gate.step().await;
@@ -780,10 +761,10 @@ impl Vmm for GatedVmm {
     }
 
     async fn destroy(&self, run_dir: &Path) -> Result<(), VmmError> {
-        self.gate.step().await;
-        let result = self.inner.destroy(run_dir).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.destroy(run_dir);
+        self.gate
+            .effect(Place::Vmm, vmm_trouble(run_dir), work)
+            .await
     }
 }
 
@@ -792,6 +773,35 @@ struct GatedVm {
     inner: Box<dyn Vm>,
     gate: Gate,
     refuse_plugs: Arc<AtomicU64>,
+}
+
+impl GatedVm {
+    fn trouble(&self) -> impl FnOnce(std::io::Error) -> VmmError + use<> {
+        vmm_trouble(&self.inner.record().run_dir)
+    }
+}
+
+fn vmm_trouble(run_dir: &Path) -> impl FnOnce(std::io::Error) -> VmmError + use<> {
+    let path = run_dir.to_owned();
+    |source| VmmError::Io {
+        action: "use",
+        path,
+        source,
+    }
+}
+
+fn volume_trouble(source: std::io::Error) -> VolumeError {
+    VolumeError::Storage {
+        action: "use a volume".into(),
+        source,
+    }
+}
+
+fn network_trouble(source: std::io::Error) -> NetworkError {
+    NetworkError::System {
+        action: "use the network".into(),
+        source: Box::new(source),
+    }
 }
 
 #[async_trait]
@@ -814,9 +824,8 @@ impl Vm for GatedVm {
                 message: "refused by the test".into(),
             });
         }
-        let result = self.inner.plug_disk(disk).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.plug_disk(disk);
+        self.gate.effect(Place::Vmm, self.trouble(), work).await
     }
 
     async fn share(&self, share: HostShare) -> Result<String, VmmError> {
@@ -824,10 +833,8 @@ impl Vm for GatedVm {
     }
 
     async fn set_extra_memory(&self, mib: u32) -> Result<u32, VmmError> {
-        self.gate.step().await;
-        let result = self.inner.set_extra_memory(mib).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.set_extra_memory(mib);
+        self.gate.effect(Place::Vmm, self.trouble(), work).await
     }
 
     async fn set_cpus(&self, cpus: Option<&CpuSet>) -> Result<(), VmmError> {
@@ -835,15 +842,13 @@ impl Vm for GatedVm {
     }
 
     async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError> {
-        self.gate.step().await;
-        let result = self.inner.unplug_disk(slot).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.unplug_disk(slot);
+        self.gate.effect(Place::Vmm, self.trouble(), work).await
     }
 
     async fn resize_disk(&self, slot: u32, bytes: u64) -> Result<(), VmmError> {
-        self.gate.step().await;
-        self.inner.resize_disk(slot, bytes).await
+        let work = self.inner.resize_disk(slot, bytes);
+        self.gate.effect(Place::Vmm, self.trouble(), work).await
     }
 
     async fn list_disks(&self) -> Result<Vec<u32>, VmmError> {
@@ -875,10 +880,8 @@ impl Vm for GatedVm {
     }
 
     async fn kill(&self) -> Result<(), VmmError> {
-        self.gate.step().await;
-        let result = self.inner.kill().await;
-        self.gate.step().await;
-        result
+        let work = self.inner.kill();
+        self.gate.effect(Place::Vmm, self.trouble(), work).await
     }
 }
 

@@ -16,6 +16,7 @@ mod host;
 mod node;
 mod registry;
 mod scenario;
+pub mod seeded;
 
 use std::{
     path::{Path, PathBuf},
@@ -28,6 +29,7 @@ pub use host::HostPicture;
 pub use node::Node;
 pub use registry::Registry;
 pub use scenario::{Scenario, ScenarioReport};
+pub use seeded::Seeded;
 
 /// The two kubectl releases that everything is driven with.
 pub const KUBECTL_VERSIONS: [&str; 2] = ["1.36.4", "1.37.1"];
