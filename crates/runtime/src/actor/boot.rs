@@ -78,9 +78,15 @@ impl Actor {
             result = self.bring_up() => result?,
             () = stopping.cancelled() => return Err(self.refused("run")),
         }
+        let starting = self.record.clone();
         self.record.was_ready = true;
         self.advance("run", sandbox::Event::Booted)?;
-        self.save().await
+        let saved = self.save().await;
+        if saved.is_err() {
+            // What a restarted node would undo is not ready in memory either.
+            self.record = starting;
+        }
+        saved
     }
 
     async fn record_intent(&mut self) -> Result<(), RuntimeError> {

@@ -7,7 +7,7 @@ use hypernetes_types::{ContainerId, SandboxId};
 use hypernetes_vmm::VmExit;
 
 use crate::{
-    testing::{STDOUT, World, container_config, eventually, exited, running},
+    testing::{Place, STDOUT, Trouble, World, container_config, eventually, exited, running},
     *,
 };
 
@@ -164,6 +164,28 @@ async fn a_crash_while_recovering_is_made_good() {
             return;
         }
     }
+}
+
+#[tokio::test]
+async fn a_start_that_could_not_be_stored_is_no_start() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    // The intent and the VM are stored; that it is ready is not.
+    let mut config = world.sandbox("a");
+    config.metadata.attempt = 1;
+    let full = Trouble::Before(std::io::ErrorKind::StorageFull);
+    let ok = Trouble::Slow(Duration::ZERO);
+    world.gate.make_trouble(Place::Records, [ok, ok, full]);
+    let error = runtime.run_sandbox(config.clone()).await.unwrap_err();
+    assert!(matches!(error, RuntimeError::Storage { .. }), "{error:?}");
+    assert_eq!(world.vmm.sandboxes(), []);
+    // The next attempt is told of a sandbox that the next runtime knows too.
+    let sandbox = runtime.run_sandbox(config).await.unwrap();
+    drop(runtime);
+    let runtime = world.open().await;
+    assert_eq!(runtime.recovery_report().adopted, 1);
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
 }
 
 #[tokio::test]

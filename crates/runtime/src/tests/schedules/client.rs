@@ -1,6 +1,7 @@
 //! The caller of one pod: asks, and notes what it was told.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -13,6 +14,23 @@ use crate::{
     testing::{STDOUT, World, container_config},
     *,
 };
+
+/// How often something was asked, and how often that was done.
+static TALLY: Mutex<BTreeMap<&'static str, [u64; 2]>> = Mutex::new(BTreeMap::new());
+
+/// What was asked in all schedules of this process, and done.
+pub(super) fn tally() -> BTreeMap<&'static str, [u64; 2]> {
+    TALLY.lock().unwrap().clone()
+}
+
+/// Counts an answer and passes it on.
+pub(super) fn count<T, E>(what: &'static str, answer: Result<T, E>) -> Result<T, E> {
+    let mut tally = TALLY.lock().unwrap();
+    let [asked, done] = tally.entry(what).or_default();
+    *asked += 1;
+    *done += u64::from(answer.is_ok());
+    answer
+}
 
 pub(super) fn name(pod: u8) -> String {
     format!("p{pod}")
@@ -84,7 +102,7 @@ impl Client<'_> {
             config.metadata.attempt = pod.attempt;
             pod.run_asked = true;
         }
-        let told = self.runtime.run_sandbox(config).await;
+        let told = count("run", self.runtime.run_sandbox(config).await);
         let mut model = self.model();
         let pod = model.pod(self.pod);
         let Ok(id) = told else { return };
@@ -113,7 +131,10 @@ impl Client<'_> {
             container.image.clone_from(&config.image);
             container.create_asked = true;
         }
-        if let Ok(id) = self.runtime.create_container(&sandbox, config).await {
+        if let Ok(id) = count(
+            "create",
+            self.runtime.create_container(&sandbox, config).await,
+        ) {
             let mut model = self.model();
             let known = model.container(self.pod, c).id.replace(id.clone());
             if known.as_ref().is_some_and(|known| *known != id) {
@@ -127,7 +148,7 @@ impl Client<'_> {
             return;
         };
         self.model().container(self.pod, c).start_asked = true;
-        if self.runtime.start_container(&id).await.is_ok() {
+        if count("start", self.runtime.start_container(&id).await).is_ok() {
             self.model().container(self.pod, c).started = true;
         }
     }
@@ -146,7 +167,8 @@ impl Client<'_> {
             session.exit.await.ok()?.ok()
         };
         // A guest may never tell.
-        if let Ok(Some(code)) = tokio::time::timeout(Duration::from_millis(300), session).await
+        let told = tokio::time::timeout(Duration::from_millis(300), session).await;
+        if let Ok(code) = count("exec", told.ok().flatten().ok_or(()))
             && code != 0
             && code != 137
         {
@@ -158,11 +180,12 @@ impl Client<'_> {
         let Some((_, id)) = self.model().ids(self.pod, c) else {
             return;
         };
-        let session = async {
-            let mut session = self.runtime.attach(&id, false).await.ok()?;
-            session.output.recv().await
-        };
-        drop(tokio::time::timeout(Duration::from_millis(20), session).await);
+        let attached = count("attach", self.runtime.attach(&id, false).await);
+        if let Ok(mut session) = attached {
+            // It may write, or not.
+            let piece = session.output.recv();
+            drop(tokio::time::timeout(Duration::from_millis(20), piece).await);
+        }
     }
 
     fn write(&self, c: u8, count: u8) {
@@ -209,7 +232,7 @@ impl Client<'_> {
             return;
         };
         self.model().container(self.pod, c).paused = None;
-        if self.runtime.set_paused(&id, paused).await.is_ok() {
+        if count("pause", self.runtime.set_paused(&id, paused).await).is_ok() {
             self.model().container(self.pod, c).paused = Some(paused);
         }
     }
@@ -233,7 +256,7 @@ impl Client<'_> {
             memo: memo.clone(),
             host: None,
         };
-        if self.runtime.update_container(&id, update).await.is_ok() {
+        if count("update", self.runtime.update_container(&id, update).await).is_ok() {
             let mut model = self.model();
             let known = &mut model.container(self.pod, c).memo;
             known.told = memo;
@@ -260,7 +283,7 @@ impl Client<'_> {
             rotated.push(target.to_string_lossy().into_owned());
         }
         // The kubelet asks again later.
-        drop(self.runtime.reopen_log(&id).await);
+        drop(count("reopen the log", self.runtime.reopen_log(&id).await));
     }
 
     async fn stop(&self, c: u8, politely: bool) {
@@ -269,7 +292,7 @@ impl Client<'_> {
         };
         self.model().container(self.pod, c).end_asked = true;
         let grace = Duration::from_millis(if politely { 50 } else { 0 });
-        if self.runtime.stop_container(&id, grace).await.is_ok()
+        if count("stop", self.runtime.stop_container(&id, grace).await).is_ok()
             && let Some(status) = self.runtime.container(&id).await
             && matches!(status.state, ContainerState::Running)
         {
@@ -291,7 +314,7 @@ impl Client<'_> {
                 drop(std::fs::remove_file(file));
             }
         }
-        if self.runtime.remove_container(&id).await.is_ok() {
+        if count("remove", self.runtime.remove_container(&id).await).is_ok() {
             self.model().container_removed(self.pod, c);
         }
     }
@@ -305,7 +328,10 @@ impl Client<'_> {
                     memory_mib: if larger { 384 } else { 128 },
                     memo: None,
                 };
-                drop(self.runtime.resize_sandbox(&id, update).await);
+                drop(count(
+                    "resize",
+                    self.runtime.resize_sandbox(&id, update).await,
+                ));
             }
             Op::LimitedVolume(number) => {
                 let kind = VolumeKind::EmptyDir {
@@ -335,10 +361,13 @@ impl Client<'_> {
                     file: std::fs::File::open("/dev/null").unwrap(),
                     read_only: true,
                 };
-                drop(self.runtime.attach_device(&id, device).await);
+                drop(count(
+                    "attach a device",
+                    self.runtime.attach_device(&id, device).await,
+                ));
                 drop(self.runtime.detach_unused(&id).await);
             }
-            _ => drop(self.runtime.stats(&id).await),
+            _ => drop(count("statistics", self.runtime.stats(&id).await)),
         }
     }
 
@@ -353,7 +382,10 @@ impl Client<'_> {
             kind,
             gid: None,
         };
-        self.runtime.write_volume(id, volume).await
+        count(
+            "write a volume",
+            self.runtime.write_volume(id, volume).await,
+        )
     }
 
     async fn pull_image(&self) {
@@ -381,7 +413,7 @@ impl Client<'_> {
             users.filter_map(|it| it.id.clone()).collect()
         };
         let before = users();
-        if self.runtime.remove_image(name).await.is_err() {
+        if count("remove an image", self.runtime.remove_image(name).await).is_err() {
             return;
         }
         if let Some(user) = users().iter().find(|user| before.contains(user)) {
@@ -399,7 +431,7 @@ impl Client<'_> {
                 container.end_asked = true;
             }
         }
-        if self.runtime.stop_sandbox(&id).await.is_ok() {
+        if count("stop a sandbox", self.runtime.stop_sandbox(&id).await).is_ok() {
             self.model().pod(self.pod).stopped = true;
             self.no_vm(&id, "stopped");
         }
@@ -419,7 +451,7 @@ impl Client<'_> {
                 }
             }
         }
-        if self.runtime.remove_sandbox(&id).await.is_ok() {
+        if count("remove a sandbox", self.runtime.remove_sandbox(&id).await).is_ok() {
             self.model().removed(self.pod);
             self.no_vm(&id, "removed");
         }

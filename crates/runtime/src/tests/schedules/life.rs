@@ -68,7 +68,7 @@ struct Bed {
     model: Arc<Mutex<Model>>,
 }
 
-pub(super) fn run(lives: &Vec<Life>) -> Result<(), String> {
+pub(super) fn run(lives: &[Life]) -> Result<(), String> {
     let number = NEXT.fetch_add(1, Ordering::SeqCst);
     SCHEDULE.set(number);
     let result = schedule(number, lives);

@@ -111,7 +111,13 @@ pub(super) fn schedule() -> impl Strategy<Value = Vec<Life>> {
 }
 
 fn life() -> impl Strategy<Value = Life> {
-    let ops = vec((0..PODS, op()), 1..25);
+    // Some pods come up first, or much of what follows would find nothing.
+    let begun = vec((0..PODS, 0..CONTAINERS), 0..4);
+    let begun = begun.prop_map(|pods| {
+        let begin = |(pod, c)| [Op::Run, Op::Create(c), Op::Start(c)].map(|op| (pod, op));
+        pods.into_iter().flat_map(begin).collect::<Vec<_>>()
+    });
+    let ops = (begun, vec((0..PODS, op()), 1..25)).prop_map(|(begun, ops)| [begun, ops].concat());
     let faults = vec((0u16..250, fault()), 0..6);
     (ops, faults, end(), any::<bool>()).prop_map(|(ops, faults, end, look)| Life {
         ops,
@@ -133,17 +139,17 @@ fn end() -> impl Strategy<Value = End> {
 fn op() -> impl Strategy<Value = Op> {
     let c = || 0..CONTAINERS;
     prop_oneof![
-        8 => Just(Op::Run),
-        8 => c().prop_map(Op::Create),
-        8 => c().prop_map(Op::Start),
-        2 => c().prop_map(Op::Exec),
-        1 => c().prop_map(Op::Attach),
+        4 => Just(Op::Run),
+        5 => c().prop_map(Op::Create),
+        5 => c().prop_map(Op::Start),
+        3 => c().prop_map(Op::Exec),
+        2 => c().prop_map(Op::Attach),
         6 => (c(), 1u8..9).prop_map(|(c, lines)| Op::Write(c, lines)),
         3 => (c(), 0u8..5).prop_map(|(c, code)| Op::Exit(c, code)),
         2 => (c(), any::<bool>()).prop_map(|(c, paused)| Op::Pause(c, paused)),
-        2 => c().prop_map(Op::Update),
-        2 => c().prop_map(Op::Rotate),
-        2 => (c(), any::<bool>()).prop_map(|(c, politely)| Op::Stop(c, politely)),
+        3 => c().prop_map(Op::Update),
+        3 => c().prop_map(Op::Rotate),
+        3 => (c(), any::<bool>()).prop_map(|(c, politely)| Op::Stop(c, politely)),
         4 => c().prop_map(Op::Remove),
         1 => any::<bool>().prop_map(Op::Resize),
         2 => (0u8..2).prop_map(Op::LimitedVolume),
