@@ -413,16 +413,20 @@ impl Actor {
             self.forget_in_guest(id).await?;
             self.remove_log(id).await?;
             let member = self.members.remove(id);
-            if let Err(error) = self.unplug_unused().await {
+            let deleted = match self.unplug_unused().await {
+                Ok(()) => self.shared.records.delete_container(id).await,
+                Err(error) => Err(error),
+            };
+            if deleted.is_err() {
+                // As long as there is a record it must be known: a later container of the same name has
+                // the same log, which the next session would remove with this one.
                 self.members
                     .extend(member.map(|member| (id.clone(), member)));
-                return Err(error);
             }
-            self.shared.records.delete_container(id).await
+            deleted
         };
         match undone.await {
             Ok(()) => {
-                self.members.remove(id);
                 self.shared.forget_container(id);
                 self.pin_or_tell().await;
             }

@@ -189,6 +189,35 @@ async fn a_start_that_could_not_be_stored_is_no_start() {
 }
 
 #[tokio::test]
+async fn a_creation_that_could_not_be_undone_takes_no_other_s_log_away() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
+    // The intent is stored; that it is created is not, nor that it is undone.
+    let full = Trouble::Before(std::io::ErrorKind::StorageFull);
+    let ok = Trouble::Slow(Duration::ZERO);
+    world.gate.make_trouble(Place::Records, [ok, full, full]);
+    let config = container_config("c");
+    let error = runtime.create_container(&sandbox, config.clone()).await;
+    assert!(matches!(error, Err(RuntimeError::Storage { .. })));
+    let container = runtime.create_container(&sandbox, config).await.unwrap();
+    runtime.start_container(&container).await.unwrap();
+    let agent = world.agent(&sandbox);
+    agent.output(container.as_str(), STDOUT, b"one\n");
+    let logged = async |text: &str| {
+        eventually(text, || async { world.log("a", "c", "stdout") == text }).await;
+    };
+    logged("one\n").await;
+    drop(runtime);
+    let runtime = world.open().await;
+    agent.output(container.as_str(), STDOUT, b"two\n");
+    logged("one\ntwo\n").await;
+    assert_eq!(runtime.list_containers(None).await.len(), 1);
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
+}
+
+#[tokio::test]
 async fn pods_run_on_and_logs_have_no_gap() {
     let world = World::new().await;
     let mut runtime = world.open().await;
