@@ -82,6 +82,11 @@ impl Disk {
         Ok((disk, memory))
     }
 
+    /// Whether the file may have what was told to be not there.
+    pub(crate) fn is_suspect(&self) -> bool {
+        !self.suspect.is_empty()
+    }
+
     /// Whether the last commit succeeded.
     pub(crate) fn is_healthy(&self) -> bool {
         self.database.is_some()

@@ -132,7 +132,8 @@ impl Writer {
         }
         let revision = self.shared.read().revision();
         // The exact revision: after an orderly end the order goes on without a gap.
-        if self.ceiling != revision || !self.unsaved.is_empty() {
+        let suspect = self.disk.as_ref().is_some_and(Disk::is_suspect);
+        if self.ceiling != revision || !self.unsaved.is_empty() || suspect {
             self.ceiling = revision;
             if let Err(error) = self.save(None) {
                 tracing::error!(%error, "relaxed writes are lost");

@@ -13,6 +13,9 @@ use redb::{StorageBackend, backends::FileBackend};
 use super::*;
 use crate::{Change, Value};
 
+mod platter;
+mod schedules;
+
 fn put(key: &str, value: &str) -> Op {
     Op::Put(
         key.into(),
@@ -548,6 +551,37 @@ async fn a_full_disk_loses_nothing_and_is_survived() {
         .map(|e| e.key)
         .collect();
     assert_eq!(keys, ["a", "b"]);
+}
+
+#[tokio::test]
+async fn what_was_refused_is_not_there_after_an_orderly_end() {
+    // The write reaches the file, its sync fails.
+    let platter = platter::Platter::default();
+    let open = || {
+        let platter = platter.clone();
+        let open = move |_: &Path| Database::builder().create_with_backend(platter.clone());
+        Store::open_with(Path::new("platter"), StoreConfig::default(), open).unwrap()
+    };
+    drop(open());
+    for operation in 1..60 {
+        let store = open();
+        platter.begin(None, operation..operation + 1);
+        let put = vec![put("a", "1")];
+        let refused = store.txn(vec![], put, Durability::Sync).await.is_err();
+        drop(store);
+        platter.begin(None, 0..0);
+        let store = open();
+        assert_eq!(
+            store.get("a").is_none(),
+            refused,
+            "at operation {operation}"
+        );
+        if !refused {
+            assert!(operation > 3, "only {operation} operations");
+            return;
+        }
+    }
+    panic!("the write never succeeds");
 }
 
 #[derive(Debug, Clone)]
