@@ -10,7 +10,7 @@ use tokio::{
     time::{Duration, timeout},
 };
 
-use crate::{Disk, Origin, Vm, VmEvent, VmSpec, Vmm, VmmError};
+use crate::{Disk, Origin, Suspended, Vm, VmEvent, VmSpec, Vmm, VmmError};
 
 /// Makes specifications.
 pub type Specs<'a> = &'a (dyn Fn() -> VmSpec + Sync);
@@ -27,6 +27,7 @@ pub async fn all(vmm: &dyn Vmm, spec: Specs<'_>, file: Files<'_>) {
     running_vms_are_adopted(vmm, spec, file).await;
     the_directory_is_enough_to_destroy(vmm, spec).await;
     templates_are_gone_on_with(vmm, spec, file).await;
+    suspended_vms_are_resumed(vmm, spec, file).await;
 }
 
 async fn launch(vmm: &dyn Vmm, spec: VmSpec) -> Box<dyn Vm> {
@@ -194,4 +195,81 @@ pub async fn templates_are_gone_on_with(vmm: &dyn Vmm, spec: Specs<'_>, file: Fi
         assert!(matches!(vm.save().await, Err(VmmError::Spec { .. })));
         vm.kill().await.expect("killed");
     }
+}
+
+/// A VM is suspended with its disks, by whoever has adopted it too, and goes on from the file, or where
+/// it stands.
+pub async fn suspended_vms_are_resumed(vmm: &dyn Vmm, spec: Specs<'_>, file: Files<'_>) {
+    const LIMIT: u64 = 1 << 30;
+    let state = || tempfile();
+    let first = spec();
+    let (sandbox, uid) = (first.sandbox.clone(), first.uid);
+    let vm = launch(vmm, first).await;
+    let image = file();
+    let disk = || Disk {
+        slot: 7,
+        file: image.try_clone().expect("a descriptor"),
+        read_only: false,
+    };
+    vm.plug_disk(disk()).await.expect("plugged");
+    vm.suspend(state(), 3)
+        .await
+        .expect_err("more than the limit was written");
+    let kept = state();
+    vm.suspend(kept.try_clone().expect("a descriptor"), LIMIT)
+        .await
+        .expect("suspended");
+    assert_eq!(vm.exit(), None, "a suspended VM still stands there");
+    let record = vm.record();
+    drop(vm);
+    let vm = vmm
+        .adopt(&record)
+        .await
+        .expect("it is adopted as it stands");
+    vm.resume().await.expect("it goes on");
+    vm.resume().await.expect("it goes on already");
+    let kept_last = state();
+    vm.suspend(kept_last.try_clone().expect("a descriptor"), LIMIT)
+        .await
+        .expect("suspended again");
+    vm.kill().await.expect("killed");
+    let suspended = Suspended::open(kept_last).expect("a suspended VM");
+    let suspended = Arc::new(suspended);
+    let resumed = |disks: Vec<Disk>| {
+        let origin = Origin::Suspended(Arc::clone(&suspended));
+        let (sandbox, disks) = (sandbox.clone(), disks);
+        VmSpec {
+            origin,
+            sandbox,
+            uid,
+            disks,
+            ..spec()
+        }
+    };
+    vmm.launch(resumed(Vec::new()))
+        .await
+        .expect_err("a VM went on without its disk");
+    for _ in 0..2 {
+        let vm = launch(vmm, resumed(vec![disk()])).await;
+        assert_eq!(vm.list_disks().await.expect("a list"), [7]);
+        vm.resume().await.expect("it goes on");
+        vm.unplug_disk(7).await.expect("unplugged");
+        vm.plug_disk(disk()).await.expect("plugged again");
+        vm.kill().await.expect("killed");
+    }
+    let torn = state();
+    Suspended::open(torn).expect_err("an empty file is no VM");
+}
+
+fn tempfile() -> File {
+    let name = format!("hypernetes-vmm-{}", hypernetes_types::SandboxId::random());
+    let path = std::env::temp_dir().join(name);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .expect("a temporary file");
+    std::fs::remove_file(path).expect("removed");
+    file
 }

@@ -6,10 +6,11 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fmt,
+    fs::File,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -22,8 +23,9 @@ use tokio::{
 };
 
 use crate::{
-    Channel, Disk, HostShare, Origin, Template, Vm, VmEvent, VmExit, VmRecord, VmSpec, Vmm,
-    VmmError,
+    Channel, Disk, HostShare, Origin, Suspended, Template, Vm, VmEvent, VmExit, VmRecord, VmSpec,
+    Vmm, VmmError,
+    suspended::StateWriter,
     template::{self, Shape},
 };
 
@@ -37,6 +39,7 @@ pub struct FakeVmm {
     next_pid: Arc<AtomicU32>,
     vms: Arc<Mutex<HashMap<PathBuf, Arc<State>>>>,
     refusals: Arc<Mutex<Vec<VmmError>>>,
+    suspends: Arc<Mutex<Vec<VmmError>>>,
 }
 
 impl fmt::Debug for FakeVmm {
@@ -55,6 +58,7 @@ impl FakeVmm {
             next_pid: Arc::new(AtomicU32::new(1_000_000)),
             vms: Arc::default(),
             refusals: Arc::default(),
+            suspends: Arc::default(),
         }
     }
 
@@ -64,6 +68,20 @@ impl FakeVmm {
             .lock()
             .expect("no holder of this lock panics")
             .push(error);
+    }
+
+    /// Makes the next suspend fail.
+    pub fn refuse_suspend(&self, error: VmmError) {
+        self.suspends
+            .lock()
+            .expect("no holder of this lock panics")
+            .push(error);
+    }
+
+    /// Whether a VM that has not ended stands still.
+    pub fn stands_still(&self, sandbox: &SandboxId) -> Option<bool> {
+        let state = self.running(sandbox)?;
+        Some(state.still.load(Ordering::Relaxed))
     }
 
     /// Ends a running VM. False if there is none of this sandbox.
@@ -124,6 +142,7 @@ impl FakeVmm {
     fn handle(&self, state: Arc<State>) -> Box<dyn Vm> {
         Box::new(FakeVm {
             guest: Arc::clone(&self.guest),
+            suspends: Arc::clone(&self.suspends),
             state,
         })
     }
@@ -136,6 +155,8 @@ struct State {
     savable: Mutex<Option<Shape>>,
     /// Started from a template.
     restored: bool,
+    /// It stands still.
+    still: AtomicBool,
     /// Device, inode, read-only, with later mounts.
     shares: Mutex<Vec<(u64, u64, bool, bool)>>,
     /// MiB.
@@ -188,6 +209,7 @@ impl State {
 
 struct FakeVm {
     guest: Arc<Guest>,
+    suspends: Arc<Mutex<Vec<VmmError>>>,
     state: Arc<State>,
 }
 
@@ -218,6 +240,26 @@ fn check_slot(slot: u32) -> Result<(), VmmError> {
         field: "disk.slot",
         rule: format!("must be 1 to 254, not {slot}"),
     })
+}
+
+/// A VM goes on with the disks that it had.
+fn check_suspended(suspended: &Suspended, slots: &BTreeSet<u32>) -> std::io::Result<()> {
+    let (mut reader, mut text) = (suspended.read()?, vec![0; 4096]);
+    let count = reader.read(&mut text)?;
+    reader.check()?;
+    let text = String::from_utf8_lossy(&text[..count]).into_owned();
+    let had: BTreeSet<u32> = text
+        .split(' ')
+        .filter_map(|slot| slot.parse().ok())
+        .collect();
+    if had == *slots {
+        return Ok(());
+    }
+    let message = format!("the VM had disks in {had:?}, not {slots:?}");
+    Err(std::io::Error::new(
+        std::io::ErrorKind::InvalidData,
+        message,
+    ))
 }
 
 #[async_trait]
@@ -316,6 +358,20 @@ impl Vm for FakeVm {
     async fn open_channel(&self) -> Result<Box<dyn Channel>, VmmError> {
         self.running()?;
         self.state.end_channel();
+        if self.state.still.load(Ordering::Relaxed) {
+            // The VMM takes the connection; nobody answers.
+            let (ours, theirs) = duplex(64 * 1024);
+            let holder = tokio::spawn(async move {
+                let _theirs = theirs;
+                std::future::pending::<()>().await;
+            });
+            *self
+                .state
+                .channel
+                .lock()
+                .expect("no holder of this lock panics") = Some(holder.abort_handle());
+            return Ok(Box::new(ours));
+        }
         // Two pipes with a copier between them: aborting it ends both sides at once.
         let (ours, mut left) = duplex(64 * 1024);
         let (mut right, theirs) = duplex(64 * 1024);
@@ -379,6 +435,51 @@ impl Vm for FakeVm {
             })
     }
 
+    async fn suspend(&self, to: File, limit: u64) -> Result<(), VmmError> {
+        self.running()?;
+        let failed = |source| VmmError::Io {
+            action: "move the state of the VM of",
+            path: self.state.record.run_dir.clone(),
+            source,
+        };
+        if !self
+            .state
+            .shares
+            .lock()
+            .expect("no holder of this lock panics")
+            .is_empty()
+        {
+            return Err(VmmError::Spec {
+                field: "shares",
+                rule: "must not be in use".to_owned(),
+            });
+        }
+        self.state.end_channel();
+        let refusal = self
+            .suspends
+            .lock()
+            .expect("no holder of this lock panics")
+            .pop();
+        if let Some(error) = refusal {
+            return Err(error);
+        }
+        let mut writer = StateWriter::new(to, limit);
+        // What a real VMM would refuse to go on with: other disks than it had.
+        let slots = self.state.slots();
+        let slots = slots.into_iter().map(|slot| slot.to_string());
+        let state = format!("disks {}", slots.collect::<Vec<_>>().join(" "));
+        writer.write(state.as_bytes()).map_err(failed)?;
+        writer.finish("fake").map_err(failed)?;
+        self.state.still.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.running()?;
+        self.state.still.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
     async fn kill(&self) -> Result<(), VmmError> {
         self.state.end(VmExit::VmmDied {
             status: "killed by signal 9".to_owned(),
@@ -416,6 +517,14 @@ impl Vmm for FakeVmm {
                 });
             }
         }
+        if let Origin::Suspended(suspended) = &spec.origin {
+            check_suspended(suspended, &slots).map_err(|source| VmmError::Io {
+                action: "move the state of the VM of",
+                path: spec.run_dir.clone(),
+                source,
+            })?;
+        }
+        let still = AtomicBool::new(matches!(spec.origin, Origin::Suspended(_)));
         let savable = matches!(spec.origin, Origin::Savable).then(|| Shape::of(&spec));
         let restored = matches!(spec.origin, Origin::Template(_));
         let pid = self.next_pid.fetch_add(1, Ordering::Relaxed);
@@ -432,6 +541,7 @@ impl Vmm for FakeVmm {
             disks: Mutex::new(slots),
             savable: Mutex::new(savable),
             restored,
+            still,
             shares: Mutex::default(),
             extra_memory: AtomicU32::new(0),
             cpus: Mutex::default(),

@@ -15,6 +15,7 @@ mod process;
 pub mod qemu;
 mod run_dir;
 mod share;
+mod suspended;
 mod template;
 
 use std::{fs::File, os::fd::OwnedFd, path::PathBuf, sync::Arc};
@@ -26,6 +27,7 @@ use tokio::sync::broadcast;
 
 pub use run_dir::console_logs;
 pub use share::HostShare;
+pub use suspended::Suspended;
 pub use template::Template;
 
 /// How the guest's devices are attached: decided by what the kernel can drive.
@@ -83,6 +85,10 @@ pub enum Origin {
     /// kernel, virtual CPUs and memory, and its VM had a NIC exactly if this one has. The guest
     /// still has the MAC address of the template's VM.
     Template(Arc<Template>),
+    /// Goes on where the VM was that [`Vm::suspend`] wrote, once [`Vm::resume`] says so; until then it
+    /// stands still. Everything else of the specification is as that VM was started, and its disks are
+    /// the ones that it had when it was suspended, with the content that they had.
+    Suspended(Arc<Suspended>),
 }
 
 /// What a VM can be given after its start.
@@ -237,6 +243,13 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     /// Makes a template of a VM that was launched as [`Origin::Savable`], whose guest has nobody's
     /// data yet. The VM ends by it, whether it succeeds or not.
     async fn save(&self) -> Result<Template, VmmError>;
+    /// Has the VM stand still, and writes it with all of its memory into a new file, which is on the
+    /// disk and whole afterwards. It ends the agent's channel. More than `limit` bytes are an error; on
+    /// an error the VM goes on. Cancelled, it may stand still. A VM that has directories of the host is
+    /// refused.
+    async fn suspend(&self, to: File, limit: u64) -> Result<(), VmmError>;
+    /// Has a VM go on that stands still, whatever it was that made it. Idempotent.
+    async fn resume(&self) -> Result<(), VmmError>;
     /// Kills the VMM and waits until it is gone. Idempotent.
     async fn kill(&self) -> Result<(), VmmError>;
 }
@@ -249,8 +262,8 @@ pub const SHARE_TAG: &str = "hypernetes";
 pub trait Vmm: Send + Sync + std::fmt::Debug {
     /// Name of the driver, for records and messages: `qemu-kvm`, `qemu-tcg`.
     fn name(&self) -> &'static str;
-    /// Starts a VM. On error nothing is left running. Returns once the VMM answers; a guest that is
-    /// not from a template may still be booting.
+    /// Starts a VM. On error nothing is left running. Returns once the VMM answers; a guest that boots
+    /// may still be at it, one that was suspended stands still.
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, VmmError>;
     /// Takes over a VM that survived a restart of this process. [`VmmError::Gone`] if it did not.
     async fn adopt(&self, record: &VmRecord) -> Result<Box<dyn Vm>, VmmError>;

@@ -14,7 +14,9 @@ mod support;
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use hypernetes_kernel::{KernelCatalog, import};
-use hypernetes_vmm::{Machine, Origin, VmEvent, VmExit, VmSpec, Vmm, VmmError};
+use hypernetes_vmm::{
+    Machine, Origin, Suspended, Vm, VmEvent, VmExit, VmExtras, VmSpec, Vmm, VmmError,
+};
 use support::{Bench, PATIENCE, console, disk, until};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -637,6 +639,145 @@ async fn vms_go_on_from_a_template_on_both_machines() {
         // The first VM shows where the memory is; holes in it are caught from the second on.
         assert_eq!(seen[1..], [seen[0] + 1, seen[0] + 1], "{machine:?}");
     }
+}
+
+/// The numbers that the guest has counted to, as far as the console still has them.
+fn counts(vm: &dyn Vm) -> Vec<u32> {
+    let tail = vm.console_tail();
+    let lines = tail
+        .split_inclusive('\n')
+        .filter(|line| line.ends_with('\n'));
+    let number = |line: &str| line.trim().strip_prefix("COUNT ")?.parse().ok();
+    lines.filter_map(number).collect()
+}
+
+async fn counts_beyond(vm: &dyn Vm, least: u32) {
+    let last = || counts(vm).last().copied();
+    let state = || format!("{}\nexit: {:?}", vm.console_tail(), vm.exit());
+    until("it counts", || last().is_some_and(|n| n > least), state).await;
+}
+
+/// KiB of memory that others may share, which is where a guest's is.
+fn shared_memory_kib(pid: u32) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let field = |line: &str| {
+        line.strip_prefix("Pss_Shmem:")?
+            .trim()
+            .strip_suffix(" kB")?
+            .parse()
+            .ok()
+    };
+    rollup.lines().find_map(field).unwrap()
+}
+
+#[tokio::test]
+async fn suspended_vms_go_on_counting_on_both_machines() {
+    const LIMIT: u64 = 1 << 30;
+    let Some(bench) = Bench::new().await else {
+        return;
+    };
+    let grown = VmExtras {
+        max_vcpus: 2,
+        max_memory_mib: 256,
+        shares: true,
+    };
+    for (name, extras, templated) in [
+        ("booted", VmExtras::default(), false),
+        ("templated", VmExtras::default(), true),
+        ("grown", grown, false),
+    ] {
+        let spec = |origin| {
+            let mut spec = bench.spec("count");
+            spec.memory_mib = 128;
+            spec.extras = extras;
+            spec.origin = origin;
+            spec
+        };
+        let mut first = spec(Origin::Kernel);
+        if templated {
+            let vm = bench.driver.launch(spec(Origin::Savable)).await.unwrap();
+            counts_beyond(&*vm, 0).await;
+            first.origin = Origin::Template(Arc::new(vm.save().await.unwrap()));
+        }
+        let (sandbox, run_dir) = (first.sandbox.clone(), first.run_dir.clone());
+        let vm = bench.driver.launch(first).await.unwrap();
+        let image = bench.image(name);
+        vm.plug_disk(disk(9, &image, false)).await.unwrap();
+        console(&*vm, &format!("DISK+ 9 rw {name}")).await;
+        if name == "grown" {
+            assert_eq!(vm.set_extra_memory(128).await.unwrap(), 128);
+        }
+        counts_beyond(&*vm, counts(&*vm).last().copied().unwrap_or(0) + 3).await;
+        let path = bench.temp.path().join(format!("{name}.state"));
+        let file = || {
+            fs::File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&path)
+        };
+        vm.suspend(file().unwrap(), LIMIT).await.unwrap();
+        let pid = vm.record().pid;
+        vm.kill().await.unwrap();
+        assert!(!alive(pid));
+        let last = counts(&*vm).last().copied().unwrap();
+        drop(vm);
+        // Empty memory takes no room in it.
+        let size = fs::metadata(&path).unwrap().len();
+        assert!(size < 96 << 20, "{name}: {size}");
+
+        let resumed = |path: &Path| {
+            let suspended = Suspended::open(fs::File::open(path).unwrap()).unwrap();
+            let mut spec = spec(Origin::Suspended(Arc::new(suspended)));
+            spec.sandbox = sandbox.clone();
+            spec.run_dir = run_dir.clone();
+            spec.disks.push(disk(9, &image, false));
+            spec
+        };
+        let torn = bench.temp.path().join("torn.state");
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() - 1000;
+        bytes[middle] ^= 1;
+        fs::write(&torn, bytes).unwrap();
+        let error = bench.driver.launch(resumed(&torn)).await.unwrap_err();
+        println!("{name}: {}", causes(&error));
+        assert!(!run_dir.join("launch.json").exists());
+
+        let vm = bench.driver.launch(resumed(&path)).await.unwrap();
+        // It stands still until it is told.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(counts(&*vm), [0; 0]);
+        let memory = shared_memory_kib(vm.record().pid);
+        assert!(memory < 96 << 10, "{name}: {memory} KiB");
+        vm.resume().await.unwrap();
+        counts_beyond(&*vm, last + 3).await;
+        let seen = counts(&*vm);
+        assert!(
+            seen[0] == last + 1 || seen[0] == last + 2,
+            "{last}, then {seen:?}"
+        );
+        assert!(!vm.console_tail().contains("GUEST READY"), "it booted");
+        let slots = vm.list_disks().await.unwrap();
+        assert_eq!(slots, [9]);
+        vm.unplug_disk(9).await.unwrap();
+        console(&*vm, "DISK- 9").await;
+        if name == "grown" {
+            assert_eq!(vm.set_extra_memory(0).await.unwrap(), 0);
+        }
+        vm.kill().await.unwrap();
+    }
+}
+
+/// An error with its causes.
+fn causes(error: &VmmError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
 }
 
 #[test]

@@ -106,6 +106,8 @@ pub(crate) struct MachineArgs {
     pub(crate) max_vcpus: u32,
     /// MiB that can be added.
     pub(crate) growth_mib: u32,
+    /// The file that they are in, if they are not the VMM's own.
+    pub(crate) growth: Option<RawFd>,
     /// Whether a server of host directories can be plugged.
     pub(crate) shares: bool,
 }
@@ -190,10 +192,13 @@ impl MachineArgs {
         }
         if self.growth_mib > 0 {
             // Pages of it are there when the guest has them: nothing is set aside.
-            let backend = format!(
-                "memory-backend-memfd,id=more,size={}M,share=on,reserve=off",
-                self.growth_mib
-            );
+            let size = self.growth_mib;
+            let (kind, path) = match self.growth {
+                None => ("memfd", String::new()),
+                Some(fd) => ("file", format!("mem-path=/proc/self/fd/{fd},")),
+            };
+            let backend =
+                format!("memory-backend-{kind},id=more,size={size}M,{path}share=on,reserve=off");
             let device = format!("virtio-mem-pci,id={MEMORY_DEVICE},memdev=more,requested-size=0");
             args.extend(strings(["-object", &backend, "-device", &device]));
         }
@@ -362,6 +367,7 @@ mod tests {
                 memory: Memory::Own,
                 max_vcpus: 2,
                 growth_mib: 0,
+                growth: None,
                 shares: false,
             },
             boot: Some(Boot {
@@ -412,6 +418,7 @@ mod tests {
             memory: Memory::Copy(5),
             max_vcpus: 4,
             growth_mib: 768,
+            growth: None,
             shares: true,
         };
         let args = machine.args().join(" ");

@@ -20,6 +20,7 @@ mod qmp;
 mod restore;
 mod share;
 mod spawn;
+mod suspend;
 mod vm;
 
 use std::{
@@ -48,7 +49,7 @@ use self::{
     vm::{Parts, QemuVm, ShutdownReason, clear_up, read_messages},
 };
 use crate::{
-    Disk, Machine, Origin, Template, Vm, VmRecord, VmSpec, Vmm, VmmError,
+    Disk, Machine, Origin, Suspended, Template, Vm, VmRecord, VmSpec, Vmm, VmmError,
     launcher::LaunchSpec,
     process::{LaunchRecord, Process},
     run_dir::{AGENT, CONSOLE, QMP, RunDir},
@@ -112,6 +113,11 @@ impl QemuDriver {
         &self.probe
     }
 
+    /// What states of VMs are good for: they are the VMM's own, and no other version reads them.
+    fn maker(&self) -> String {
+        format!("{} {}", self.name(), self.probe.version)
+    }
+
     fn program(&self, machine: Machine) -> Result<&Path, VmmError> {
         match machine {
             Machine::Microvm => Ok(&self.probe.microvm),
@@ -148,7 +154,7 @@ impl QemuDriver {
         let shape = Shape::of(&spec);
         let mut handover = Handover::default();
         let boot = match &spec.origin {
-            Origin::Template(_) => None,
+            Origin::Template(_) | Origin::Suspended(_) => None,
             Origin::Kernel | Origin::Savable => Some(Boot {
                 kernel: handover.add(open_for_all(&spec.kernel.kernel)?.into()),
                 initrd: handover.add(open_for_all(&spec.kernel.initrd)?.into()),
@@ -157,7 +163,9 @@ impl QemuDriver {
                 extra: spec.kernel.extra_cmdline,
             }),
         };
-        let (mut savable, mut template) = (None, None);
+        let (mut savable, mut template, mut suspended) = (None, None, None);
+        let memory_mib = spec.memory_mib;
+        let (growth_mib, mut growth) = (spec.extras.growth_mib(memory_mib), None);
         let memory = match spec.origin {
             Origin::Kernel => Memory::Own,
             Origin::Savable => {
@@ -165,6 +173,23 @@ impl QemuDriver {
                 let copy = file.try_clone().map_err(memory_failed)?;
                 savable = Some((shape, file));
                 Memory::Savable(handover.add(copy))
+            }
+            Origin::Suspended(found) => {
+                let file = template::memory(memory_mib).map_err(memory_failed)?;
+                let copy = file.try_clone().map_err(memory_failed)?;
+                let mut memory = vec![file];
+                if growth_mib > 0 {
+                    let file = template::memory(growth_mib).map_err(memory_failed)?;
+                    let copy = file.try_clone().map_err(memory_failed)?;
+                    memory.push(file);
+                    growth = Some(handover.add(copy));
+                }
+                suspended = Some(Restore::Suspended {
+                    suspended: found,
+                    memory,
+                    bytes: u64::from(memory_mib + growth_mib) << 20,
+                });
+                Memory::Copy(handover.add(copy))
             }
             Origin::Template(found) => match copy {
                 Some(file) => {
@@ -222,7 +247,8 @@ impl QemuDriver {
                 memory_mib: spec.memory_mib,
                 memory,
                 max_vcpus: spec.extras.max_vcpus,
-                growth_mib: spec.extras.growth_mib(spec.memory_mib),
+                growth_mib,
+                growth,
                 shares: spec.extras.shares,
             },
             boot,
@@ -280,11 +306,11 @@ impl QemuDriver {
             process,
             messages,
             savable,
-            restore: template.map(|(template, memory)| Restore {
+            restore: suspended.or(template.map(|(template, memory)| Restore::Template {
                 template,
                 memory,
                 disks: later,
-            }),
+            })),
         })
     }
 
@@ -314,6 +340,7 @@ impl QemuDriver {
         let deadline = self.config.command_deadline;
         Ok(QemuVm::new(Parts {
             record,
+            maker: self.maker(),
             process,
             qmp,
             console,
@@ -335,12 +362,21 @@ struct Started {
     restore: Option<Restore>,
 }
 
-/// What a VM from a template is still to be given.
-struct Restore {
-    template: Arc<Template>,
-    /// Number under which the VMM was handed the template's memory, if it maps that itself.
-    memory: Option<RawFd>,
-    disks: Vec<Disk>,
+/// What a VM that does not boot is still to be given.
+enum Restore {
+    Template {
+        template: Arc<Template>,
+        /// Number under which the VMM was handed the template's memory, if it maps that itself.
+        memory: Option<RawFd>,
+        disks: Vec<Disk>,
+    },
+    Suspended {
+        suspended: Arc<Suspended>,
+        /// The memory that the VMM fills.
+        memory: Vec<OwnedFd>,
+        /// Its size.
+        bytes: u64,
+    },
 }
 
 fn remember_shutdown(reason: ShutdownReason) -> impl Fn(&QmpEvent) + Send + 'static {
@@ -489,6 +525,18 @@ impl Vmm for QemuDriver {
 
     async fn launch(&self, spec: VmSpec) -> Result<Box<dyn Vm>, VmmError> {
         check_spec(&spec)?;
+        if let Origin::Suspended(suspended) = &spec.origin
+            && suspended.maker() != self.maker()
+        {
+            return Err(VmmError::Spec {
+                field: "origin",
+                rule: format!(
+                    "must be a VM that {} has suspended, not {}",
+                    self.maker(),
+                    suspended.maker()
+                ),
+            });
+        }
         let run = RunDir::new(&spec.run_dir);
         let (sandbox, cgroup) = (spec.sandbox.clone(), spec.cgroup.clone());
         let copy = copy_memory(&spec).await?;
@@ -525,12 +573,34 @@ impl Vmm for QemuDriver {
             .await;
         match attached {
             Ok(vm) => {
-                if let Some(restore) = restore
-                    && let Err(error) = vm.restore(restore).await
-                {
+                let restored = match restore {
+                    None => Ok(()),
+                    Some(Restore::Template {
+                        template,
+                        memory,
+                        disks,
+                    }) => vm.restore(template, memory, disks).await,
+                    Some(Restore::Suspended {
+                        suspended,
+                        memory,
+                        bytes,
+                    }) => vm.restore_suspended(suspended, memory, bytes).await,
+                };
+                if let Err(error) = restored {
                     drop(vm);
+                    drop(guard.process.kill());
+                    drop(timeout(Duration::from_secs(10), guard.process.exited()).await);
+                    let output = words.map(|pipe| read_messages(&pipe)).unwrap_or_default();
                     guard.undo().await;
-                    return Err(error);
+                    // It has ended over what it was given, and said why.
+                    return Err(match error {
+                        VmmError::Gone { sandbox } => VmmError::EarlyExit {
+                            vmm: self.name().to_owned(),
+                            sandbox,
+                            output,
+                        },
+                        other => other,
+                    });
                 }
                 let mut guard = guard;
                 guard.armed = false;

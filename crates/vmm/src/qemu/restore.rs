@@ -6,6 +6,7 @@
 
 use std::{
     os::fd::{OwnedFd, RawFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -18,18 +19,26 @@ use tokio::{
 };
 
 use super::{
-    Restore,
     qmp::{QmpError, QmpEvent},
     vm::QemuVm,
 };
-use crate::{Vm, VmmError, template::Shape};
+use crate::{Disk, Template, Vm, VmmError, template::Shape};
 
 /// More state than this is not ours: it is some 300 kB.
 const MAX_STATE: u64 = 16 << 20;
 /// How long the guest may take to see that nobody talks to it any more.
-const CLOSE: Duration = Duration::from_secs(5);
+pub(super) const CLOSE: Duration = Duration::from_secs(5);
 /// Name of the pipe in QEMU.
 const PIPE: &str = "template";
+
+/// What a migration moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Transfer {
+    /// Processor and devices: the memory stays in a file that both VMMs have.
+    Devices,
+    /// The memory too.
+    Everything,
+}
 
 impl QemuVm {
     /// Stops the VM and takes its state out. The memory still has the VMM as a writer.
@@ -54,7 +63,7 @@ impl QemuVm {
             .execute("stop", json!({}))
             .await
             .map_err(self.failed(action))?;
-        self.prepare_migration()
+        self.prepare_migration(Transfer::Devices)
             .await
             .map_err(self.failed(action))?;
         let mut events = self.qmp.subscribe();
@@ -86,7 +95,7 @@ impl QemuVm {
 
     /// Waits until the guest has closed the agent's port: whoever starts from a template would have
     /// to end the former session first.
-    async fn agent_closed(&self) {
+    pub(super) async fn agent_closed(&self) {
         loop {
             let devices = self.qmp.execute("query-chardev", json!({})).await;
             let open = devices.is_ok_and(|devices| {
@@ -103,15 +112,15 @@ impl QemuVm {
     }
 
     /// Gives a VM that waits for it the state of a template, and lets it run.
-    pub(super) async fn restore(&self, restore: Restore) -> Result<(), VmmError> {
+    pub(super) async fn restore(
+        &self,
+        template: Arc<Template>,
+        memory: Option<RawFd>,
+        disks: Vec<Disk>,
+    ) -> Result<(), VmmError> {
         let action = "start from a template";
-        let Restore {
-            template,
-            memory,
-            disks,
-        } = restore;
         let pipe_failed = |e: std::io::Error| self.control(action.to_owned(), &e.to_string());
-        self.prepare_migration()
+        self.prepare_migration(Transfer::Devices)
             .await
             .map_err(self.failed(action))?;
         let mut events = self.qmp.subscribe();
@@ -173,21 +182,26 @@ impl QemuVm {
         Err(self.control(action.to_owned(), &message))
     }
 
-    async fn prepare_migration(&self) -> Result<(), QmpError> {
-        let capability = |name: &str| json!({ "capability": name, "state": true });
-        let capabilities =
-            json!({ "capabilities": [capability("x-ignore-shared"), capability("events")] });
+    pub(super) async fn prepare_migration(&self, transfer: Transfer) -> Result<(), QmpError> {
+        let capability = |name: &str, on: bool| json!({ "capability": name, "state": on });
+        let ignore_shared = capability("x-ignore-shared", transfer == Transfer::Devices);
+        let capabilities = json!({ "capabilities": [ignore_shared, capability("events", true)] });
         self.qmp
             .execute("migrate-set-capabilities", capabilities)
             .await?;
         // The guest has the template's MAC address until it is told its own: nobody is to hear of it.
+        // There is no network to be spared: as fast as the pipe takes it.
+        let parameters = json!({ "announce-rounds": 0, "max-bandwidth": 1_u64 << 40 });
         self.qmp
-            .execute("migrate-set-parameters", json!({ "announce-rounds": 0 }))
+            .execute("migrate-set-parameters", parameters)
             .await?;
         Ok(())
     }
 
-    async fn migrated(&self, events: &mut broadcast::Receiver<QmpEvent>) -> Result<(), QmpError> {
+    pub(super) async fn migrated(
+        &self,
+        events: &mut broadcast::Receiver<QmpEvent>,
+    ) -> Result<(), QmpError> {
         loop {
             let event = tokio::select! {
                 event = events.recv() => event,

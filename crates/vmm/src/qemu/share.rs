@@ -164,7 +164,7 @@ impl QemuVm {
         Ok(())
     }
 
-    async fn is_plugged(&self) -> Result<bool, QmpError> {
+    pub(super) async fn is_plugged(&self) -> Result<bool, QmpError> {
         let path = json!({ "path": "/machine/peripheral" });
         let devices = self.qmp.execute("qom-list", path).await?;
         let devices = devices.as_array().map(Vec::as_slice).unwrap_or_default();

@@ -51,6 +51,8 @@ pub(crate) type ShutdownReason = Arc<Mutex<Option<(bool, String)>>>;
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) record: VmRecord,
+    /// Driver and version of the VMM.
+    pub(crate) maker: String,
     pub(crate) process: Process,
     pub(crate) qmp: Qmp,
     pub(crate) console: Console,
@@ -65,13 +67,14 @@ pub(crate) struct Parts {
 #[derive(Debug)]
 pub(crate) struct QemuVm {
     pub(super) record: VmRecord,
+    pub(super) maker: String,
     pub(super) run: RunDir,
     pub(super) process: Process,
     pub(super) qmp: Arc<Qmp>,
     console: Arc<Console>,
     channel: ChannelSlot,
     /// One change of disks at a time: QEMU's names are checked, then used.
-    disks: tokio::sync::Mutex<()>,
+    pub(super) disks: tokio::sync::Mutex<()>,
     /// Memory that a template can be made of, once.
     pub(super) savable: Mutex<Option<(Shape, OwnedFd)>>,
     events: broadcast::Sender<VmEvent>,
@@ -85,6 +88,7 @@ impl QemuVm {
     pub(crate) fn new(parts: Parts) -> Self {
         let Parts {
             record,
+            maker,
             process,
             qmp,
             console,
@@ -114,6 +118,7 @@ impl QemuVm {
         tasks.spawn(watcher.run());
         Self {
             record,
+            maker,
             run,
             process,
             qmp,
@@ -153,6 +158,11 @@ impl QemuVm {
             sandbox,
             message: message.to_owned(),
         }
+    }
+
+    /// Ends whoever talks to the agent.
+    pub(super) fn end_channel(&self) {
+        self.channel.end_former();
     }
 
     async fn slots(&self) -> Result<Vec<u32>, QmpError> {
@@ -343,6 +353,14 @@ impl Vm for QemuVm {
         // Only now has the memory no writer any more.
         Template::new(shape, memory, state)
             .map_err(|e| self.control("seal the template".to_owned(), &e.to_string()))
+    }
+
+    async fn suspend(&self, to: File, limit: u64) -> Result<(), VmmError> {
+        self.suspend_to(to, limit).await
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.run_on().await
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -4,6 +4,7 @@
  *   panic   ends, which is a kernel panic
  *   reboot  reboots
  *   chatter writes to the console for ever
+ *   count   counts on the console, twenty a second
  */
 #include <dirent.h>
 #include <errno.h>
@@ -86,6 +87,7 @@ int main(void) {
     if (!strcmp(role, "panic")) return 1;
     if (!strcmp(role, "reboot")) { sync(); reboot(RB_AUTOBOOT); }
     if (!strcmp(role, "chatter")) for (;;) printf("\033[31mchatter chatter chatter chatter\n");
+    if (!strcmp(role, "count")) for (int n = 0;; n++) { printf("COUNT %d\n", n); look_for_disks(); usleep(50000); }
     int port = -1;
     for (;;) {
         if (port < 0) port = open("/dev/vport0p1", O_RDWR | O_NONBLOCK);
