@@ -160,6 +160,14 @@ impl PodRuntime for JointRuntime {
         self.of_container(id).set_paused(id, paused).await
     }
 
+    async fn suspend_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.of_sandbox(id).suspend_sandbox(id).await
+    }
+
+    async fn resume_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.of_sandbox(id).resume_sandbox(id).await
+    }
+
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
         self.of_container(id).remove_container(id).await
     }

@@ -13,6 +13,7 @@ const FILES: &[&str] = &[
     "../../tests/scenarios/hyper.txt",
     "../../tests/scenarios/images.txt",
     "../../tests/scenarios/pause.txt",
+    "../../tests/scenarios/suspend.txt",
 ];
 
 /// Verbs that only say that they are refused: their arguments are not looked at.

@@ -34,6 +34,10 @@ pub(crate) const PAUSED: &str = "hypernetes.io/paused";
 pub(crate) const PAUSED_CONDITION: &str = "hypernetes.io/Paused";
 /// Annotation that the node honours: with `true` it tells in events what the start's phases took.
 pub(crate) const TIMING: &str = "hypernetes.io/timing";
+/// Annotation that the node honours: with `true` the pod's memory is on the disk.
+pub(crate) const SUSPENDED: &str = "hypernetes.io/suspended";
+/// Condition by which the node says that it is, or why not.
+pub(crate) const SUSPENDED_CONDITION: &str = "hypernetes.io/Suspended";
 /// Annotation that the node honours: kernel of the pod.
 pub(crate) const KERNEL: &str = "hypernetes.io/kernel";
 /// Annotation that the node honours: network of the pod.

@@ -29,6 +29,7 @@ pub(crate) enum State {
     Created,
     Running,
     Paused,
+    Suspended,
     Restarting,
     Removing,
     Exited,
@@ -41,6 +42,7 @@ impl State {
             Self::Created => "created",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Suspended => "suspended",
             Self::Restarting => "restarting",
             Self::Removing => "removing",
             Self::Exited => "exited",
@@ -53,9 +55,9 @@ impl State {
         matches!(self, Self::Exited | Self::Dead)
     }
 
-    /// It has processes, which may stand still.
+    /// It has processes, which may stand still, or be on the disk.
     pub(crate) fn is_up(self) -> bool {
-        matches!(self, Self::Running | Self::Paused)
+        matches!(self, Self::Running | Self::Paused | Self::Suspended)
     }
 }
 
@@ -244,10 +246,7 @@ impl Container {
         let over = matches!(self.phase(), "Failed" | "Succeeded");
         let state = self.status().and_then(|status| status.state.as_ref());
         if state.is_some_and(|state| state.running.is_some()) {
-            return match crate::verbs::pause::is_paused(&self.pod) {
-                true => State::Paused,
-                false => State::Running,
-            };
+            return crate::verbs::pause::still(&self.pod).unwrap_or(State::Running);
         }
         let now = state.and_then(|state| state.terminated.as_ref());
         if over {
@@ -265,7 +264,7 @@ impl Container {
 
     pub(crate) fn exit_code(&self) -> i32 {
         match self.state() {
-            State::Running | State::Paused | State::Created => 0,
+            State::Running | State::Paused | State::Suspended | State::Created => 0,
             _ => self.ended().map_or(0, |end| end.exit_code),
         }
     }
@@ -341,11 +340,12 @@ impl Container {
             )
         };
         match self.state() {
-            state @ (State::Running | State::Paused) => {
+            state @ (State::Running | State::Paused | State::Suspended) => {
                 let started = self.started().unwrap_or(now);
                 let up = units::human_duration(now.as_second() - started.as_second());
                 match self.health_at(now) {
                     _ if state == State::Paused => format!("Up {up} (Paused)"),
+                    _ if state == State::Suspended => format!("Up {up} (Suspended)"),
                     Some("starting") => format!("Up {up} (health: starting)"),
                     Some(health) => format!("Up {up} ({health})"),
                     None => format!("Up {up}"),

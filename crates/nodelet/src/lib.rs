@@ -38,6 +38,7 @@ mod status;
 mod steps;
 mod stop;
 mod streams;
+mod suspend;
 mod timing;
 mod tokens;
 mod usage;

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// How long after a failure it is tried again.
-const RETRY: SignedDuration = SignedDuration::from_secs(10);
+pub(crate) const RETRY: SignedDuration = SignedDuration::from_secs(10);
 
 /// A pause, or its end, that did not come about.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -26,6 +26,7 @@ use crate::{
     prober::{self, Health, ProbeKind},
     resize::ResizeState,
     roles::{self, Role},
+    suspend::{self, SuspendTrouble},
     wishes,
 };
 
@@ -43,6 +44,7 @@ pub(crate) enum Slot {
     Container(String),
     Resize,
     Pause,
+    Suspend,
     Teardown,
 }
 
@@ -77,6 +79,8 @@ pub(crate) enum Action {
         containers: Vec<(String, ContainerId)>,
         paused: bool,
     },
+    /// Have the VM go to the disk, or come back from it.
+    SetSuspended { sandbox: SandboxId, suspended: bool },
     /// Forget an old container.
     RemoveContainer(ContainerId),
     /// Forget an old sandbox.
@@ -142,6 +146,8 @@ pub(crate) struct Memory {
     pub(crate) resize: Option<ResizeState>,
     /// Why the last pause, or its end, did not come about.
     pub(crate) pause: Option<PauseTrouble>,
+    /// Why the last suspend, or the last resume, did not come about.
+    pub(crate) suspend: Option<SuspendTrouble>,
 }
 
 impl Memory {
@@ -203,6 +209,11 @@ impl View<'_> {
     pub(crate) fn ready(&self) -> Option<&SandboxStatus> {
         self.sandbox()
             .filter(|sandbox| sandbox.state == SandboxState::Ready)
+    }
+
+    /// The VM is on the disk: nothing in it can be asked for anything.
+    pub(crate) fn is_suspended(&self) -> bool {
+        self.ready().is_some_and(|sandbox| sandbox.suspended)
     }
 
     /// Records of a container, newest first.
@@ -427,7 +438,9 @@ pub(crate) fn plan(view: &View<'_>) -> Plan {
         }
         plan.wake_at(deadline);
     }
-    plan_garbage(view, &mut plan);
+    if !view.is_suspended() {
+        plan_garbage(view, &mut plan);
+    }
     let wanted = wanted(view, &mut plan);
     match view.ready() {
         Some(sandbox) => plan_containers(view, sandbox, wanted, &mut plan),
@@ -450,7 +463,8 @@ fn plan_teardown(view: &View<'_>, plan: &mut Plan) {
         .containers
         .iter()
         .any(|record| record.state == ContainerState::Running);
-    if running && view.ready().is_some() && !view.memory.stopped {
+    // A suspended pod ends as it is: hooks and signals would need its memory back.
+    if running && view.ready().is_some() && !view.is_suspended() && !view.memory.stopped {
         plan.actions.push(Action::StopContainers {
             grace_seconds: view.grace_seconds(),
         });
@@ -481,13 +495,14 @@ fn plan_rest(view: &View<'_>, plan: &mut Plan) {
         .containers
         .iter()
         .any(|record| record.state == ContainerState::Running);
-    plan.actions.push(if running && !view.memory.stopped {
-        Action::StopContainers {
-            grace_seconds: view.grace_seconds(),
-        }
-    } else {
-        Action::StopSandbox(sandbox.id.clone())
-    });
+    plan.actions
+        .push(if running && !view.is_suspended() && !view.memory.stopped {
+            Action::StopContainers {
+                grace_seconds: view.grace_seconds(),
+            }
+        } else {
+            Action::StopSandbox(sandbox.id.clone())
+        });
 }
 
 /// Keeps of each container the newest record and the one before it, of sandboxes the same.
@@ -721,6 +736,13 @@ fn plan_containers(
             None => plan.actions.push(Action::FillVolumes {
                 sandbox: sandbox.id.clone(),
             }),
+        }
+        return;
+    }
+    if suspend::plan(view, sandbox, plan) {
+        for (container, _attempt) in wanted {
+            let waiting = plan.waiting.entry(container);
+            waiting.or_insert_with(suspend::waiting);
         }
         return;
     }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use hypernetes_runtime::{ContainerState as State, ContainerStatus as Record};
-use hypernetes_types::kinds::PAUSED_CONDITION;
+use hypernetes_types::kinds::{PAUSED_CONDITION, SUSPENDED_CONDITION};
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
@@ -20,6 +20,7 @@ use crate::{
     plan::{Plan, Slot, View, instant},
     resize, resources,
     roles::{self, Role},
+    suspend,
 };
 
 /// Scheme of container ids in statuses.
@@ -384,7 +385,10 @@ fn conditions(
     };
     let gates = closed_gates(view, old);
     let paused = pause::condition(view);
-    let readiness = if containers_ready.0 && paused.is_some() {
+    let suspended = suspend::condition(view);
+    let readiness = if containers_ready.0 && suspended.is_some() {
+        (false, "Suspended", "the pod is suspended".to_owned())
+    } else if containers_ready.0 && paused.is_some() {
         (false, "Paused", "the pod is paused".to_owned())
     } else if containers_ready.0 && !gates.is_empty() {
         (false, "ReadinessGatesNotReady", gates)
@@ -411,6 +415,7 @@ fn conditions(
         .into_iter()
         .chain(resizing(view))
         .chain(paused)
+        .chain(suspended)
         .collect();
     let before = old.conditions.as_deref().unwrap_or_default();
     let mut conditions: Vec<_> = before
@@ -440,7 +445,7 @@ fn conditions(
 }
 
 /// Conditions that this node writes; all others are somebody else's.
-const OWN_CONDITIONS: [&str; 8] = [
+const OWN_CONDITIONS: [&str; 9] = [
     "PodReadyToStartContainers",
     "Initialized",
     "Ready",
@@ -449,6 +454,7 @@ const OWN_CONDITIONS: [&str; 8] = [
     "PodResizePending",
     "PodResizeInProgress",
     PAUSED_CONDITION,
+    SUSPENDED_CONDITION,
 ];
 
 /// Takes over what others have written into a pod's status: conditions of their own.
@@ -464,8 +470,13 @@ pub(crate) fn take_foreign(status: &mut PodStatus, theirs: &PodStatus) {
     status.conditions = (!all.is_empty()).then_some(all);
 }
 
-/// Conditions that are there only while a resize or a pause is.
-const PASSING_CONDITIONS: [&str; 3] = ["PodResizePending", "PodResizeInProgress", PAUSED_CONDITION];
+/// Conditions that are there only while a resize, a pause or a suspension is.
+const PASSING_CONDITIONS: [&str; 4] = [
+    "PodResizePending",
+    "PodResizeInProgress",
+    PAUSED_CONDITION,
+    SUSPENDED_CONDITION,
+];
 
 fn resizing(view: &View<'_>) -> Option<(&'static str, (bool, &'static str, String))> {
     let state = view.memory.resize.as_ref();

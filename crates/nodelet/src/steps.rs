@@ -34,6 +34,7 @@ use crate::{
     services::Services,
     sources::Sources,
     stop::{Ending, Hooks},
+    suspend::SuspendTrouble,
     timing,
     tokens::Tokens,
     volumes::{self, Built},
@@ -86,6 +87,8 @@ pub(crate) enum Outcome {
     Resized(Result<Vec<(String, ContainerId)>, ResizeState>),
     /// The containers stand still or go on, as they should.
     Paused(Result<(), PauseTrouble>),
+    /// The VM is on the disk or goes on, as it should.
+    Suspended(Result<(), SuspendTrouble>),
     /// The container runs.
     Started(String),
     /// The container does not run; why.

@@ -6,10 +6,11 @@
 //! | `hypernetes.io/stop-grace-seconds` | seconds that a stop at `activeDeadlineSeconds` may take, instead of `terminationGracePeriodSeconds`; with 0 there is no stop signal and no preStop hook, the containers are killed |
 //! | `hypernetes.io/paused` | with `true` the containers stand still, and none is started |
 //! | `hypernetes.io/timing` | with `true` events with the reason `Timing` say what the start's phases took |
+//! | `hypernetes.io/suspended` | with `true` the VM is on the disk instead of in memory, and no container is started |
 //!
 //! A value that is not a number, or not `true`, is as if it were not there.
 
-use hypernetes_types::kinds::PAUSED_ANNOTATION;
+use hypernetes_types::kinds::{PAUSED_ANNOTATION, SUSPENDED_ANNOTATION};
 use k8s_openapi::api::core::v1::Pod;
 
 const MAX_RESTARTS: &str = "hypernetes.io/max-restarts";
@@ -38,8 +39,17 @@ pub(crate) fn stop_grace(pod: &Pod) -> Option<i64> {
 
 /// Whether the containers of the pod shall stand still.
 pub(crate) fn is_paused(pod: &Pod) -> bool {
+    is_true(pod, PAUSED_ANNOTATION)
+}
+
+/// Whether the pod's memory shall be on the disk.
+pub(crate) fn is_suspended(pod: &Pod) -> bool {
+    is_true(pod, SUSPENDED_ANNOTATION)
+}
+
+fn is_true(pod: &Pod, key: &str) -> bool {
     let annotations = pod.metadata.annotations.as_ref();
-    let value = annotations.and_then(|all| all.get(PAUSED_ANNOTATION));
+    let value = annotations.and_then(|all| all.get(key));
     value.is_some_and(|value| value == "true")
 }
 
@@ -79,9 +89,11 @@ mod tests {
             ("1", false),
             ("True", false),
         ] {
-            let pod = json!({"metadata": {"annotations": {PAUSED_ANNOTATION: value}}});
+            let wishes = json!({PAUSED_ANNOTATION: value, SUSPENDED_ANNOTATION: value});
+            let pod = json!({"metadata": {"annotations": wishes}});
             let pod: Pod = serde_json::from_value(pod).unwrap();
             assert_eq!(is_paused(&pod), paused, "{value}");
+            assert_eq!(is_suspended(&pod), paused, "{value}");
         }
         assert!(!is_paused(&Pod::default()));
     }

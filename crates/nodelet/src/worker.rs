@@ -224,6 +224,8 @@ impl Worker {
             .and_then(|sandbox| Some((sandbox.address?, sandbox.config.network.clone()?)));
         let running = endings(&sandboxes, &containers);
         let ready = view.ready().map(|sandbox| sandbox.id.clone());
+        // What is to be refreshed is when it goes on.
+        let suspended = view.is_suspended();
         let used = containers
             .iter()
             .any(|record| Some(&record.sandbox) == ready.as_ref());
@@ -237,11 +239,12 @@ impl Worker {
         for action in &plan.actions {
             self.start(action, &shared, &sandboxes, &containers, &running, now);
         }
+        let still = suspended || self.busy.contains(&Slot::Suspend);
         if let (Some(sandbox), true, true, false) = (
             ready,
             self.refresh,
             used,
-            self.busy.contains(&Slot::Sandbox),
+            still || self.busy.contains(&Slot::Sandbox),
         ) {
             self.refresh = false;
             let (node, pod, written) = (self.node.clone(), shared, self.volumes.volumes.clone());
@@ -296,7 +299,8 @@ impl Worker {
             .filter(|record| record.state == ContainerState::Running)
             .collect();
         let runs = |id: &ContainerId| running.iter().any(|record| record.id == *id);
-        let still = wishes::is_paused(pod);
+        let suspended = sandboxes.last().is_some_and(|sandbox| sandbox.suspended);
+        let still = wishes::is_paused(pod) || wishes::is_suspended(pod) || suspended;
         let asked = |record: &ContainerStatus| !still && !record.paused;
         self.probers.retain(|id, _| {
             let record = running.iter().find(|record| record.id == *id);
@@ -666,6 +670,11 @@ impl Worker {
                     node.set_paused(&pod, containers, paused).await
                 });
             }
+            Action::SetSuspended { sandbox, suspended } => {
+                self.spawn(Slot::Suspend, async move {
+                    node.set_suspended(&pod, sandbox, suspended).await
+                });
+            }
             Action::RemoveContainer(id) => {
                 let slot = Slot::Container(format!("/{id}"));
                 if !self.busy.contains(&slot) {
@@ -767,6 +776,7 @@ impl Worker {
             }
             Some(Outcome::Resized(Err(state))) => self.memory.resize = Some(state),
             Some(Outcome::Paused(result)) => self.memory.pause = result.err(),
+            Some(Outcome::Suspended(result)) => self.memory.suspend = result.err(),
             Some(Outcome::Started(name)) => {
                 let memory = self.memory.container(&name);
                 memory.trouble = None;

@@ -1,7 +1,7 @@
 //! Labels, annotations and finalizers that are the project's own, and the labels of namespaces.
 
 use hypernetes_types::kinds::{
-    GROUP, KERNEL_ANNOTATION, NETWORK_LABEL, PAUSED_ANNOTATION, TENANT_LABEL,
+    GROUP, KERNEL_ANNOTATION, NETWORK_LABEL, PAUSED_ANNOTATION, SUSPENDED_ANNOTATION, TENANT_LABEL,
 };
 use serde_json::Value;
 
@@ -32,19 +32,22 @@ const WISHES: [&str; 4] = [
     "hypernetes.io/stop-grace-seconds",
     "hypernetes.io/timing",
     PAUSED_ANNOTATION,
+    SUSPENDED_ANNOTATION,
 ];
 
-/// A pod is paused or it is not.
+/// A pod is paused or it is not, and it is suspended or it is not.
 pub(crate) fn check_paused(object: &Value, causes: &mut Vec<FieldError>) {
     let annotations = object
         .get("metadata")
         .and_then(|meta| meta.get("annotations"));
-    let value = annotations.and_then(|all| all.get(PAUSED_ANNOTATION));
-    if value.is_some_and(|value| !matches!(value.as_str(), Some("true" | "false"))) {
-        causes.push(FieldError::new(
-            format!("metadata.annotations[{PAUSED_ANNOTATION}]"),
-            "must be \"true\" or \"false\"",
-        ));
+    for key in [PAUSED_ANNOTATION, SUSPENDED_ANNOTATION] {
+        let value = annotations.and_then(|all| all.get(key));
+        if value.is_some_and(|value| !matches!(value.as_str(), Some("true" | "false"))) {
+            causes.push(FieldError::new(
+                format!("metadata.annotations[{key}]"),
+                "must be \"true\" or \"false\"",
+            ));
+        }
     }
 }
 
@@ -125,7 +128,7 @@ pub(crate) fn check_reserved(
         causes.push(FieldError::new(
             format!("metadata.annotations[{key}]"),
             if pod {
-                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts, stop-grace-seconds and paused"
+                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts, stop-grace-seconds, paused and suspended"
             } else {
                 "annotations under hypernetes.io/ are set by controllers only"
             },

@@ -301,9 +301,15 @@ fn a_pod_says_what_the_node_shall_do_at_its_end() {
 }
 
 #[test]
-fn a_pod_is_paused_or_not() {
+fn a_pod_is_paused_or_suspended_or_not() {
+    for key in ["hypernetes.io/paused", "hypernetes.io/suspended"] {
+        is_true_or_false(key);
+    }
+}
+
+fn is_true_or_false(key: &str) {
     let pod = |value: Value| {
-        let meta = json!({"annotations": {"hypernetes.io/paused": value}});
+        let meta = json!({"annotations": {key: value}});
         Case::create("", "Pod", json!({"metadata": meta, "spec": {}}))
     };
     for good in ["true", "false"] {
@@ -312,7 +318,7 @@ fn a_pod_is_paused_or_not() {
         assert_eq!(changed.fields().len(), 0, "{good}");
     }
     for bad in [json!(""), json!("True"), json!("1"), json!(true)] {
-        let field = ["metadata.annotations[hypernetes.io/paused]"];
+        let field = [format!("metadata.annotations[{key}]")];
         assert_eq!(pod(bad.clone()).fields(), field, "{bad}");
         assert_eq!(pod(bad.clone()).by_operator().fields(), field, "{bad}");
     }

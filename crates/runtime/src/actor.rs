@@ -15,6 +15,7 @@ mod extras;
 mod guest;
 mod pause;
 mod release;
+mod suspend;
 mod volumes;
 
 use std::{
@@ -78,6 +79,8 @@ pub(crate) enum Request {
         reply: Reply<()>,
     },
     SetPaused(ContainerId, bool, Reply<()>),
+    Suspend(Reply<()>),
+    Resume(Reply<()>),
     RemoveContainer(ContainerId, Reply<()>),
     Update(ContainerId, Box<ContainerUpdate>, Reply<()>),
     Reopener(ContainerId, Reply<Reopener>),
@@ -365,6 +368,8 @@ impl Actor {
             Request::SetPaused(id, paused, reply) => {
                 drop(reply.send(self.set_paused(&id, paused).await));
             }
+            Request::Suspend(reply) => drop(reply.send(Box::pin(self.suspend()).await)),
+            Request::Resume(reply) => drop(reply.send(Box::pin(self.resume()).await)),
             Request::RemoveContainer(id, reply) => {
                 drop(reply.send(self.remove_container(&id).await));
             }

@@ -394,6 +394,9 @@ pub struct SandboxStatus {
     pub config: SandboxConfig,
     /// Where it stands.
     pub state: SandboxState,
+    /// There is no VM: its memory is on the disk, and its containers are as they were. It is `Ready` all
+    /// the same.
+    pub suspended: bool,
     /// Nanoseconds since 1970.
     pub created_unix_nanos: i64,
     /// Virtual CPUs that the VM has now.
@@ -778,6 +781,23 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
         Err(RuntimeError::Invalid {
             field: "paused".to_owned(),
             rule: format!("{id} runs on the node's own kernel and cannot be paused"),
+        })
+    }
+    /// Frees the memory of a sandbox that is up: its VM stands still, goes to the disk, and ends. Address,
+    /// disks and volumes stay its own, its containers are shown as they were, and what needs them is
+    /// refused until [`PodRuntime::resume_sandbox`]. On an error it runs on. Stopping and removing it works
+    /// as ever.
+    async fn suspend_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        Err(RuntimeError::Invalid {
+            field: "suspended".to_owned(),
+            rule: format!("{id} is no VM and cannot be suspended"),
+        })
+    }
+    /// Has a suspended sandbox go on where it was, with the clock of today. On an error it stays suspended.
+    async fn resume_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        Err(RuntimeError::Invalid {
+            field: "suspended".to_owned(),
+            rule: format!("{id} is no VM and cannot be resumed"),
         })
     }
     /// Forgets an exited container and its log. Kills a running one.

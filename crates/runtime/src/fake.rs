@@ -274,6 +274,15 @@ impl FakeRuntime {
         self.emit(RuntimeEvent::Sandbox(id.clone()));
     }
 
+    fn set_suspended(&self, id: &SandboxId, suspended: bool) -> Result<(), RuntimeError> {
+        self.ready(id, "suspend")?;
+        if let Some(sandbox) = self.lock().sandboxes.get_mut(id) {
+            sandbox.status.suspended = suspended;
+        }
+        self.emit(RuntimeEvent::Sandbox(id.clone()));
+        Ok(())
+    }
+
     /// Waits until a condition holds. Without a deadline of its own.
     pub async fn wait_until(&self, condition: impl Fn(&Self) -> bool) {
         let mut changed = self.changed.subscribe();
@@ -402,6 +411,7 @@ impl PodRuntime for FakeRuntime {
                 Some(_) => SandboxState::NotReady,
                 None => SandboxState::Ready,
             },
+            suspended: false,
             created_unix_nanos: now_nanos(),
             kernel_release: Some("6.12.0-fake".into()),
             failure: failed.as_ref().map(|error| Failure {
@@ -648,6 +658,16 @@ impl PodRuntime for FakeRuntime {
         drop(state);
         self.emit(RuntimeEvent::Container(sandbox, id.clone()));
         Ok(())
+    }
+
+    async fn suspend_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.enter("suspend_sandbox", id.as_str())?;
+        self.set_suspended(id, true)
+    }
+
+    async fn resume_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.enter("resume_sandbox", id.as_str())?;
+        self.set_suspended(id, false)
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {

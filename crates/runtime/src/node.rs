@@ -20,8 +20,8 @@ use crate::{
     actor::{self, Handle, Request, Start, not_found},
     api::{
         Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
-        HostDevice, PodRuntime, PullProgress, RuntimeEvent, SandboxConfig, SandboxStats,
-        SandboxStatus, SandboxUpdate, Session, VolumeConfig,
+        HostDevice, PodRuntime, PullProgress, RuntimeEvent, SandboxConfig, SandboxState,
+        SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
     },
     config::RuntimeConfig,
     container,
@@ -233,6 +233,15 @@ impl NodeRuntime {
         client.ok_or_else(refused)
     }
 
+    fn place(&self, handle: &Handle, client: AgentClient) -> Place {
+        Place {
+            sandbox: handle.id.clone(),
+            client,
+            deadline: self.deadline(),
+            snapshot: handle.snapshot.clone(),
+        }
+    }
+
     async fn read_stats(&self, id: &SandboxId, detail: bool) -> Result<SandboxStats, RuntimeError> {
         let action = "read statistics";
         let handle = self.handle(id)?;
@@ -284,24 +293,22 @@ impl NodeRuntime {
             stdin_once: record.config.stdin_once,
             tty: record.config.tty,
         };
-        let place = Place {
-            sandbox: handle.id.clone(),
-            client,
-            deadline: self.deadline(),
-        };
+        let place = self.place(&handle, client);
         // Not the handle: a session must not keep the sandbox's task alive.
         let (snapshot, container) = (handle.snapshot.clone(), id.clone());
+        let leaving = place.clone();
         let ended = async move {
             let mut snapshot = snapshot;
             let code = |snapshot: &Arc<Snapshot>| match snapshot.containers.get(&container) {
+                _ if sessions::is_leaving(snapshot) => Some(Err(())),
                 Some(record) if record.phase.is_live() && !snapshot.gone => None,
-                Some(record) => Some(record.exit_code),
-                None => Some(actor::KILLED),
+                Some(record) => Some(Ok(record.exit_code)),
+                None => Some(Ok(actor::KILLED)),
             };
             let end = snapshot.wait_for(|snapshot| code(snapshot).is_some()).await;
-            end.ok()
-                .and_then(|snapshot| code(&snapshot))
-                .unwrap_or(actor::KILLED)
+            let code = end.ok().and_then(|snapshot| code(&snapshot));
+            code.unwrap_or(Ok(actor::KILLED))
+                .map_err(|()| leaving.broken("attach", "the session has ended"))
         };
         Ok(sessions::attach(
             &self.shared,
@@ -349,11 +356,7 @@ impl NodeRuntime {
             stdin: config.stdin,
             guest,
         };
-        let place = Place {
-            sandbox: handle.id.clone(),
-            client,
-            deadline: self.deadline(),
-        };
+        let place = self.place(&handle, client);
         sessions::exec(&self.shared, place, start, config.tty).await
     }
 }
@@ -374,7 +377,7 @@ impl PodRuntime for NodeRuntime {
             let Ok(snapshot) = settled.await.map(|snapshot| snapshot.clone()) else {
                 return Err(not_found("sandbox", &handle.id));
             };
-            if snapshot.record.phase == sandbox::Phase::Ready {
+            if snapshot.record.phase.state() == SandboxState::Ready {
                 return Ok(handle.id.clone());
             }
             if snapshot.record.was_ready
@@ -556,6 +559,14 @@ impl PodRuntime for NodeRuntime {
             .await
     }
 
+    async fn suspend_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.handle(id)?.ask(Request::Suspend).await
+    }
+
+    async fn resume_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {
+        self.handle(id)?.ask(Request::Resume).await
+    }
+
     async fn remove_container(&self, id: &ContainerId) -> Result<(), RuntimeError> {
         let Ok(handle) = self.handle_of(id) else {
             return Ok(());
@@ -675,11 +686,7 @@ impl PodRuntime for NodeRuntime {
         let action = "connect to a port";
         let handle = self.handle(id)?;
         let client = self.client(&handle, action).await?;
-        let place = Place {
-            sandbox: handle.id.clone(),
-            client,
-            deadline: self.deadline(),
-        };
+        let place = self.place(&handle, client);
         Ok(Box::new(
             sessions::forward(&self.shared, place, port).await?,
         ))

@@ -30,7 +30,9 @@ const VERSION_WITH_IMAGES: u32 = 3;
 const VERSION_WITH_CONFINEMENT: u32 = 4;
 /// Of a sandbox that has volumes attached, which an older runtime would not give back.
 const VERSION_WITH_VOLUMES: u32 = 5;
-const NEWEST_VERSION: u32 = VERSION_WITH_VOLUMES;
+/// Of a sandbox that is a file, or on its way there or back.
+const VERSION_WITH_SUSPENSION: u32 = 6;
+const NEWEST_VERSION: u32 = VERSION_WITH_SUSPENSION;
 
 /// A sandbox on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +61,19 @@ pub(crate) struct SandboxRecord {
     /// Size of the VM, where it is not as configured any more.
     #[serde(default)]
     pub(crate) size: Option<VmSize>,
+    /// What the VM was, while there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) suspension: Option<Suspension>,
+}
+
+/// What a VM must have to go on where another was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Suspension {
+    /// What it was started with.
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mib: u32,
+    /// Slots that it had disks in.
+    pub(crate) slots: Vec<u32>,
 }
 
 /// What a VM has after it was resized.
@@ -109,6 +124,7 @@ impl SandboxRecord {
             disks: Vec::new(),
             attached: Vec::new(),
             size: None,
+            suspension: None,
         }
     }
 
@@ -130,7 +146,16 @@ impl SandboxRecord {
         self.set_version();
     }
 
+    pub(crate) fn set_suspension(&mut self, suspension: Option<Suspension>) {
+        self.suspension = suspension;
+        self.set_version();
+    }
+
     fn set_version(&mut self) {
+        if self.suspension.is_some() {
+            self.version = VERSION_WITH_SUSPENSION;
+            return;
+        }
         self.version = match (self.attached.is_empty(), self.disks.is_empty()) {
             (true, true) => VERSION,
             (true, false) => VERSION_WITH_DISKS,
@@ -440,12 +465,20 @@ mod tests {
         assert_eq!(record.version, VERSION_WITH_VOLUMES);
         record.set_attached(Vec::new());
         assert_eq!(read, record);
+        record.set_suspension(Some(Suspension {
+            vcpus: 1,
+            memory_mib: 128,
+            slots: vec![1],
+        }));
+        assert_eq!(record.version, VERSION_WITH_SUSPENSION);
+        record.set_suspension(None);
+        assert_eq!(read, record);
     }
 
     #[tokio::test]
     async fn another_release_s_records_are_not_guessed_at() {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let value = Value::Bytes(r#"{"version":6}"#.into());
+        let value = Value::Bytes(r#"{"version":7}"#.into());
         store
             .txn(
                 vec![],

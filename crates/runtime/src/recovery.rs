@@ -4,6 +4,9 @@
 //! | --- | --- |
 //! | `Starting` | undone: VM killed, lease, disk, directories and record removed |
 //! | `Ready` | VM adopted; if it is gone, the sandbox has failed and its containers have exited |
+//! | `Suspending` | finished if all of the VM is in its file, else the VM goes on |
+//! | `Suspended` | kept |
+//! | `Resuming` | undone if the file is still there: no VM has gone on from it; else its VM is adopted |
 //! | `Failed`, `Stopped` | kept |
 //! | `Stopping` | stopped to the end; a VM that has volumes which outlive it is asked to write them back |
 //! | `Removing` | removed to the end |
@@ -82,22 +85,35 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
     for record in records {
         let id = record.id.clone();
         let members = containers.remove(&id).unwrap_or_default();
-        let phase = record.phase;
-        let handle = match phase {
-            Phase::Ready => match adopt(shared, &record).await {
-                Ok(vm) => {
-                    report.adopted += 1;
-                    let handle = actor::spawn(shared, record, members, Start::Adopted(vm));
-                    adopted.push(handle.clone());
-                    handle
-                }
-                Err(message) => {
-                    report.lost += 1;
-                    tracing::warn!(sandbox = %id, message, "a VM did not survive");
-                    let (record, members) = lose(shared, record, members, message).await?;
-                    actor::spawn(shared, record, members, Start::Rest)
+        // What it is after what was cut short is decided: with a VM, or as a file.
+        let record = match record.phase {
+            Phase::Suspending | Phase::Resuming => match settle_suspension(shared, record).await {
+                Ok(record) => record,
+                Err((record, error)) => {
+                    report.failures.push(format!("sandbox {id}: {error}"));
+                    record
                 }
             },
+            _ => record,
+        };
+        let phase = record.phase;
+        let handle = match phase {
+            Phase::Ready | Phase::Suspending | Phase::Resuming => {
+                match adopt(shared, &record).await {
+                    Ok(vm) => {
+                        report.adopted += 1;
+                        let handle = actor::spawn(shared, record, members, Start::Adopted(vm));
+                        adopted.push(handle.clone());
+                        handle
+                    }
+                    Err(message) => {
+                        report.lost += 1;
+                        tracing::warn!(sandbox = %id, message, "a VM did not survive");
+                        let (record, members) = lose(shared, record, members, message).await?;
+                        actor::spawn(shared, record, members, Start::Rest)
+                    }
+                }
+            }
             // Its guest may be writing back what its volumes are to keep.
             Phase::Stopping if !record.attached.is_empty() => {
                 let start = match adopt(shared, &record).await {
@@ -107,6 +123,7 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
                 actor::spawn(shared, record, members, start)
             }
             Phase::Starting
+            | Phase::Suspended
             | Phase::Failed
             | Phase::Stopping
             | Phase::Stopped
@@ -136,7 +153,12 @@ async fn settle(handles: impl Iterator<Item = &(Handle, Phase)>, report: &mut Re
         let result = match phase {
             Phase::Starting | Phase::Removing => handle.remove().await,
             Phase::Stopping => handle.stop().await,
-            Phase::Ready | Phase::Failed | Phase::Stopped => Ok(()),
+            Phase::Ready
+            | Phase::Suspending
+            | Phase::Suspended
+            | Phase::Resuming
+            | Phase::Failed
+            | Phase::Stopped => Ok(()),
         };
         (handle, *phase, result)
     });
@@ -151,8 +173,56 @@ async fn settle(handles: impl Iterator<Item = &(Handle, Phase)>, report: &mut Re
             }
             (Phase::Starting, Ok(())) => report.undone += 1,
             (Phase::Stopping | Phase::Removing, Ok(())) => report.finished += 1,
-            (Phase::Ready | Phase::Failed | Phase::Stopped, Ok(())) => {}
+            (
+                Phase::Ready
+                | Phase::Suspending
+                | Phase::Suspended
+                | Phase::Resuming
+                | Phase::Failed
+                | Phase::Stopped,
+                Ok(()),
+            ) => {}
         }
+    }
+}
+
+/// Decides by the file whether a suspend or a resume that was cut short is finished or undone.
+async fn settle_suspension(
+    shared: &Shared,
+    record: SandboxRecord,
+) -> Result<SandboxRecord, (SandboxRecord, String)> {
+    let failed = |error: &RuntimeError| hypernetes_telemetry::chain(error).to_string();
+    let file = shared.suspended_file(&record.id);
+    let look = blocking(format!("look for {}", file.display()), move || {
+        file.try_exists()
+    });
+    let whole = match look.await {
+        Ok(whole) => whole,
+        Err(error) => return Err((record, failed(&error))),
+    };
+    let mut settled = record.clone();
+    if whole {
+        if let Err(error) = shared.config.vmm.destroy(&shared.run_dir(&record.id)).await {
+            return Err((record, failed(&error.into())));
+        }
+        settled.vm = None;
+        settled.phase = Phase::Suspended;
+    } else {
+        let going_on = async {
+            let vm = adopt(shared, &record).await?;
+            let resumed = vm.resume().await;
+            resumed.map_err(|error| hypernetes_telemetry::chain(&error).to_string())
+        };
+        // A VM that is gone is found to be so in a moment.
+        if let Err(message) = going_on.await {
+            tracing::warn!(sandbox = %record.id, message, "a VM that stood still does not go on");
+        }
+        settled.set_suspension(None);
+        settled.phase = Phase::Ready;
+    }
+    match shared.records.put_sandbox(&settled).await {
+        Ok(()) => Ok(settled),
+        Err(error) => Err((record, failed(&error))),
     }
 }
 

@@ -93,6 +93,20 @@ impl ScratchDisks {
         blocking(failed, move || copy_sparse(&template, &path)).await
     }
 
+    /// The disk that a sandbox has had, open for reading and writing.
+    pub(crate) async fn open(&self, sandbox: &SandboxId) -> Result<File, RuntimeError> {
+        open_again(self.directory(sandbox).join(DISK)).await
+    }
+
+    /// The disk that a volume has had, open for reading and writing.
+    pub(crate) async fn open_volume(
+        &self,
+        sandbox: &SandboxId,
+        slot: u32,
+    ) -> Result<File, RuntimeError> {
+        open_again(self.directory(sandbox).join(volume_disk(slot))).await
+    }
+
     /// A fresh disk for a volume of at most `limit` bytes, open for reading and writing. One that was
     /// in the way is removed, never used again: a guest may have had it.
     pub(crate) async fn create_volume(
@@ -102,7 +116,7 @@ impl ScratchDisks {
         limit: u64,
     ) -> Result<File, RuntimeError> {
         let shape = Shape::of(limit);
-        let path = self.directory(sandbox).join(format!("volume-{slot}.ext4"));
+        let path = self.directory(sandbox).join(volume_disk(slot));
         let failed = format!("make volume disk {}", path.display());
         let (target, size) = (path.clone(), shape.size());
         let file = blocking(failed, move || {
@@ -226,6 +240,18 @@ impl Shape {
             .map(str::to_owned)
             .collect()
     }
+}
+
+fn volume_disk(slot: u32) -> String {
+    format!("volume-{slot}.ext4")
+}
+
+async fn open_again(path: PathBuf) -> Result<File, RuntimeError> {
+    let action = format!("open disk {}", path.display());
+    blocking(action, move || {
+        OpenOptions::new().read(true).write(true).open(path)
+    })
+    .await
 }
 
 /// Removes a directory and what is in it. Idempotent.

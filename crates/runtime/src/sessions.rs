@@ -4,14 +4,14 @@
 //! own process in the guest and nothing else. The tasks end with the caller, with the guest's
 //! session, or with the runtime.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use hypernetes_agent_api::{AgentClient, MAX_CHUNK_SIZE, v1};
 use hypernetes_types::{ContainerId, SandboxId};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -22,7 +22,8 @@ use crate::{
     error::RuntimeError,
     guest::{clean, exit_code, silent, status_error},
     logs::fanout::Subscription,
-    shared::Shared,
+    sandbox::Phase,
+    shared::{Shared, Snapshot},
 };
 
 /// Messages that may wait in each direction.
@@ -34,14 +35,37 @@ pub(crate) struct Place {
     pub(crate) sandbox: SandboxId,
     pub(crate) client: AgentClient,
     pub(crate) deadline: Duration,
+    /// Not the sandbox itself: a session does not keep it.
+    pub(crate) snapshot: watch::Receiver<Arc<Snapshot>>,
+}
+
+/// Whether the sandbox is on its way to the disk, or there.
+pub(crate) fn is_leaving(snapshot: &Snapshot) -> bool {
+    snapshot.record.phase == Phase::Suspending || snapshot.record.phase.is_suspended()
 }
 
 impl Place {
+    /// Why a session ended, if not by itself.
+    fn suspended(&self, action: &'static str) -> Option<RuntimeError> {
+        is_leaving(&self.snapshot.borrow()).then(|| RuntimeError::State {
+            action,
+            kind: "sandbox",
+            id: self.sandbox.to_string(),
+            state: "suspended".to_owned(),
+        })
+    }
+
     fn refused(&self, action: &'static str, status: &tonic::Status) -> RuntimeError {
+        if let Some(error) = self.suspended(action) {
+            return error;
+        }
         status_error(self.sandbox.to_string(), action, status)
     }
 
-    fn broken(&self, action: &'static str, message: &str) -> RuntimeError {
+    pub(crate) fn broken(&self, action: &'static str, message: &str) -> RuntimeError {
+        if let Some(error) = self.suspended(action) {
+            return error;
+        }
         RuntimeError::Guest {
             sandbox: self.sandbox.to_string(),
             action,
@@ -217,14 +241,14 @@ async fn deliver_exec(
     }
 }
 
-/// Joins the first process of a container. `ended` resolves to its exit code.
+/// Joins the first process of a container. `ended` resolves to its exit code, or to why it cannot be had.
 pub(crate) fn attach(
     shared: &Shared,
     place: &Place,
     container: &ContainerId,
     subscription: Subscription,
     input: AttachInput,
-    ended: impl Future<Output = i32> + Send + 'static,
+    ended: impl Future<Output = Result<i32, RuntimeError>> + Send + 'static,
 ) -> Session {
     let (mut exit, exit_rx) = oneshot::channel();
     let (stdin, stdin_rx) = mpsc::channel::<Bytes>(QUEUE);
@@ -254,7 +278,7 @@ pub(crate) fn attach(
     let too_slow = place.broken("attach", "the client did not read in time");
     spawn(shared, async move {
         let result = tokio::select! {
-            code = ended => Ok(code),
+            result = ended => result,
             () = cut.cancelled() => Err(too_slow),
             () = exit.closed() => return,
         };

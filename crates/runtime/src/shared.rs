@@ -88,6 +88,11 @@ impl Shared {
         self.scratch.directory(sandbox).join("logs")
     }
 
+    /// Where the memory of a suspended sandbox is.
+    pub(crate) fn suspended_file(&self, sandbox: &SandboxId) -> PathBuf {
+        self.scratch.directory(sandbox).join("memory.vm")
+    }
+
     pub(crate) fn sandbox_of(&self, container: &ContainerId) -> Option<SandboxId> {
         self.index().containers.get(container).cloned()
     }
@@ -149,6 +154,7 @@ impl Snapshot {
             id: record.id.clone(),
             config: record.config.clone(),
             state: record.phase.state(),
+            suspended: record.phase.is_suspended(),
             created_unix_nanos: record.created_unix_nanos,
             vcpus: record.vm_size().vcpus,
             memory_mib: record.vm_size().memory_mib,

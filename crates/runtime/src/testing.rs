@@ -493,7 +493,9 @@ impl Images for FakeImages {
     }
 
     async fn get(&self, name: &str) -> Result<Image, ImageError> {
-        let found = self.images.lock().unwrap().get(name).cloned();
+        let images = self.images.lock().unwrap();
+        let by_id = || images.values().find(|image| image.id.to_string() == name);
+        let found = images.get(name).or_else(by_id).cloned();
         found.ok_or_else(|| ImageError::NotFound(name.into()))
     }
 
@@ -877,6 +879,20 @@ impl Vm for GatedVm {
 
     async fn save(&self) -> Result<hypernetes_vmm::Template, VmmError> {
         self.inner.save().await
+    }
+
+    async fn suspend(&self, to: File, limit: u64) -> Result<(), VmmError> {
+        self.gate.step().await;
+        let result = self.inner.suspend(to, limit).await;
+        self.gate.step().await;
+        result
+    }
+
+    async fn resume(&self) -> Result<(), VmmError> {
+        self.gate.step().await;
+        let result = self.inner.resume().await;
+        self.gate.step().await;
+        result
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -8,6 +8,7 @@ mod lifecycle;
 mod pause;
 mod schedules;
 mod streams;
+mod suspend;
 mod templates;
 mod upkeep;
 mod volumes;

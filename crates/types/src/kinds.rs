@@ -14,6 +14,10 @@ pub const KERNEL_ANNOTATION: &str = "hypernetes.io/kernel";
 pub const PAUSED_ANNOTATION: &str = "hypernetes.io/paused";
 /// Condition of a pod whose containers stand still, or should.
 pub const PAUSED_CONDITION: &str = "hypernetes.io/Paused";
+/// Annotation of a pod: `"true"` frees its memory and keeps it on the disk, `"false"` has it go on.
+pub const SUSPENDED_ANNOTATION: &str = "hypernetes.io/suspended";
+/// Condition of a pod whose memory is on the disk, or should be.
+pub const SUSPENDED_CONDITION: &str = "hypernetes.io/Suspended";
 /// Finalizer of everything that owns something outside the API.
 pub const CLEANUP_FINALIZER: &str = "hypernetes.io/cleanup";
 /// Prefix of the groups that a tenant's members are in: `hypernetes:tenant:<tenant>:<role>`.

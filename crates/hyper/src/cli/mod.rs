@@ -200,6 +200,10 @@ pub(crate) enum ContainerCommand {
     Pause(Names),
     /// Have paused containers go on
     Unpause(Names),
+    /// Free the memory of containers, and keep it on the disk
+    Suspend(Names),
+    /// Have suspended containers go on where they were
+    Resume(Names),
     /// Not supported: cp what has changed
     #[command(hide = true)]
     Diff(Names),

@@ -80,6 +80,18 @@ fn states_and_their_texts() {
     let paused = one(pod("web", 'a', paused));
     assert_eq!(paused.state(), State::Paused);
     assert_eq!(paused.status_text(now()), "Up 5 minutes (Paused)");
+    let mut suspended = paused.pod.clone();
+    let both = json!([
+        {"type": "hypernetes.io/Paused", "status": "True"},
+        {"type": "hypernetes.io/Suspended", "status": "True"},
+    ]);
+    suspended.status.as_mut().unwrap().conditions = serde_json::from_value(both).unwrap();
+    let suspended = Container {
+        pod: suspended,
+        ..paused
+    };
+    assert_eq!(suspended.state(), State::Suspended);
+    assert_eq!(suspended.status_text(now()), "Up 5 minutes (Suspended)");
     let mut restarting = pod(
         "web",
         'a',

@@ -56,6 +56,12 @@ async fn running(cluster: &Cluster, name: &str) -> Result<Container> {
             "unpause it first",
         ));
     }
+    if container.state() == State::Suspended {
+        return Err(Failure::refused(
+            format_args!("cp with the suspended container {name}"),
+            "resume it first",
+        ));
+    }
     Err(Failure::refused(
         format_args!("cp with the stopped container {name}"),
         "its files have gone with its microVM; start it, or keep files in a volume",

@@ -89,6 +89,10 @@ fn running(container: &Container) -> Result<()> {
             "Container {} is paused, unpause the container before exec",
             container.id
         ))),
+        State::Suspended => Err(Failure::daemon(format_args!(
+            "Container {} is suspended, resume the container before exec",
+            container.id
+        ))),
         State::Restarting => Err(Failure::daemon(format_args!(
             "Container {} is restarting, wait until the container is running",
             container.id

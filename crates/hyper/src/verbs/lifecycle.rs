@@ -152,6 +152,9 @@ pub(crate) async fn start_one(cluster: &Cluster, container: &Container) -> Resul
         State::Paused => Err(Failure::daemon(
             "cannot start a paused container, try unpause instead",
         )),
+        State::Suspended => Err(Failure::daemon(
+            "cannot start a suspended container, try resume instead",
+        )),
         State::Running | State::Created | State::Restarting => Ok(container.clone()),
     }
 }
@@ -313,9 +316,11 @@ pub(crate) async fn kill_one(cluster: &Cluster, container: &Container, name: &st
         )));
     }
     if name != "SIGKILL" {
-        if container.state() == State::Paused {
-            // It could not take the signal.
-            pause::set(cluster, container, false).await?;
+        // It could not take the signal.
+        match container.state() {
+            State::Paused => pause::set(cluster, container, false).await?,
+            State::Suspended => pause::set_suspended(cluster, container, false).await?,
+            _ => {}
         }
         return signal(cluster, container, name).await;
     }
@@ -349,6 +354,12 @@ pub(crate) async fn remove_one(
     if state == State::Paused && !force {
         return Err(Failure::daemon(format_args!(
             "cannot remove container \"/{}\": container is paused and must be unpaused first",
+            container.name
+        )));
+    }
+    if state == State::Suspended && !force {
+        return Err(Failure::daemon(format_args!(
+            "cannot remove container \"/{}\": container is suspended and must be resumed first",
             container.name
         )));
     }

@@ -173,6 +173,7 @@ fn select(all: Vec<Container>, options: &Ps, filters: &Filters) -> Result<Vec<Co
             "created",
             "running",
             "paused",
+            "suspended",
             "restarting",
             "removing",
             "exited",

@@ -113,6 +113,8 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
         ContainerCommand::Events(options) => events::run(cluster, &options).await,
         ContainerCommand::Pause(options) => pause::pause(cluster, &options).await,
         ContainerCommand::Unpause(options) => pause::unpause(cluster, &options).await,
+        ContainerCommand::Suspend(options) => pause::suspend(cluster, &options).await,
+        ContainerCommand::Resume(options) => pause::resume(cluster, &options).await,
         ContainerCommand::Diff(_) => Err(Failure::refused(
             "diff",
             "compare with `hyper cp CONTAINER:PATH -`",

@@ -358,7 +358,11 @@ impl Foreground {
                         None | Some(State::Exited | State::Dead | State::Removing) => Some(None),
                         Some(State::Running) if run != followed => Some(Some(run)),
                         Some(
-                            State::Running | State::Paused | State::Created | State::Restarting,
+                            State::Running
+                            | State::Paused
+                            | State::Suspended
+                            | State::Created
+                            | State::Restarting,
                         ) => None,
                     }
                 })
@@ -473,6 +477,11 @@ pub(crate) async fn attach(cluster: &Cluster, options: &Attach) -> Result<()> {
         State::Paused => {
             return Err(Failure::plain(
                 "You cannot attach to a paused container, unpause it first",
+            ));
+        }
+        State::Suspended => {
+            return Err(Failure::plain(
+                "You cannot attach to a suspended container, resume it first",
             ));
         }
         State::Restarting => {

@@ -83,7 +83,7 @@ pub(crate) async fn info(target: &Target, options: &Format) -> Result<()> {
             .count()
     };
     let running = count(&[State::Running, State::Restarting]);
-    let paused = count(&[State::Paused]);
+    let paused = count(&[State::Paused, State::Suspended]);
     let stopped = containers.len() - running - paused;
     let images: std::collections::BTreeSet<String> = containers
         .iter()

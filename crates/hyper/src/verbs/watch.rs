@@ -72,6 +72,7 @@ pub(crate) async fn started(cluster: &Cluster, container: &Container) -> Result<
         match now.state() {
             model::State::Running
             | model::State::Paused
+            | model::State::Suspended
             | model::State::Exited
             | model::State::Restarting => Some(Started::Yes(Box::new(now.clone()))),
             model::State::Dead => {

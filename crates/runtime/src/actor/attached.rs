@@ -22,7 +22,7 @@ use crate::{error::RuntimeError, records::AttachedDisk};
 pub(super) const VOLUME_READY: Duration = Duration::from_secs(600);
 
 impl Actor {
-    fn volume_driver(&self) -> Result<Arc<dyn VolumeDriver>, RuntimeError> {
+    pub(super) fn volume_driver(&self) -> Result<Arc<dyn VolumeDriver>, RuntimeError> {
         let driver = self.shared.config.volumes.clone();
         driver.ok_or_else(|| invalid("volume", "must be of another kind: this node keeps none"))
     }

@@ -1,6 +1,6 @@
 //! From a stored intent to a ready sandbox.
 
-use std::{fs::File, sync::Arc};
+use std::sync::Arc;
 
 use hypernetes_agent_api::{AgentClient, FEATURE_USER_NAMESPACE};
 use hypernetes_network::Attachment;
@@ -15,6 +15,7 @@ use crate::{
     guest::{clean, clean_console},
     identity::{SCRATCH_SLOT, configure_request, network_request},
     link::{self, Link},
+    records::VmSize,
     sandbox,
     scratch::blocking,
     templates::{self, Wish},
@@ -25,10 +26,11 @@ use crate::{
 pub(super) const CONSOLE_TAIL: usize = 2048;
 
 /// What a VM is launched with.
-struct Parts {
-    attachment: Option<Attachment>,
-    scratch: Option<File>,
-    kernel: GuestKernel,
+pub(super) struct Parts {
+    pub(super) attachment: Option<Attachment>,
+    pub(super) disks: Vec<Disk>,
+    pub(super) kernel: GuestKernel,
+    pub(super) size: VmSize,
 }
 
 impl Actor {
@@ -168,15 +170,23 @@ impl Actor {
     }
 
     fn wish(&self, parts: &Parts) -> Wish {
+        Wish {
+            kernel: parts.kernel.clone(),
+            vcpus: parts.size.vcpus,
+            memory_mib: parts.size.memory_mib,
+            nic: parts.attachment.is_some(),
+            extras: self.record.config.extras,
+        }
+    }
+
+    /// What the VM is started with.
+    pub(super) fn first_size(&self) -> VmSize {
         let defaults = &self.shared.config.defaults;
         let config = &self.record.config;
         let or = |asked: u32, default: u32| if asked == 0 { default } else { asked };
-        Wish {
-            kernel: parts.kernel.clone(),
+        VmSize {
             vcpus: or(config.vcpus, defaults.vcpus),
             memory_mib: or(config.memory_mib, defaults.memory_mib),
-            nic: parts.attachment.is_some(),
-            extras: config.extras,
         }
     }
 
@@ -238,17 +248,24 @@ impl Actor {
             ("scratch", scratch_time),
             ("kernel", kernel_time),
         ]);
+        let disks = scratch.into_iter().map(|file| Disk {
+            slot: SCRATCH_SLOT,
+            file,
+            read_only: false,
+        });
         Ok(Parts {
             attachment,
-            scratch,
+            disks: disks.collect(),
             kernel,
+            size: self.first_size(),
         })
     }
 
-    async fn launch(&mut self, parts: Parts, origin: Origin) -> Result<Arc<dyn Vm>, RuntimeError> {
-        let Wish {
-            vcpus, memory_mib, ..
-        } = self.wish(&parts);
+    pub(super) async fn launch(
+        &mut self,
+        parts: Parts,
+        origin: Origin,
+    ) -> Result<Arc<dyn Vm>, RuntimeError> {
         let config = &self.record.config;
         let (net, lease) = match parts.attachment {
             Some(attachment) => {
@@ -263,22 +280,17 @@ impl Actor {
             }
             None => (None, None),
         };
-        self.plugged = parts.scratch.iter().map(|_| SCRATCH_SLOT).collect();
-        let disks = parts.scratch.map(|file| Disk {
-            slot: SCRATCH_SLOT,
-            file,
-            read_only: false,
-        });
+        self.plugged = parts.disks.iter().map(|disk| disk.slot).collect();
         let cgroup = config.cgroup_parent.as_ref();
         let spec = VmSpec {
             sandbox: self.record.id.clone(),
             kernel: parts.kernel,
             origin,
-            vcpus,
-            memory_mib,
+            vcpus: parts.size.vcpus,
+            memory_mib: parts.size.memory_mib,
             extras: config.extras,
             net,
-            disks: disks.into_iter().collect(),
+            disks: parts.disks,
             run_dir: self.shared.run_dir(&self.record.id),
             uid: self.record.uid,
             cgroup: cgroup

@@ -175,7 +175,7 @@ impl Actor {
         Ok(id)
     }
 
-    async fn open_image(&self, name: &str) -> Result<(Image, OpenLayers), RuntimeError> {
+    pub(super) async fn open_image(&self, name: &str) -> Result<(Image, OpenLayers), RuntimeError> {
         let images = &self.shared.config.images;
         let image = images.get(name).await?;
         let files = images.open_layers(&image).await?;
@@ -664,6 +664,9 @@ impl Actor {
     }
 
     pub(super) async fn remove_container(&mut self, id: &ContainerId) -> Result<(), RuntimeError> {
+        if self.record.phase.is_suspended() {
+            return Err(self.refused("remove a container"));
+        }
         let Some(member) = self.members.get_mut(id) else {
             return Ok(());
         };

@@ -105,7 +105,11 @@ impl Actor {
         self.plugged.clear();
         self.late.abort_all();
         let was = self.record.phase;
-        if self.advance("run", sandbox::Event::VmExited).is_err() || was != sandbox::Phase::Ready {
+        let ran = matches!(
+            was,
+            sandbox::Phase::Ready | sandbox::Phase::Suspending | sandbox::Phase::Resuming
+        );
+        if self.advance("run", sandbox::Event::VmExited).is_err() || !ran {
             return;
         }
         let failure = failure(exit, &console);

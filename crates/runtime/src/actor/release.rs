@@ -26,6 +26,7 @@ impl Actor {
         if matches!(self.record.phase, Phase::Stopped | Phase::Removing) {
             return Ok(());
         }
+        Box::pin(self.wake_to_flush()).await;
         self.advance("stop", sandbox::Event::StopAsked)?;
         self.save().await?;
         self.publish_sandbox();
@@ -145,6 +146,7 @@ impl Actor {
             .await?;
         // Only now nobody writes any more.
         self.detach_volumes().await?;
+        self.forget_suspended().await?;
         self.link = None;
         self.vm = None;
         self.plugged.clear();
@@ -180,7 +182,10 @@ impl Actor {
     /// goes on where it failed.
     pub(super) async fn remove(&mut self) -> Result<(), RuntimeError> {
         self.stopping.cancel();
-        if matches!(self.record.phase, Phase::Ready | Phase::Failed) {
+        if matches!(
+            self.record.phase,
+            Phase::Ready | Phase::Suspending | Phase::Suspended | Phase::Resuming | Phase::Failed
+        ) {
             self.stop().await?;
         }
         let id = self.record.id.clone();

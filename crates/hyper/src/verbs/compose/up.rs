@@ -166,8 +166,12 @@ async fn ensure(
         if let Some(old) = old {
             let same = model::annotation(&old.pod, CONFIG) == Some(config.as_str());
             if (same && !options.force_recreate) || options.no_recreate {
-                if old.state() == State::Paused {
-                    crate::verbs::pause::set(cluster, old, false).await?;
+                match old.state() {
+                    State::Paused => crate::verbs::pause::set(cluster, old, false).await?,
+                    State::Suspended => {
+                        crate::verbs::pause::set_suspended(cluster, old, false).await?;
+                    }
+                    _ => {}
                 }
                 if old.state().is_up() {
                     progress(&old.name, "Running");

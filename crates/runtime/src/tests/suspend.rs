@@ -1,0 +1,361 @@
+//! VMs that become files, and go on from them.
+
+use std::{os::unix::fs::MetadataExt, path::PathBuf};
+
+use bytes::Bytes;
+use hypernetes_agent_api::fake::Method;
+use hypernetes_types::{ContainerId, SandboxId};
+use hypernetes_vmm::{HostShare, VmmError};
+use hypernetes_volume::{VolumeDriver, VolumeMode};
+
+use crate::{
+    testing::{STDOUT, World, container_config, eventually, exited, running},
+    *,
+};
+
+fn file(world: &World, sandbox: &SandboxId) -> PathBuf {
+    let place = world.temp.path().join("state/sandboxes");
+    place.join(sandbox.as_str()).join("memory.vm")
+}
+
+async fn suspended(runtime: &NodeRuntime, sandbox: &SandboxId) -> bool {
+    let status = runtime.sandbox(sandbox).await.unwrap();
+    assert_eq!(status.state, SandboxState::Ready);
+    status.suspended
+}
+
+fn program() -> ExecConfig {
+    ExecConfig {
+        command: vec!["true".into()],
+        ..Default::default()
+    }
+}
+
+async fn answers(runtime: &NodeRuntime, container: &ContainerId) {
+    let session = runtime.exec(container, program()).await.unwrap();
+    assert_eq!(session.exit.await.unwrap().unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_suspended_pod_has_no_vm_and_goes_on_with_what_it_had() {
+    let world = World::new().await;
+    let mut runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let agent = world.agent(&sandbox);
+    let limited = VolumeConfig {
+        name: "v".into(),
+        kind: VolumeKind::EmptyDir {
+            memory: false,
+            size_limit: 1 << 20,
+        },
+        gid: None,
+    };
+    runtime.write_volume(&sandbox, limited).await.unwrap();
+    let disks = world.vmm.disks(&sandbox).unwrap();
+    assert_eq!(disks, [1, 2, 3, 254]);
+    agent.output(container.as_str(), STDOUT, b"before\nhalf ");
+    let before = runtime.container(&container).await.unwrap();
+
+    for round in 0..3 {
+        runtime.suspend_sandbox(&sandbox).await.unwrap();
+        runtime.suspend_sandbox(&sandbox).await.unwrap();
+        assert!(suspended(&runtime, &sandbox).await);
+        assert_eq!(world.vmm.sandboxes(), []);
+        assert_eq!(world.network.leases().await, 1);
+        let stat = std::fs::metadata(file(&world, &sandbox)).unwrap();
+        assert_eq!(stat.mode() & 0o777, 0o600);
+        if round > 0 {
+            drop(runtime);
+            runtime = world.open().await;
+            assert!(suspended(&runtime, &sandbox).await);
+        }
+        assert_eq!(runtime.container(&container).await.unwrap(), before);
+        let id = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
+        assert_eq!(id, sandbox, "it is made once");
+        agent.output(container.as_str(), STDOUT, b"meanwhile ");
+
+        let clock = || {
+            agent
+                .calls()
+                .iter()
+                .filter(|call| **call == Method::Clock)
+                .count()
+        };
+        let asked = clock();
+        runtime.resume_sandbox(&sandbox).await.unwrap();
+        runtime.resume_sandbox(&sandbox).await.unwrap();
+        assert!(clock() > asked, "the clock is put right");
+        assert!(!suspended(&runtime, &sandbox).await);
+        assert_eq!(world.vmm.stands_still(&sandbox), Some(false));
+        assert_eq!(world.vmm.disks(&sandbox).unwrap(), disks);
+        assert!(!file(&world, &sandbox).exists());
+        answers(&runtime, &container).await;
+    }
+    agent.exit(container.as_str(), 3);
+    assert_eq!(exited(&runtime, &container).await.exit_code, 3);
+    let log = world.log("a", "c", "stdout");
+    assert_eq!(log, "before\nhalf meanwhile meanwhile meanwhile ");
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
+}
+
+#[tokio::test]
+async fn what_needs_the_guest_is_refused_and_sessions_end_with_the_reason() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
+    let mut config = container_config("c");
+    config.stdin = true;
+    let container = runtime.create_container(&sandbox, config).await.unwrap();
+    runtime.start_container(&container).await.unwrap();
+    let config = ExecConfig {
+        stdin: true,
+        ..program()
+    };
+    let mut exec = runtime.exec(&container, config).await.unwrap();
+    exec.stdin
+        .as_ref()
+        .unwrap()
+        .send(Bytes::from("x"))
+        .await
+        .unwrap();
+    let mut attach = runtime.attach(&container, true).await.unwrap();
+    runtime.suspend_sandbox(&sandbox).await.unwrap();
+    for session in [&mut exec, &mut attach] {
+        while session.output.recv().await.is_some() {}
+        let error = (&mut session.exit).await.unwrap().unwrap_err().to_string();
+        let end = format!("sandbox {sandbox} is suspended");
+        assert!(error.ends_with(&end), "{error}");
+    }
+    let errors = [
+        runtime.exec(&container, program()).await.map(drop),
+        runtime.exec_in_guest(&container, program()).await.map(drop),
+        runtime.attach(&container, false).await.map(drop),
+        runtime.port_forward(&sandbox, 80).await.map(drop),
+        runtime.stats(&sandbox).await.map(drop),
+        runtime.set_paused(&container, true).await,
+        runtime.remove_container(&container).await,
+        runtime
+            .create_container(&sandbox, container_config("d"))
+            .await
+            .map(drop),
+    ];
+    for error in errors {
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.ends_with(&format!("{sandbox} is suspended")),
+            "{error}"
+        );
+    }
+    let unknown = SandboxId::random();
+    assert!(matches!(
+        runtime.suspend_sandbox(&unknown).await,
+        Err(RuntimeError::NotFound { .. })
+    ));
+}
+
+#[tokio::test]
+async fn a_suspend_that_fails_leaves_the_pod_running() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    world.vmm.refuse_suspend(VmmError::Io {
+        action: "move the state of the VM of",
+        path: "/x".into(),
+        source: std::io::ErrorKind::StorageFull.into(),
+    });
+    let error = runtime.suspend_sandbox(&sandbox).await.unwrap_err();
+    let error = hypernetes_telemetry::chain(&error).to_string();
+    assert!(error.contains("no storage space"), "{error}");
+    assert!(!suspended(&runtime, &sandbox).await);
+    assert!(!file(&world, &sandbox).with_extension("new").exists());
+    answers(&runtime, &container).await;
+
+    // The host's own devices may not be there later.
+    let device = HostDevice {
+        file: std::fs::File::open("/dev/null").unwrap(),
+        read_only: true,
+    };
+    runtime.attach_device(&sandbox, device).await.unwrap();
+    let error = runtime.suspend_sandbox(&sandbox).await.unwrap_err();
+    assert!(error.to_string().contains("devices"), "{error}");
+    runtime.detach_unused(&sandbox).await.unwrap();
+    runtime.suspend_sandbox(&sandbox).await.unwrap();
+    runtime.stop_sandbox(&sandbox).await.unwrap();
+    assert!(!file(&world, &sandbox).exists());
+    let error = runtime.resume_sandbox(&sandbox).await.unwrap_err();
+    assert!(error.to_string().ends_with("is stopped"), "{error}");
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
+}
+
+#[tokio::test]
+async fn a_sandbox_that_shows_the_host_s_directories_is_not_suspended() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let mut config = world.sandbox("a");
+    config.extras.shares = true;
+    let sandbox = runtime.run_sandbox(config).await.unwrap();
+    let share = HostShare {
+        source: std::fs::File::open("/").unwrap().into(),
+        read_only: true,
+        recursive: false,
+        follow_mounts: false,
+    };
+    runtime.share(&sandbox, share).await.unwrap();
+    let error = runtime.suspend_sandbox(&sandbox).await.unwrap_err();
+    assert!(error.to_string().contains("shares"), "{error}");
+    assert!(!suspended(&runtime, &sandbox).await);
+}
+
+#[tokio::test]
+async fn a_resume_that_fails_leaves_the_pod_suspended() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    runtime.suspend_sandbox(&sandbox).await.unwrap();
+    world.vmm.refuse_launch(VmmError::Spec {
+        field: "x",
+        rule: "no".into(),
+    });
+    runtime.resume_sandbox(&sandbox).await.unwrap_err();
+    assert!(suspended(&runtime, &sandbox).await);
+    assert!(file(&world, &sandbox).exists());
+    // What the disk has lost is noticed, and nothing goes on from it.
+    let path = file(&world, &sandbox);
+    let kept = std::fs::read(&path).unwrap();
+    let mut torn = kept.clone();
+    *torn.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, torn).unwrap();
+    runtime.resume_sandbox(&sandbox).await.unwrap_err();
+    assert!(suspended(&runtime, &sandbox).await);
+    assert_eq!(world.vmm.sandboxes(), []);
+    std::fs::write(&path, kept).unwrap();
+    runtime.resume_sandbox(&sandbox).await.unwrap();
+    answers(&runtime, &container).await;
+}
+
+#[tokio::test]
+async fn a_suspended_pod_is_removed_without_going_on() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let (other, _) = running(&world, &runtime, "b").await;
+    for id in [&sandbox, &other] {
+        runtime.suspend_sandbox(id).await.unwrap();
+    }
+    runtime.stop_sandbox(&sandbox).await.unwrap();
+    let status = runtime.container(&container).await.unwrap();
+    assert_eq!(
+        (status.state, status.exit_code),
+        (ContainerState::Exited, 137)
+    );
+    for id in [&sandbox, &other] {
+        assert!(!world.agent(id).calls().contains(&Method::Shutdown));
+        runtime.remove_sandbox(id).await.unwrap();
+    }
+    world.assert_clean().await;
+}
+
+#[tokio::test]
+async fn volumes_that_outlive_a_suspended_pod_are_written_back() {
+    let world = World::new().await;
+    let id = "data".parse().unwrap();
+    let mode = VolumeMode::Filesystem;
+    world.volumes.create(&id, 1 << 20, mode).await.unwrap();
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let volume = VolumeConfig {
+        name: "v".into(),
+        kind: VolumeKind::Disk {
+            volume: "data".into(),
+            read_only: false,
+            group_change: GroupChange::OnRootMismatch,
+        },
+        gid: None,
+    };
+    runtime.write_volume(&sandbox, volume).await.unwrap();
+    let attached = async || world.volumes.get(&id).await.unwrap().unwrap().attached_to;
+    runtime.suspend_sandbox(&sandbox).await.unwrap();
+    assert_eq!(attached().await, [sandbox.to_string()], "it stays its own");
+    drop(runtime);
+    let runtime = world.open().await;
+    assert_eq!(attached().await, [sandbox.to_string()]);
+    runtime.resume_sandbox(&sandbox).await.unwrap();
+    answers(&runtime, &container).await;
+    runtime.suspend_sandbox(&sandbox).await.unwrap();
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    assert!(world.agent(&sandbox).calls().contains(&Method::Shutdown));
+    assert_eq!(attached().await, [""; 0]);
+    world.assert_clean().await;
+}
+
+#[tokio::test]
+async fn a_crash_anywhere_while_a_pod_is_suspended_and_resumed_is_made_good() {
+    for steps in 0.. {
+        let world = World::new().await;
+        let runtime = world.open().await;
+        let (sandbox, container) = running(&world, &runtime, "a").await;
+        world.gate.close_after(steps);
+        let there_and_back = async {
+            runtime.suspend_sandbox(&sandbox).await.unwrap();
+            runtime.resume_sandbox(&sandbox).await.unwrap();
+        };
+        let finished = tokio::select! {
+            () = there_and_back => true,
+            () = world.gate.hit() => false,
+        };
+        drop(runtime);
+        world.gate.open();
+        let runtime = world.open().await;
+        let report = runtime.recovery_report();
+        assert_eq!(
+            (report.lost, &report.failures),
+            (0, &Vec::new()),
+            "step {steps}"
+        );
+        // Either there is a VM that runs, or a file: never both, never neither.
+        let is_file = suspended(&runtime, &sandbox).await;
+        let vms = world.vmm.sandboxes();
+        assert_eq!(vms.is_empty(), is_file, "step {steps}");
+        assert_eq!(file(&world, &sandbox).exists(), is_file, "step {steps}");
+        assert_eq!(
+            world.vmm.stands_still(&sandbox),
+            (!is_file).then_some(false)
+        );
+        let state = runtime.container(&container).await.unwrap().state;
+        assert_eq!(state, ContainerState::Running);
+        runtime.resume_sandbox(&sandbox).await.unwrap();
+        world
+            .agent(&sandbox)
+            .output(container.as_str(), STDOUT, b"works\n");
+        eventually("output", || async {
+            world.log("a", "c", "stdout") == "works\n"
+        })
+        .await;
+        answers(&runtime, &container).await;
+        runtime.remove_sandbox(&sandbox).await.unwrap();
+        world.assert_clean().await;
+        if finished {
+            assert!(steps > 15, "only {steps} steps were seen");
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_removal_comes_ahead_of_a_suspend_that_hangs() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (sandbox, _) = running(&world, &runtime, "a").await;
+    // Some step of the suspend never returns.
+    world.gate.close_after(2);
+    let begun = tokio::select! {
+        result = runtime.suspend_sandbox(&sandbox) => panic!("{result:?}"),
+        () = world.gate.hit() => true,
+    };
+    assert!(begun);
+    world.gate.open();
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
+}
