@@ -56,7 +56,8 @@ fn suspend(daemon: &Daemon, tenant: &Path, pod: &str, value: &str, wanted: &str)
         &["annotate", "--overwrite", "pod", pod, &annotation],
     ));
     eventually("the condition", PATIENCE, || {
-        (condition(daemon, tenant, pod) == wanted).then_some(())
+        let now = condition(daemon, tenant, pod);
+        (now == wanted).then_some(()).ok_or(now)
     });
 }
 
@@ -110,7 +111,10 @@ fn a_suspended_pod_takes_no_memory_and_outlives_the_daemon() {
     let running = vms(&daemon);
     suspend(&daemon, &acme, "web", "true", "True");
     eventually("the VMM is gone", PATIENCE, || {
-        (vms(&daemon) + 1 == running).then_some(())
+        let now = vms(&daemon);
+        (now + 1 == running)
+            .then_some(())
+            .ok_or(format!("{now} of {running}"))
     });
     let counted = log(&daemon).len();
 
@@ -124,7 +128,10 @@ fn a_suspended_pod_takes_no_memory_and_outlives_the_daemon() {
     run(&mut daemon.kubectl_as(&acme, &ready));
     assert_eq!(fetch(&daemon), "served");
     eventually("it counts on", PATIENCE, || {
-        (log(&daemon).len() > counted + 5).then_some(())
+        let now = log(&daemon).len();
+        (now > counted + 5)
+            .then_some(())
+            .ok_or(format!("{now} after {counted}"))
     });
     let all = log(&daemon);
     let expected: Vec<u64> = (1..).take(all.len()).collect();
@@ -134,7 +141,8 @@ fn a_suspended_pod_takes_no_memory_and_outlives_the_daemon() {
     suspend(&daemon, &acme, "web", "true", "True");
     run(&mut daemon.kubectl_as(&acme, &["delete", "pod", "web", "--timeout=60s"]));
     eventually("nothing is left", PATIENCE, || {
-        daemon.pod_files().is_empty().then_some(())
+        let left = daemon.pod_files();
+        left.is_empty().then_some(()).ok_or(format!("{left:?}"))
     });
     assert_eq!(vms(&daemon), running - 1);
 }

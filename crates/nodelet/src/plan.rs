@@ -726,7 +726,7 @@ fn plan_containers(
         .iter()
         .any(|record| record.sandbox == sandbox.id);
     let filled = view.memory.volumes.as_ref() == Some(&sandbox.id);
-    if !used && !filled {
+    if !used && !filled && !sandbox.suspended {
         let waits = view
             .memory
             .sandbox_failed

@@ -56,6 +56,7 @@ const QUEUE: usize = 64;
 
 pub(crate) use containers::unknown_to_guest;
 pub(crate) use release::KILLED;
+pub(crate) use suspend::draft;
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, RuntimeError>>;
 

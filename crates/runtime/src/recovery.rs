@@ -194,7 +194,10 @@ async fn settle_suspension(
     let failed = |error: &RuntimeError| hypernetes_telemetry::chain(error).to_string();
     let file = shared.suspended_file(&record.id);
     let look = blocking(format!("look for {}", file.display()), move || {
-        file.try_exists()
+        let whole = file.try_exists()?;
+        // What was being written when it was cut short; there may be none.
+        drop(std::fs::remove_file(actor::draft(&file)));
+        Ok(whole)
     });
     let whole = match look.await {
         Ok(whole) => whole,

@@ -205,6 +205,7 @@ fn renewed(container: &Container) -> Result<Value> {
         .unwrap_or_default();
     annotations.remove(meta::STOP_GRACE);
     annotations.remove(meta::PAUSED);
+    annotations.remove(meta::SUSPENDED);
     annotations.insert(meta::ID.to_owned(), container.id.clone());
     annotations.insert(meta::CREATED.to_owned(), container.created().to_string());
     annotations.insert(

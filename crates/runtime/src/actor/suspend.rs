@@ -17,6 +17,7 @@ use std::{
     sync::Arc,
 };
 
+use hypernetes_network::Lease;
 use hypernetes_types::Digest;
 use hypernetes_vmm::{Disk, Origin, Suspended, Vm};
 
@@ -294,7 +295,9 @@ impl Actor {
             }
             None => None,
         };
-        if attachment.as_ref().map(|it| &it.lease) != self.record.lease.as_ref() {
+        let place = |lease: &Lease| (lease.address, lease.mac.clone());
+        let had = self.record.lease.as_ref().map(place);
+        if attachment.as_ref().map(|it| place(&it.lease)) != had {
             let rule = "must be the one that the sandbox had before it was suspended";
             return Err(invalid("address", rule));
         }
@@ -423,7 +426,7 @@ impl Actor {
 }
 
 /// The name of a file that is not whole yet.
-fn draft(file: &Path) -> PathBuf {
+pub(crate) fn draft(file: &Path) -> PathBuf {
     file.with_extension("new")
 }
 

@@ -319,6 +319,7 @@ async fn a_crash_anywhere_while_a_pod_is_suspended_and_resumed_is_made_good() {
         let vms = world.vmm.sandboxes();
         assert_eq!(vms.is_empty(), is_file, "step {steps}");
         assert_eq!(file(&world, &sandbox).exists(), is_file, "step {steps}");
+        assert!(!file(&world, &sandbox).with_extension("new").exists());
         assert_eq!(
             world.vmm.stands_still(&sandbox),
             (!is_file).then_some(false)

@@ -166,8 +166,8 @@ impl QemuVm {
                 .map_err(self.failed(action))?;
             self.blocking(move || {
                 reader.check()?;
-                let memory = memory.into_iter().map(File::from);
-                memory.map(|file| punch_empty_pages(&file)).collect()
+                let mut memory = memory.into_iter().map(File::from);
+                memory.try_for_each(|file| punch_empty_pages(&file))
             })
             .await
         };
