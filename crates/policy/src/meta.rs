@@ -27,7 +27,7 @@ pub(crate) fn annotation<'a>(object: &'a Value, key: &str) -> Option<&'a str> {
 /// of the project trusts them.
 const CLIENT_DOMAIN: &str = "hyper.hypernetes.io";
 /// Annotations of a pod that the node honours and that may change while it runs.
-const WISHES: [&str; 4] = [
+const WISHES: [&str; 5] = [
     "hypernetes.io/max-restarts",
     "hypernetes.io/stop-grace-seconds",
     "hypernetes.io/timing",
