@@ -457,7 +457,11 @@ impl FakeImages {
             disk: "/dev/null".into(),
             disk_size: 0,
         };
-        let id = Digest::from_sha256([200 + u8::try_from(name.len()).unwrap(); 32]);
+        // Not one of a layer's, which are small, and not another image's.
+        let sum = name
+            .bytes()
+            .fold(0_u8, |sum, byte| sum.wrapping_mul(3).wrapping_add(byte));
+        let id = Digest::from_sha256([sum | 0x80; 32]);
         let reference: ImageReference = name.parse().unwrap();
         let image = Image {
             id: id.clone(),
