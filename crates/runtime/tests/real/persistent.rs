@@ -224,6 +224,14 @@ pub(crate) async fn volumes_outlive_pods() {
         c.says("echo four > /data/four; cat /data/four").await,
         "four"
     );
+    // Suspended it keeps them, and what it has of them in memory is not lost with it.
+    c.says("echo five > /data/five").await;
+    runtime.suspend_sandbox(&c.sandbox).await.unwrap();
+    assert!(bed.vmm_pids().is_empty(), "there is a VM");
+    runtime.resume_sandbox(&c.sandbox).await.unwrap();
+    let script = "cat /data/five /data/four; echo six > /data/six";
+    assert_eq!(c.says(script).await, "five\nfour");
+    runtime.suspend_sandbox(&c.sandbox).await.unwrap();
     runtime.remove_sandbox(&c.sandbox).await.unwrap();
 
     // Nothing but readers, of what the last pod has unmounted.
@@ -234,9 +242,10 @@ pub(crate) async fn volumes_outlive_pods() {
     assert!(matches!(writes, Err(RuntimeError::VolumeInUse { .. })));
     runtime.write_volume(&d, disk("data", true)).await.unwrap();
     let reader = start(&runtime, &d, with_data("d", false)).await;
-    let script = ["sh", "-c", "cat /data/four; echo x > /data/x"];
+    let files = "cat /data/four /data/five /data/six; echo x > /data/x";
+    let script = ["sh", "-c", files];
     let (text, code) = exec(&runtime, &reader, &script, None).await;
-    assert!(code != 0 && text.starts_with("four\n"), "{text}");
+    assert!(code != 0 && text.starts_with("four\nfive\nsix\n"), "{text}");
     assert!(text.contains("Read-only file system"), "{text}");
     runtime.remove_sandbox(&d).await.unwrap();
     volumes.detach(&id("data"), "another").await.unwrap();
