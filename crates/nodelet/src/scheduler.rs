@@ -446,7 +446,7 @@ impl Scheduler {
 /// Whether placing a pod, or others beside it, can depend on it. One that has ended does not, nor one at a gate
 /// when that has been noted: its next change brings the whole of it again.
 fn matters(pod: &Pod) -> bool {
-    !is_finished(pod) && !(is_gated(pod) && is_noted(pod))
+    !(is_finished(pod) || is_gated(pod) && is_noted(pod))
 }
 
 /// A pod without what is of no use for placing it.
