@@ -32,7 +32,7 @@ const VERSION_WITH_CONFINEMENT: u32 = 4;
 const VERSION_WITH_VOLUMES: u32 = 5;
 /// Of a sandbox that is a file, or on its way there or back.
 const VERSION_WITH_SUSPENSION: u32 = 6;
-const NEWEST_VERSION: u32 = VERSION_WITH_SUSPENSION;
+pub(crate) const NEWEST_VERSION: u32 = VERSION_WITH_SUSPENSION;
 
 /// A sandbox on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,5 +10,6 @@ mod schedules;
 mod streams;
 mod suspend;
 mod templates;
+mod upgrade;
 mod upkeep;
 mod volumes;
