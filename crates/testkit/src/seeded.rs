@@ -25,6 +25,45 @@ pub const SEED: &str = "HYPERNETES_SEED";
 /// Environment variable with the number of schedules to run.
 pub const SCHEDULES: &str = "HYPERNETES_SCHEDULES";
 
+/// A small generator for schedules that are drawn while they run.
+#[derive(Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// With the seed of the environment, or a fresh one; it is printed.
+    pub fn new(name: &str) -> Self {
+        let seed = number(SEED).unwrap_or_else(fresh);
+        eprintln!("{name}: {SEED}={seed}");
+        // xorshift stays at zero.
+        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % bound
+    }
+
+    /// One of them, or `None` if there are none.
+    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> Option<&'a T> {
+        let bound = u64::try_from(from.len())
+            .ok()
+            .filter(|&length| length > 0)?;
+        from.get(usize::try_from(self.below(bound)).ok()?)
+    }
+}
+
+/// How many schedules the environment asks for, or so many.
+pub fn schedules(default: u64) -> u64 {
+    number(SCHEDULES).unwrap_or(default)
+}
+
+fn fresh() -> u64 {
+    RandomState::new().hash_one(std::process::id()) >> 16
+}
+
 /// How many schedules are run, and how.
 #[derive(Debug, Clone, Copy)]
 pub struct Seeded {
@@ -57,7 +96,7 @@ impl Seeded {
         run: impl Fn(&S::Value) -> Result<(), String> + Sync,
     ) {
         let told = number(SEED);
-        let base = told.unwrap_or_else(|| RandomState::new().hash_one(std::process::id()) >> 16);
+        let base = told.unwrap_or_else(fresh);
         let count = number(SCHEDULES).or(told.map(|_| 1));
         eprintln!("{}: {SEED}={base} is the first seed", self.name);
         let begun = Instant::now();
