@@ -886,17 +886,13 @@ impl Vm for GatedVm {
     }
 
     async fn suspend(&self, to: File, limit: u64) -> Result<(), VmmError> {
-        self.gate.step().await;
-        let result = self.inner.suspend(to, limit).await;
-        self.gate.step().await;
-        result
+        let work = self.inner.suspend(to, limit);
+        self.gate.effect(Place::Vmm, self.trouble(), work).await
     }
 
     async fn resume(&self) -> Result<(), VmmError> {
-        self.gate.step().await;
-        let result = self.inner.resume().await;
-        self.gate.step().await;
-        result
+        let work = self.inner.resume();
+        self.gate.effect(Place::Vmm, self.trouble(), work).await
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -54,9 +54,10 @@ impl Shown {
         }
     }
 
-    fn is_ready(&self, id: &SandboxId) -> bool {
+    /// Whether it must have a VM.
+    fn is_up(&self, id: &SandboxId) -> bool {
         let status = self.sandboxes.get(id);
-        status.is_some_and(|status| status.state == SandboxState::Ready)
+        status.is_some_and(|status| status.state == SandboxState::Ready && !status.suspended)
     }
 }
 
@@ -91,8 +92,8 @@ async fn host(world: &World, shown: &Shown) -> Verdict {
     claim(ids == recorded, || {
         format!("shown {ids:?}, recorded {recorded:?}")
     })?;
-    let ready = shown.sandboxes.keys().filter(|id| shown.is_ready(id));
-    let ready: BTreeSet<_> = ready.cloned().collect();
+    let up = shown.sandboxes.keys().filter(|id| shown.is_up(id));
+    let ready: BTreeSet<_> = up.cloned().collect();
     let vms: BTreeSet<_> = world.vmm.sandboxes().into_iter().collect();
     claim(ready == vms, || format!("ready {ready:?}, VMs {vms:?}"))?;
     let keeps = shown.records.iter().filter(|it| it.phase.keeps_lease());
@@ -127,7 +128,7 @@ async fn host(world: &World, shown: &Shown) -> Verdict {
 }
 
 fn guests(world: &World, shown: &Shown) -> Verdict {
-    for record in shown.records.iter().filter(|it| shown.is_ready(&it.id)) {
+    for record in shown.records.iter().filter(|it| shown.is_up(&it.id)) {
         let id = &record.id;
         let members: Vec<_> = shown
             .container_records
@@ -210,6 +211,11 @@ fn told(world: &World, shown: &Shown, number: u8, pod: &Pod) -> Verdict {
     claim(!(ready && pod.stopped), || {
         format!("{id} was stopped and is ready")
     })?;
+    if let Some(suspended) = pod.suspended.filter(|_| !pod.stop_asked && !pod.lost) {
+        claim(suspended == status.suspended, || {
+            format!("suspended or not: {status:?}")
+        })?;
+    }
     for container in pod.containers.values() {
         let Some(id) = container.id.as_ref().filter(|_| !container.remove_asked) else {
             continue;
@@ -217,13 +223,19 @@ fn told(world: &World, shown: &Shown, number: u8, pod: &Pod) -> Verdict {
         let Some(status) = shown.containers.get(id) else {
             return Err(format!("container {id} of pod {number} is lost"));
         };
-        container_told(pod, container, status)?;
-        log(world, pod, container, status)?;
+        let suspended = shown.sandboxes[&status.sandbox].suspended;
+        container_told(pod, container, status, suspended)?;
+        log(world, pod, container, status, suspended)?;
     }
     Ok(())
 }
 
-fn container_told(pod: &Pod, container: &Container, status: &ContainerStatus) -> Verdict {
+fn container_told(
+    pod: &Pod,
+    container: &Container,
+    status: &ContainerStatus,
+    suspended: bool,
+) -> Verdict {
     let state = status.state;
     let wrong = |what: &str| format!("{what}: {status:?}, {container:?}, lost {}", pod.lost);
     let left_alone = !pod.lost && !pod.stop_asked;
@@ -240,7 +252,7 @@ fn container_told(pod: &Pod, container: &Container, status: &ContainerStatus) ->
     claim(container.end_asked || !left_alone || !exited, || {
         wrong("ended by nobody")
     })?;
-    if let Some(code) = container.exit.filter(|_| left_alone) {
+    if let Some(code) = container.exit.filter(|_| left_alone && !suspended) {
         claim(exited && status.exit_code == code, || {
             wrong("ended by itself")
         })?;
@@ -261,7 +273,13 @@ fn container_told(pod: &Pod, container: &Container, status: &ContainerStatus) ->
 }
 
 /// Every line that counts is in the log once, in order.
-fn log(world: &World, pod: &Pod, container: &Container, status: &ContainerStatus) -> Verdict {
+fn log(
+    world: &World,
+    pod: &Pod,
+    container: &Container,
+    status: &ContainerStatus,
+    suspended: bool,
+) -> Verdict {
     if container.torn {
         return Ok(());
     }
@@ -277,7 +295,7 @@ fn log(world: &World, pod: &Pod, container: &Container, status: &ContainerStatus
     let whole = &container.lines;
     let prefix = lines.len() <= whole.len() && lines[..] == whole[..lines.len()];
     claim(prefix, || format!("the log has {lines:?} of {whole:?}"))?;
-    if !pod.lost && !pod.stop_asked {
+    if !pod.lost && !pod.stop_asked && !suspended {
         return claim(lines.len() == whole.len(), || {
             format!(
                 "the log has {} of {} lines of {}",

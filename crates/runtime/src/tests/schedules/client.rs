@@ -84,6 +84,8 @@ impl Client<'_> {
             | Op::Stats => self.change_sandbox(op).await,
             Op::PullImage => self.pull_image().await,
             Op::RemoveImage => self.remove_image().await,
+            Op::Suspend => self.suspend(true).await,
+            Op::Resume => self.suspend(false).await,
             Op::StopSandbox => self.stop_sandbox().await,
             Op::RemoveSandbox => self.remove_sandbox().await,
         }
@@ -197,7 +199,7 @@ impl Client<'_> {
             state.exit.is_none()
                 && state.phase() == hypernetes_agent_api::v1::ContainerPhase::Running
         });
-        if !running {
+        if !running || !self.goes_on(&sandbox) {
             return;
         }
         let mut model = self.model();
@@ -215,7 +217,7 @@ impl Client<'_> {
         };
         let agent = self.world.agent(&sandbox);
         let state = agent.state(id.as_str());
-        if state.is_none_or(|state| state.exit.is_some()) {
+        if state.is_none_or(|state| state.exit.is_some()) || !self.goes_on(&sandbox) {
             return;
         }
         let mut model = self.model();
@@ -386,6 +388,23 @@ impl Client<'_> {
             "write a volume",
             self.runtime.write_volume(id, volume).await,
         )
+    }
+
+    async fn suspend(&self, suspended: bool) {
+        let Some(id) = self.sandbox() else { return };
+        self.model().pod(self.pod).suspended = None;
+        let told = match suspended {
+            true => count("suspend", self.runtime.suspend_sandbox(&id).await),
+            false => count("resume", self.runtime.resume_sandbox(&id).await),
+        };
+        if told.is_ok() {
+            self.model().pod(self.pod).suspended = Some(suspended);
+        }
+    }
+
+    /// Whether programs of the sandbox can do anything.
+    fn goes_on(&self, id: &SandboxId) -> bool {
+        self.world.vmm.stands_still(id) == Some(false)
     }
 
     async fn pull_image(&self) {

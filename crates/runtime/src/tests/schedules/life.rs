@@ -267,6 +267,10 @@ impl Bed {
         ]
         .concat()
         {
+            if file.ends_with("memory.vm") {
+                // Synced before it has this name.
+                continue;
+            }
             let length = std::fs::metadata(&file).unwrap().len();
             let open = || std::fs::File::options().write(true).open(&file).unwrap();
             match draw(4) {
@@ -282,7 +286,7 @@ impl Bed {
             }
         }
         for directory in directories(&root.join("state/sandboxes")) {
-            if draw(6) == 0 {
+            if draw(6) == 0 && !directory.join("memory.vm").exists() {
                 std::fs::remove_dir_all(directory).unwrap();
             }
         }

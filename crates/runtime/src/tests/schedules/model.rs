@@ -25,6 +25,8 @@ pub(super) struct Pod {
     pub(super) stop_asked: bool,
     pub(super) stopped: bool,
     pub(super) remove_asked: bool,
+    /// `None`: not known.
+    pub(super) suspended: Option<bool>,
     /// Its VM was ended, or may have been.
     pub(super) lost: bool,
     /// It was told that it has the volume that outlives it.

@@ -39,6 +39,8 @@ pub(super) enum Op {
     Stats,
     PullImage,
     RemoveImage,
+    Suspend,
+    Resume,
     StopSandbox,
     RemoveSandbox,
 }
@@ -159,6 +161,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Stats),
         1 => Just(Op::PullImage),
         1 => Just(Op::RemoveImage),
+        3 => Just(Op::Suspend),
+        4 => Just(Op::Resume),
         2 => Just(Op::StopSandbox),
         3 => Just(Op::RemoveSandbox),
     ]
