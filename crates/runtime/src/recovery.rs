@@ -5,7 +5,7 @@
 //! | `Starting` | undone: VM killed, lease, disk, directories and record removed |
 //! | `Ready` | VM adopted; if it is gone, the sandbox has failed and its containers have exited |
 //! | `Suspending` | finished if all of the VM is in its file, else the VM goes on |
-//! | `Suspended` | kept |
+//! | `Suspended` | kept; a VMM that could not be ended is |
 //! | `Resuming` | undone if the file is still there: no VM has gone on from it; else its VM is adopted |
 //! | `Failed`, `Stopped` | kept |
 //! | `Stopping` | stopped to the end; a VM that has volumes which outlive it is asked to write them back |
@@ -96,6 +96,13 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
             },
             _ => record,
         };
+        // Its VMM may have outlived the attempt to end it.
+        if record.phase == Phase::Suspended
+            && let Err(error) = shared.config.vmm.destroy(&shared.run_dir(&id)).await
+        {
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            report.failures.push(format!("sandbox {id}: {error}"));
+        }
         let phase = record.phase;
         let handle = match phase {
             Phase::Ready | Phase::Suspending | Phase::Resuming => {

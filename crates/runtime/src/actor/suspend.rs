@@ -37,7 +37,8 @@ impl Actor {
     pub(super) async fn suspend(&mut self) -> Result<(), RuntimeError> {
         let action = "suspend the sandbox";
         if self.record.phase == Phase::Suspended {
-            return Ok(());
+            // An earlier attempt may have failed at the very end of the VMM.
+            return Ok(self.shared.config.vmm.destroy(&self.run_dir()).await?);
         }
         let vm = self.ready_vm(action)?;
         self.check_suspendable()?;
@@ -279,6 +280,8 @@ impl Actor {
         let Some(suspension) = suspension else {
             return Err(self.refused("resume the sandbox"));
         };
+        // One that could not be ended has the same disks open.
+        self.shared.config.vmm.destroy(&self.run_dir()).await?;
         let path = self.shared.suspended_file(&self.record.id);
         let action = format!("open the suspended VM {}", path.display());
         let suspended = blocking(action, move || Suspended::open(File::open(path)?)).await?;

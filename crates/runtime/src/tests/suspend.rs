@@ -9,7 +9,7 @@ use hypernetes_vmm::{HostShare, VmmError};
 use hypernetes_volume::{VolumeDriver, VolumeMode};
 
 use crate::{
-    testing::{STDOUT, World, container_config, eventually, exited, running},
+    testing::{Place, STDOUT, Trouble, World, container_config, eventually, exited, running},
     *,
 };
 
@@ -28,6 +28,34 @@ fn program() -> ExecConfig {
     ExecConfig {
         command: vec!["true".into()],
         ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_vmm_that_outlives_a_suspend_is_ended_before_anything_goes_on() {
+    let failing = || Trouble::Before(std::io::ErrorKind::Other);
+    let fine = || Trouble::Slow(std::time::Duration::ZERO);
+    for restart in [true, false] {
+        let world = World::new().await;
+        let mut runtime = world.open().await;
+        let (sandbox, container) = running(&world, &runtime, "a").await;
+        // It is written; neither the kill nor what comes behind it succeeds.
+        let trouble = [fine(), failing(), failing()];
+        world.gate.make_trouble(Place::Vmm, trouble);
+        assert!(runtime.suspend_sandbox(&sandbox).await.is_err());
+        assert_eq!(world.vmm.sandboxes(), std::slice::from_ref(&sandbox));
+        if restart {
+            drop(runtime);
+            runtime = world.open().await;
+        } else {
+            runtime.suspend_sandbox(&sandbox).await.unwrap();
+        }
+        assert!(suspended(&runtime, &sandbox).await);
+        assert_eq!(world.vmm.sandboxes(), []);
+        runtime.resume_sandbox(&sandbox).await.unwrap();
+        answers(&runtime, &container).await;
+        runtime.remove_sandbox(&sandbox).await.unwrap();
+        world.assert_clean().await;
     }
 }
 
