@@ -93,6 +93,52 @@ fn condition(status: &Value, kind: &str) -> Value {
 }
 
 #[tokio::test]
+async fn a_pod_is_suspended_while_its_annotation_says_so() {
+    let world = World::start().await;
+    let pod = world.create("web", json!({})).await;
+    world.running("web").await;
+    let id = world.runtime.find(uid(&pod), "c").unwrap();
+    let sandbox = world.runtime.container(&id).await.unwrap().sandbox;
+    let annotate = async |value: Value| {
+        let change = json!({"metadata": {"annotations": {"hypernetes.io/suspended": value}}});
+        let (params, change) = (PatchParams::default(), Patch::Merge(&change));
+        world.pods().patch("web", &params, &change).await.unwrap();
+    };
+    let suspended = async || {
+        let is = |status: &Value| condition(status, "hypernetes.io/Suspended")["status"] == "True";
+        world.until("web", "suspended", is).await
+    };
+    annotate(json!("true")).await;
+    let status = suspended().await;
+    assert_eq!(condition(&status, "Ready")["reason"], "Suspended");
+    assert_eq!(status["phase"], "Running");
+    assert!(world.runtime.sandbox(&sandbox).await.unwrap().suspended);
+    world.event("Suspended").await;
+    annotate(json!("false")).await;
+    let status = world
+        .until("web", "resumed", |status| {
+            condition(status, "hypernetes.io/Suspended").is_null()
+        })
+        .await;
+    assert_eq!(condition(&status, "Ready")["status"], "True");
+    world.event("Resumed").await;
+    // A deletion takes it as it is: no container is asked to stop.
+    annotate(json!("true")).await;
+    suspended().await;
+    let deleted = world.pods().delete("web", &DeleteParams::default()).await;
+    deleted.unwrap();
+    world.gone("web").await;
+    let calls = world.runtime.calls();
+    let resumes = format!("resume_sandbox {sandbox}");
+    assert_eq!(calls.iter().filter(|call| **call == resumes).count(), 1);
+    assert!(
+        !calls.contains(&format!("stop_container {id}")),
+        "{calls:?}"
+    );
+    world.end().await;
+}
+
+#[tokio::test]
 async fn a_pod_stands_still_while_its_annotation_says_so() {
     let world = World::start().await;
     let pod = world.create("web", json!({})).await;
