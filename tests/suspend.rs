@@ -8,7 +8,13 @@
     reason = "helpers of a test fail by panic and report by print"
 )]
 
-use std::{collections::BTreeMap, fs, os::unix::fs::symlink, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::symlink,
+    path::Path,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use hypernetes_testkit::{
     Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, Scenario, can_run_pods, eventually, kubectl,
@@ -116,7 +122,7 @@ fn a_suspended_pod_takes_no_memory_and_outlives_the_daemon() {
             .then_some(())
             .ok_or(format!("{now} of {running}"))
     });
-    let counted = log(&daemon).len();
+    let (counted, since) = (log(&daemon).len(), Instant::now());
 
     daemon.kill();
     daemon.start_again();
@@ -124,9 +130,24 @@ fn a_suspended_pod_takes_no_memory_and_outlives_the_daemon() {
     assert_eq!(identity(&daemon), before);
     assert_eq!(log(&daemon).len(), counted, "nothing runs");
 
+    eventually("some seconds have passed", PATIENCE, || {
+        let passed = since.elapsed();
+        (passed > Duration::from_secs(5))
+            .then_some(())
+            .ok_or(format!("{passed:?}"))
+    });
     suspend(&daemon, &acme, "web", "false", "");
     run(&mut daemon.kubectl_as(&acme, &ready));
     assert_eq!(fetch(&daemon), "served");
+    // The guest's clock stood still for longer than it may be wrong.
+    let date = ["exec", "web", "--", "date", "+%s"];
+    let earliest = unix_seconds();
+    let guest: u64 = stdout(&mut daemon.kubectl_as(&acme, &date))
+        .parse()
+        .unwrap();
+    let latest = unix_seconds();
+    let right = earliest - 1..=latest + 1;
+    assert!(right.contains(&guest), "{guest} is not in {right:?}");
     eventually("it counts on", PATIENCE, || {
         let now = log(&daemon).len();
         (now > counted + 5)
@@ -145,6 +166,11 @@ fn a_suspended_pod_takes_no_memory_and_outlives_the_daemon() {
         left.is_empty().then_some(()).ok_or(format!("{left:?}"))
     });
     assert_eq!(vms(&daemon), running - 1);
+}
+
+fn unix_seconds() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    now.as_secs()
 }
 
 fn vms(daemon: &Daemon) -> usize {
