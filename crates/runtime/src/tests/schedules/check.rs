@@ -152,9 +152,13 @@ fn guests(world: &World, shown: &Shown) -> Verdict {
             format!("only in the guest: {nobodys:?}")
         })?;
         // A volume's disk is recorded before it is there.
-        let needed = members.iter().flat_map(|it| it.all_slots());
+        // One that the guest has lost before anybody was told of it has ended without its disks.
+        let live = members.iter().filter(|it| it.phase.is_live());
+        let needed = live.flat_map(|it| it.all_slots());
         let needed: BTreeSet<u32> = needed.chain([SCRATCH_SLOT]).collect();
-        let known: BTreeSet<u32> = needed.iter().copied().chain(record.disk_slots()).collect();
+        let known = members.iter().flat_map(|it| it.all_slots());
+        let known = known.chain(record.disk_slots());
+        let known: BTreeSet<u32> = known.chain([SCRATCH_SLOT]).collect();
         let disks: BTreeSet<u32> = world
             .vmm
             .disks(id)
