@@ -131,14 +131,19 @@ impl Bed {
             true => Duration::from_secs(10),
             false => Duration::from_millis(ms),
         };
+        // What is waited for when something ends; a guest that stands still takes all of it.
+        let ending = |ms| match patient {
+            true => Duration::from_secs(2),
+            false => Duration::from_millis(ms),
+        };
         RuntimeConfig {
             deadlines: Deadlines {
                 boot: short(1500),
                 call: short(250),
-                kill: short(300),
-                drain: short(150),
-                shutdown: short(200),
-                flush: short(200),
+                kill: ending(300),
+                drain: ending(150),
+                shutdown: ending(200),
+                flush: ending(200),
                 beat: Duration::from_secs(5),
                 silent: short(500),
                 readopt: short(250),
