@@ -127,7 +127,7 @@ async fn clean(node: &mut Node, client: &mut Client, what: &str) {
     let soon = std::time::Instant::now() + SOON;
     while !node.host_picture().is_clean() {
         if std::time::Instant::now() > soon {
-            println!("{what}: the next start cleans up {:?}", node.host_picture());
+            eprintln!("{what}: the next start cleans up {:?}", node.host_picture());
             restart(node, client).await;
             break;
         }
@@ -155,7 +155,7 @@ fn numbers(range: u64) -> Box<dyn Iterator<Item = u64>> {
         |_| RandomState::new().build_hasher().finish(),
         |seed| seed.parse().expect("HYPERNETES_SEED is a number"),
     );
-    println!("HYPERNETES_SEED={seed}");
+    eprintln!("HYPERNETES_SEED={seed}");
     let mut state = seed | 1;
     Box::new(
         std::iter::repeat_with(move || {
@@ -188,7 +188,7 @@ async fn sweep(cidr: &str, fault: Fault) {
         let lived = life(&mut client, &config, &image).await;
         drop(tracer);
         tried += 1;
-        println!("{what}: {lived:?}");
+        eprintln!("{what}: {lived:?}");
         if node.has_ended() {
             assert!(matches!(fault, Fault::Death), "the daemon died of {what}");
             restart(&mut node, &mut client).await;
@@ -200,7 +200,7 @@ async fn sweep(cidr: &str, fault: Fault) {
         }
         clean(&mut node, &mut client, &what).await;
     }
-    println!("{struck} of {tried} lives were cut short");
+    eprintln!("{struck} of {tried} lives were cut short");
     // It works as ever.
     let config = sandbox(&node, "after");
     life(&mut client, &config, &image).await.unwrap();
@@ -215,10 +215,10 @@ async fn sweep(cidr: &str, fault: Fault) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn death_at_a_system_call_leaves_nothing() {
-    sweep("10.89.20.0/24", Fault::Death).await;
+    Box::pin(sweep("10.89.20.0/24", Fault::Death)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refused_system_call_leaves_nothing() {
-    sweep("10.89.21.0/24", Fault::Refusal).await;
+    Box::pin(sweep("10.89.21.0/24", Fault::Refusal)).await;
 }
