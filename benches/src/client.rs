@@ -14,10 +14,7 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// A server and who we are to it.
@@ -92,6 +89,17 @@ impl Endpoint {
     async fn stream(&self, protocol: &[u8]) -> Result<TlsStream<TcpStream>> {
         let tcp = TcpStream::connect(&self.address).await?;
         tcp.set_nodelay(true)?;
+        let (tls, name) = self.tls(protocol)?;
+        Ok(TlsConnector::from(tls).connect(name, tcp).await?)
+    }
+
+    /// `host:port`.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Who we are, and who the server must be.
+    pub(crate) fn tls(&self, protocol: &[u8]) -> Result<(Arc<ClientConfig>, ServerName<'static>)> {
         let host = self
             .address
             .rsplit_once(':')
@@ -99,7 +107,7 @@ impl Endpoint {
         let name = ServerName::try_from(host.to_owned())?;
         let mut tls = ClientConfig::clone(&self.tls);
         tls.alpn_protocols = vec![protocol.to_vec()];
-        Ok(TlsConnector::from(Arc::new(tls)).connect(name, tcp).await?)
+        Ok((Arc::new(tls), name))
     }
 }
 
@@ -125,73 +133,6 @@ impl Multiplexed {
         );
         Ok(response.into_body())
     }
-}
-
-/// A watch on a connection of its own. It is read without any HTTP library and nothing of it is decoded but where
-/// events end: a thousand of them shall cost the machine little beside the server that is measured.
-pub(crate) struct Watch {
-    stream: TlsStream<TcpStream>,
-    buffer: Vec<u8>,
-    /// Events that came with the head of the answer.
-    early: usize,
-    last: u8,
-}
-
-/// Lines and what surrounds them are read in parts of at most this many bytes.
-const PART: usize = 16 * 1024;
-
-impl Watch {
-    pub(crate) async fn open(endpoint: &Endpoint, path: &str) -> Result<Self> {
-        let mut stream = endpoint.stream(b"http/1.1").await?;
-        let request =
-            format!("GET {path} HTTP/1.1\r\nhost: hypernetes\r\naccept: application/json\r\n\r\n");
-        stream.write_all(request.as_bytes()).await?;
-        let mut head = Vec::new();
-        let end = loop {
-            if let Some(at) = head.windows(4).position(|four| four == b"\r\n\r\n") {
-                break at + 4;
-            }
-            ensure!(head.len() < PART, "a head without an end");
-            ensure!(stream.read_buf(&mut head).await? > 0, "no answer");
-        };
-        let (head, rest) = head.split_at(end);
-        ensure!(
-            head.starts_with(b"HTTP/1.1 200 "),
-            "watch: {}",
-            String::from_utf8_lossy(head)
-        );
-        let mut last = b'\n';
-        let early = count_events(rest, &mut last);
-        Ok(Self {
-            stream,
-            buffer: vec![0; PART],
-            early,
-            last,
-        })
-    }
-
-    /// Waits for events and returns how many have come; 0 is the end.
-    pub(crate) async fn next(&mut self) -> Result<usize> {
-        let mut events = std::mem::take(&mut self.early);
-        while events == 0 {
-            let length = self.stream.read(&mut self.buffer).await?;
-            if length == 0 {
-                return Ok(0);
-            }
-            events = count_events(&self.buffer[..length], &mut self.last);
-        }
-        Ok(events)
-    }
-}
-
-/// Events end with a line feed of their own; those of HTTP's chunks follow a carriage return.
-fn count_events(bytes: &[u8], last: &mut u8) -> usize {
-    let mut count = 0;
-    for byte in bytes {
-        count += usize::from(*byte == b'\n' && *last != b'\r');
-        *last = *byte;
-    }
-    count
 }
 
 impl Connection {
@@ -226,21 +167,5 @@ impl Connection {
             );
         }
         Ok(body)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn events_are_counted_and_chunks_are_not() {
-        let wire = b"5\r\n{\"a\"}\n\r\n1f\r\n{\"b\"}\n{\"c\"}\n\r\n";
-        for cut in 0..wire.len() {
-            let (first, second) = wire.split_at(cut);
-            let mut last = b'\n';
-            let count = count_events(first, &mut last) + count_events(second, &mut last);
-            assert_eq!(count, 3, "cut at {cut}");
-        }
     }
 }

@@ -1,29 +1,29 @@
 //! From a write to its arrival at each of many watchers.
 //!
-//! The watchers are one thread of this process, which shares the cores with the daemon. A sample is the time from the
-//! moment before the write is sent until one watcher has read the event; there is one for each watcher and write. Of a
-//! ConfigMap it has the commit to disk in it. A Lease is committed in memory, so that its samples are an upper bound
-//! of the time from a commit to its arrival.
+//! A sample is the time from the moment before the write is sent until the kernel has the event for one watcher; there
+//! is one for each watcher and write. The watchers read later. Of a ConfigMap it has the commit to disk in it. A Lease
+//! is committed in memory, so that its samples are an upper bound of the time from a commit to its arrival.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use tokio::sync::{Notify, oneshot};
 
 use crate::{
-    client::{Connection, Endpoint, Watch},
+    client::{Connection, Endpoint},
     stats::{Samples, cpu_seconds},
+    watch::Watch,
 };
 
 pub(crate) const WATCHERS: usize = 1_000;
 const CHANGES: usize = 100;
+/// The server is left alone for so long after a write, and again when not every watcher has it then.
+const REST: Duration = Duration::from_millis(100);
+/// A watcher that has heard nothing by then will not.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A kind of object that is watched.
 pub(crate) struct Watched {
@@ -78,35 +78,6 @@ impl FanOut {
     }
 }
 
-/// What the watchers have heard in a round.
-struct Round {
-    begun: Instant,
-    /// Microseconds since `begun`, by watcher.
-    arrivals: Vec<AtomicU64>,
-    missing: AtomicUsize,
-    complete: Notify,
-}
-
-impl Round {
-    fn arrived(&self, watcher: usize) {
-        let micros = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.arrivals[watcher].store(micros, Ordering::Release);
-        if self.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.complete.notify_one();
-        }
-    }
-
-    async fn wait(&self) -> Result<()> {
-        tokio::time::timeout(Duration::from_secs(30), self.complete.notified())
-            .await
-            .context("a watcher did not hear of a change")
-    }
-
-    fn next(&self) {
-        self.missing.store(WATCHERS, Ordering::Release);
-    }
-}
-
 pub(crate) async fn measure(
     endpoint: &Arc<Endpoint>,
     watched: &Watched,
@@ -121,24 +92,16 @@ pub(crate) async fn measure(
     let path = format!(
         "{collection}?watch=true&fieldSelector=metadata.name%3Dwatched&resourceVersion=0&timeoutSeconds=3600"
     );
-    let round = Arc::new(Round {
-        begun: Instant::now(),
-        arrivals: (0..WATCHERS).map(|_| AtomicU64::new(0)).collect(),
-        missing: AtomicUsize::new(WATCHERS),
-        complete: Notify::new(),
-    });
-    let (stop, stopped) = oneshot::channel();
-    let listeners = std::thread::spawn({
-        let (endpoint, round) = (endpoint.clone(), round.clone());
-        move || listen(&endpoint, &path, &round, stopped)
-    });
-    let outcome = rounds(&mut writer, watched, &target, &round, server).await;
-    // They may have ended by themselves: the thread says why.
-    let _ended = stop.send(());
-    tokio::task::spawn_blocking(move || listeners.join())
-        .await?
-        .map_err(|_panic| anyhow::anyhow!("the watchers' thread broke"))??;
-    let (heard, cpu_us) = outcome?;
+    let open = {
+        let endpoint = endpoint.clone();
+        move || {
+            (0..WATCHERS)
+                .map(|_| Watch::open(&endpoint, &path))
+                .collect()
+        }
+    };
+    let watches: Result<Vec<Watch>> = tokio::task::spawn_blocking(open).await?;
+    let (heard, cpu_us) = rounds(&mut writer, watched, &target, watches?, server).await?;
     Ok(FanOut {
         kind: watched.kind,
         heard,
@@ -161,21 +124,28 @@ async fn rounds(
     writer: &mut Connection,
     watched: &Watched,
     target: &str,
-    round: &Round,
+    mut watches: Vec<Watch>,
     server: u32,
 ) -> Result<(Samples, f64)> {
-    // What was there at the beginning.
-    round.wait().await?;
     let before = cpu_seconds(server).context("the daemon runs")?;
     let mut times = Vec::with_capacity(CHANGES * WATCHERS);
     for number in 1..=CHANGES {
-        round.next();
         let body = watched.body(CHANGES + number);
-        let sent = round.begun.elapsed();
+        let sent = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+        let begun = Instant::now();
         writer.request("PUT", target, Some(body)).await?;
-        round.wait().await?;
-        for arrival in &round.arrivals {
-            let arrival = Duration::from_micros(arrival.load(Ordering::Acquire));
+        tokio::time::sleep(REST).await;
+        for watch in &mut watches {
+            let arrival = loop {
+                if let Some(arrival) = watch.arrival()? {
+                    break arrival;
+                }
+                ensure!(
+                    begun.elapsed() < PATIENCE,
+                    "a watcher did not hear of a change"
+                );
+                tokio::time::sleep(REST).await;
+            };
             times.push(arrival.saturating_sub(sent).as_secs_f64() * 1e3);
         }
     }
@@ -184,43 +154,4 @@ async fn rounds(
         Samples::new(times),
         used * 1e6 / (CHANGES * WATCHERS) as f64,
     ))
-}
-
-fn listen(
-    endpoint: &Endpoint,
-    path: &str,
-    round: &Arc<Round>,
-    stopped: oneshot::Receiver<()>,
-) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        let mut tasks = tokio::task::JoinSet::new();
-        for number in 0..WATCHERS {
-            let mut watch = Watch::open(endpoint, path).await?;
-            let round = round.clone();
-            tasks.spawn(async move {
-                loop {
-                    match watch.next().await? {
-                        1 => round.arrived(number),
-                        count => break ensured(count),
-                    }
-                }
-            });
-        }
-        tokio::select! {
-            ended = tasks.join_next() => match ended {
-                Some(ended) => ended?,
-                None => Ok(()),
-            },
-            _ = stopped => Ok(()),
-        }
-    })
-}
-
-/// A watch neither ends nor has two events in a round.
-fn ensured(count: usize) -> Result<()> {
-    ensure!(count == 1, "a watcher heard {count} events at once");
-    Ok(())
 }

@@ -23,6 +23,7 @@ mod runtime;
 mod scale;
 mod start;
 mod stats;
+mod watch;
 
 use std::path::PathBuf;
 
