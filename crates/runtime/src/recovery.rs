@@ -212,9 +212,7 @@ async fn settle_suspension(
     };
     let mut settled = record.clone();
     if whole {
-        if let Err(error) = shared.config.vmm.destroy(&shared.run_dir(&record.id)).await {
-            return Err((record, failed(&error.into())));
-        }
+        // A VMM that is still there goes next, and if not, before it is resumed.
         settled.vm = None;
         settled.phase = Phase::Suspended;
     } else {
