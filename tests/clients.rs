@@ -136,6 +136,11 @@ impl Operator {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
 }
 
 impl Drop for Operator {
@@ -252,10 +257,14 @@ fn an_operator_in_python_loses_nothing_over_crashes() {
     greeted(&daemon, "two", "hello bob");
     greeted(&daemon, "one", "hello eve");
 
-    // Killed right after a write that it has acknowledged: the event is not lost.
+    // Killed right after a write that it has acknowledged: the event is not lost. The operator stands
+    // still meanwhile: of its own write, whose answer is lost, it takes the event for a conflict and
+    // waits for another, which never comes.
+    operator.signal(rustix::process::Signal::STOP);
     greet(&daemon, "three", "joe");
     daemon.kill();
     daemon.start_again();
+    operator.signal(rustix::process::Signal::CONT);
     greeted(&daemon, "three", "hello joe");
 
     // Deletions wait for the operator, also when both have been away.
