@@ -196,13 +196,15 @@ pub(crate) enum ContainerCommand {
     Stats(Stats),
     /// What happens, as it happens
     Events(Events),
-    /// Have all processes of containers stand still
+    /// Have all processes of containers stand still; unpause has them go on
     Pause(Names),
     /// Have paused containers go on
+    #[command(hide = true)]
     Unpause(Names),
-    /// Free the memory of containers, and keep it on the disk
+    /// Put the memory of containers onto the disk; resume brings it back
     Suspend(Names),
     /// Have suspended containers go on where they were
+    #[command(hide = true)]
     Resume(Names),
     /// Not supported: cp what has changed
     #[command(hide = true)]
