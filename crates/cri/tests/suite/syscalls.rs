@@ -88,8 +88,13 @@ impl Tracer {
 impl Drop for Tracer {
     fn drop(&mut self) {
         let pid = rustix::process::Pid::from_child(&self.0);
-        // Asked to end, it lets go of what it traces.
+        // Asked to end, it lets go of what it traces; when all that is dead it may not hear it.
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).ok();
+        let patience = std::time::Instant::now() + SOON;
+        while matches!(self.0.try_wait(), Ok(None)) && std::time::Instant::now() < patience {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.0.kill().ok();
         self.0.wait().ok();
     }
 }
