@@ -8,7 +8,7 @@
     reason = "helpers of a test fail by panic and report by print"
 )]
 
-use std::{collections::BTreeMap, fs, os::unix::fs::symlink};
+use std::collections::BTreeMap;
 
 use hypernetes_testkit::{
     Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, Scenario, can_run_pods, kubectl, tool,
@@ -25,18 +25,14 @@ fn a_chart_of_a_tenant() {
     let registry = Registry::start();
     let daemon = Daemon::start(DaemonOptions::default());
     let kubeconfig = daemon.tenant("acme", "10.89.0.0/24");
-    let tools = daemon.dir().join("bin");
-    fs::create_dir(&tools).unwrap();
-    symlink(helm, tools.join("helm")).unwrap();
-    symlink(kubectl(KUBECTL_VERSIONS[0]), tools.join("kubectl")).unwrap();
-    let path = std::env::var("PATH").unwrap();
+    let path = daemon.path_with(&[("helm", &helm), ("kubectl", &kubectl(KUBECTL_VERSIONS[0]))]);
     let dir = daemon.dir().display().to_string();
     let chart = workspace_root().join("tests/clients/helm/chart");
     scenario.must_pass(
         20,
         &BTreeMap::from([
             ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
-            ("PATH".to_owned(), format!("{}:{path}", tools.display())),
+            ("PATH".to_owned(), path),
             ("HOME".to_owned(), dir.clone()),
             ("HELM_CONFIG_HOME".to_owned(), format!("{dir}/helm/config")),
             ("HELM_CACHE_HOME".to_owned(), format!("{dir}/helm/cache")),

@@ -8,7 +8,7 @@
     reason = "helpers of a test fail by panic and report by print"
 )]
 
-use std::{collections::BTreeMap, fs, os::unix::fs::symlink};
+use std::collections::BTreeMap;
 
 use hypernetes_testkit::{
     Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, Scenario, can_run_pods, kubectl,
@@ -24,15 +24,12 @@ fn first_hour(version: &str) {
     let daemon = Daemon::start(DaemonOptions::default());
     let kubeconfig = daemon.tenant("acme", "10.88.0.0/24");
     daemon.tenant("globex", "10.88.0.0/24");
-    let tools = daemon.dir().join("bin");
-    fs::create_dir(&tools).unwrap();
-    symlink(kubectl(version), tools.join("kubectl")).unwrap();
-    let path = std::env::var("PATH").unwrap();
+    let path = daemon.path_with(&[("kubectl", &kubectl(version))]);
     scenario.must_pass(
         40,
         &BTreeMap::from([
             ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
-            ("PATH".to_owned(), format!("{}:{path}", tools.display())),
+            ("PATH".to_owned(), path),
             ("HOME".to_owned(), daemon.dir().display().to_string()),
             ("WEB".to_owned(), registry.image("web:1")),
             ("BOX".to_owned(), registry.image("busybox:1")),

@@ -10,8 +10,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
-    os::unix::fs::symlink,
     path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -32,16 +30,15 @@ fn containers_are_suspended_and_resumed() {
     let registry = Registry::start();
     let daemon = Daemon::start(DaemonOptions::default());
     let kubeconfig = daemon.tenant("acme", "10.98.0.0/24");
-    let tools = daemon.dir().join("bin");
-    fs::create_dir(&tools).unwrap();
-    symlink(kubectl(KUBECTL_VERSIONS[0]), tools.join("kubectl")).unwrap();
-    symlink(release_dir().join("hyper"), tools.join("hyper")).unwrap();
-    let path = std::env::var("PATH").unwrap();
+    let path = daemon.path_with(&[
+        ("kubectl", &kubectl(KUBECTL_VERSIONS[0])),
+        ("hyper", &release_dir().join("hyper")),
+    ]);
     scenario.must_pass(
         20,
         &BTreeMap::from([
             ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
-            ("PATH".to_owned(), format!("{}:{path}", tools.display())),
+            ("PATH".to_owned(), path),
             ("HOME".to_owned(), daemon.dir().display().to_string()),
             ("WORK".to_owned(), daemon.dir().display().to_string()),
             ("BOX".to_owned(), registry.image("busybox:1")),

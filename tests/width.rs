@@ -9,7 +9,7 @@
     reason = "helpers of a test fail by panic and report by print"
 )]
 
-use std::{collections::BTreeMap, fs, os::unix::fs::symlink};
+use std::{collections::BTreeMap, fs};
 
 use hypernetes_testkit::{
     Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, Scenario, can_run_pods, kubectl,
@@ -23,15 +23,12 @@ fn run(version: &str, names: &[&str], least: usize) {
     }
     let registry = Registry::start();
     let daemon = Daemon::start(DaemonOptions::default());
-    let tools = daemon.dir().join("bin");
-    fs::create_dir(&tools).unwrap();
-    symlink(kubectl(version), tools.join("kubectl")).unwrap();
+    let path = daemon.path_with(&[("kubectl", &kubectl(version))]);
     let config = daemon.dir().join("kubeconfig");
     fs::copy(daemon.admin_kubeconfig(), &config).unwrap();
-    let path = std::env::var("PATH").unwrap();
     let vars = BTreeMap::from([
         ("KUBECONFIG".to_owned(), config.display().to_string()),
-        ("PATH".to_owned(), format!("{}:{path}", tools.display())),
+        ("PATH".to_owned(), path),
         ("HOME".to_owned(), daemon.dir().display().to_string()),
         ("SCRATCH".to_owned(), daemon.dir().display().to_string()),
         ("WEB".to_owned(), registry.image("web:1")),

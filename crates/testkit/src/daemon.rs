@@ -210,6 +210,16 @@ impl Daemon {
         &self.state_dir
     }
 
+    /// The value of `PATH` with a directory of these programs, by their names, ahead of all others.
+    pub fn path_with(&self, programs: &[(&str, &Path)]) -> String {
+        let tools = self.dir().join("bin");
+        fs::create_dir(&tools).unwrap();
+        for (name, program) in programs {
+            std::os::unix::fs::symlink(program, tools.join(name)).unwrap();
+        }
+        format!("{}:{}", tools.display(), std::env::var("PATH").unwrap())
+    }
+
     /// Scratch space of the test, removed with the daemon.
     pub fn dir(&self) -> &Path {
         self.dir.path()
