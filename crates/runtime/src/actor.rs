@@ -56,7 +56,9 @@ const QUEUE: usize = 64;
 
 pub(crate) use containers::unknown_to_guest;
 pub(crate) use release::KILLED;
-pub(crate) use suspend::draft;
+#[cfg(test)]
+pub(crate) use suspend::GO_ON_ATTEMPTS;
+pub(crate) use suspend::{draft, let_go_on};
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, RuntimeError>>;
 

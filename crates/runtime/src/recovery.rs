@@ -218,7 +218,7 @@ async fn settle_suspension(
     } else {
         let going_on = async {
             let vm = adopt(shared, &record).await?;
-            let resumed = vm.resume().await;
+            let resumed = actor::let_go_on(vm.as_ref()).await;
             resumed.map_err(|error| hypernetes_telemetry::chain(&error).to_string())
         };
         // A VM that is gone is found to be so in a moment.

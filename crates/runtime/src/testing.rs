@@ -182,6 +182,8 @@ pub(crate) struct World {
     pub(crate) templates: usize,
     /// How many plugs fail from here on.
     pub(crate) refuse_plugs: Arc<AtomicU64>,
+    /// How often in a row the VM of a sandbox was told to go on in vain.
+    pub(crate) stuck: Arc<Mutex<BTreeMap<SandboxId, u32>>>,
     agents: Agents,
 }
 
@@ -239,6 +241,7 @@ impl World {
             },
             templates: 0,
             refuse_plugs: Arc::default(),
+            stuck: Arc::default(),
             agents,
         }
     }
@@ -259,6 +262,7 @@ impl World {
                 agents: self.agents.clone(),
                 gate: self.gate.clone(),
                 refuse_plugs: self.refuse_plugs.clone(),
+                stuck: self.stuck.clone(),
             }),
             volumes: Some(self.volumes.clone()),
             kernels: Arc::new(FakeKernels::new(self.temp.path())),
@@ -723,6 +727,7 @@ struct GatedVmm {
     agents: Agents,
     gate: Gate,
     refuse_plugs: Arc<AtomicU64>,
+    stuck: Arc<Mutex<BTreeMap<SandboxId, u32>>>,
 }
 
 impl GatedVmm {
@@ -740,6 +745,7 @@ impl GatedVmm {
             inner,
             gate: self.gate.clone(),
             refuse_plugs: self.refuse_plugs.clone(),
+            stuck: self.stuck.clone(),
         })
     }
 }
@@ -779,6 +785,7 @@ struct GatedVm {
     inner: Box<dyn Vm>,
     gate: Gate,
     refuse_plugs: Arc<AtomicU64>,
+    stuck: Arc<Mutex<BTreeMap<SandboxId, u32>>>,
 }
 
 impl GatedVm {
@@ -892,7 +899,14 @@ impl Vm for GatedVm {
 
     async fn resume(&self) -> Result<(), VmmError> {
         let work = self.inner.resume();
-        self.gate.effect(Place::Vmm, self.trouble(), work).await
+        let resumed = self.gate.effect(Place::Vmm, self.trouble(), work).await;
+        let mut stuck = self.stuck.lock().unwrap();
+        match &resumed {
+            Ok(()) => drop(stuck.remove(&self.record().sandbox)),
+            Err(_) => *stuck.entry(self.record().sandbox).or_default() += 1,
+        }
+        drop(stuck);
+        resumed
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -426,13 +426,12 @@ impl Vm for FakeVm {
                 rule: "must be savable for a template, which can be made once".to_owned(),
             });
         };
-        template::memory(1)
-            .and_then(|memory| Template::new(shape, memory, Vec::new()))
-            .map_err(|source| VmmError::Io {
-                action: "make a template in",
-                path: self.state.record.run_dir.clone(),
-                source,
-            })
+        let made = async { Template::new(shape, template::memory(1)?, Vec::new()).await };
+        made.await.map_err(|source| VmmError::Io {
+            action: "make a template in",
+            path: self.state.record.run_dir.clone(),
+            source,
+        })
     }
 
     async fn suspend(&self, to: File, limit: u64) -> Result<(), VmmError> {

@@ -18,8 +18,13 @@ use std::{
 };
 
 use rustix::fs::{MemfdFlags, SealFlags, SeekFrom};
+use tokio::time::{Duration, Instant, sleep};
 
 use crate::{Machine, VmExtras, VmSpec, VmmError};
+
+/// How long memory that somebody still has mapped is waited for.
+const SEAL_PATIENCE: Duration = Duration::from_secs(10);
+const SEAL_PAUSE: Duration = Duration::from_millis(10);
 
 /// What VMs must have in common with the VM that the template was made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,9 +60,18 @@ pub struct Template {
 
 impl Template {
     /// `memory` may have no other writer any more.
-    pub(crate) fn new(shape: Shape, memory: OwnedFd, state: Vec<u8>) -> io::Result<Self> {
+    ///
+    /// Whoever reads about a process in /proc keeps the memory of one that has ended mapped for that
+    /// moment: as long as somebody does, up to [`SEAL_PATIENCE`], the memory cannot be sealed.
+    pub(crate) async fn new(shape: Shape, memory: OwnedFd, state: Vec<u8>) -> io::Result<Self> {
         let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
-        rustix::fs::fcntl_add_seals(&memory, seals)?;
+        let until = Instant::now() + SEAL_PATIENCE;
+        loop {
+            match rustix::fs::fcntl_add_seals(&memory, seals) {
+                Err(rustix::io::Errno::BUSY) if Instant::now() < until => sleep(SEAL_PAUSE).await,
+                sealed => break sealed?,
+            }
+        }
         Ok(Self {
             shape,
             memory,
@@ -134,12 +148,14 @@ pub(crate) fn memory(mib: u32) -> io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::{io::Write, os::fd::AsRawFd, task::Poll};
+
+    use tokio::io::AsyncReadExt;
 
     use super::*;
 
-    #[test]
-    fn a_copy_has_the_content_and_the_holes() {
+    #[tokio::test]
+    async fn a_copy_has_the_content_and_the_holes() {
         let memory = memory(8).unwrap();
         let file = File::from(memory.try_clone().unwrap());
         file.write_all_at(b"x", 5 << 20).unwrap();
@@ -150,7 +166,7 @@ mod tests {
             nic: false,
             extras: VmExtras::default(),
         };
-        let template = Template::new(shape, memory, Vec::new()).unwrap();
+        let template = Template::new(shape, memory, Vec::new()).await.unwrap();
         let copy = File::from(template.copy_memory().unwrap());
         let mut byte = [0];
         copy.read_exact_at(&mut byte, 5 << 20).unwrap();
@@ -163,8 +179,8 @@ mod tests {
         assert_eq!(&byte, b"x");
     }
 
-    #[test]
-    fn a_template_cannot_be_written() {
+    #[tokio::test]
+    async fn memory_that_somebody_still_has_mapped_is_waited_for() {
         let memory = memory(1).unwrap();
         let shape = Shape {
             machine: Machine::Microvm,
@@ -173,7 +189,37 @@ mod tests {
             nic: false,
             extras: VmExtras::default(),
         };
-        let template = Template::new(shape, memory, vec![1, 2]).unwrap();
+        let script = "import mmap, sys; file = open(sys.argv[1], 'r+b'); \
+                      held = mmap.mmap(file.fileno(), 0); print('held', flush=True); input()";
+        let ours = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
+        let mut holder = tokio::process::Command::new("python3")
+            .args(["-c", script, &ours])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut told = [0; 4];
+        let stdout = holder.stdout.as_mut().unwrap();
+        stdout.read_exact(&mut told).await.unwrap();
+        let mut sealing = std::pin::pin!(Template::new(shape, memory, Vec::new()));
+        let first = std::future::poll_fn(|cx| Poll::Ready(sealing.as_mut().poll(cx))).await;
+        assert!(first.is_pending(), "{first:?}");
+        holder.kill().await.unwrap();
+        sealing.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_template_cannot_be_written() {
+        let memory = memory(1).unwrap();
+        let shape = Shape {
+            machine: Machine::Microvm,
+            vcpus: 1,
+            memory_mib: 1,
+            nic: false,
+            extras: VmExtras::default(),
+        };
+        let template = Template::new(shape, memory, vec![1, 2]).await.unwrap();
         let mut file = File::from(template.share_memory().unwrap());
         let refused = file.write(b"x").unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);

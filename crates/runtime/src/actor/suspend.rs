@@ -15,11 +15,13 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use hypernetes_network::Lease;
 use hypernetes_types::Digest;
-use hypernetes_vmm::{Disk, Origin, Suspended, Vm};
+use hypernetes_vmm::{Disk, Origin, Suspended, Vm, VmmError};
+use tokio::time::sleep;
 
 use super::{Actor, Late, boot::Parts, containers::invalid, not_found};
 use crate::{
@@ -31,6 +33,10 @@ use crate::{
     sandbox::{Event, Phase},
     scratch::blocking,
 };
+
+/// How often a VM that stands still is told to go on before it counts as lost.
+pub(crate) const GO_ON_ATTEMPTS: u32 = 4;
+const GO_ON_PAUSE: Duration = Duration::from_millis(100);
 
 impl Actor {
     /// Frees the VM's memory. On an error it runs on.
@@ -44,6 +50,11 @@ impl Actor {
         self.check_suspendable()?;
         self.unplug_unused().await?;
         self.settle_endings().await;
+        // What could not be stored is asked of the guest again after a restart; of a file nobody can ask.
+        let members: Vec<_> = self.members.values().map(|it| it.record.clone()).collect();
+        if !members.is_empty() {
+            self.shared.records.put_containers(&members).await?;
+        }
         let VmSize { vcpus, memory_mib } = self.first_size();
         let slots = self.plugged.iter().copied().collect();
         self.record.set_suspension(Some(Suspension {
@@ -237,7 +248,7 @@ impl Actor {
                 told("cannot remove what is left of a suspend", error);
             }
         }
-        if let Err(error) = vm.resume().await {
+        if let Err(error) = let_go_on(vm.as_ref()).await {
             told("a VM that stands still does not go on", error.into());
             // Its end is told as any VM's.
             if let Err(error) = vm.kill().await {
@@ -331,7 +342,7 @@ impl Actor {
         let look = format!("look for {}", file.display());
         let error = match vm {
             Ok(vm) => {
-                let resumed = vm.resume().await;
+                let resumed = let_go_on(vm.as_ref()).await;
                 if resumed.is_err()
                     && let Err(error) = vm.kill().await
                 {
@@ -425,6 +436,22 @@ impl Actor {
             }
         }
         Ok(files)
+    }
+}
+
+/// Lets a VM that stands still go on. A VMM that refuses is asked again: its pod is lost otherwise.
+pub(crate) async fn let_go_on(vm: &dyn Vm) -> Result<(), VmmError> {
+    let mut attempt = 1;
+    loop {
+        match vm.resume().await {
+            Err(error) if attempt < GO_ON_ATTEMPTS && !matches!(error, VmmError::Gone { .. }) => {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                tracing::warn!(error, "a VM that stands still does not go on yet");
+                attempt += 1;
+                sleep(GO_ON_PAUSE).await;
+            }
+            other => return other,
+        }
     }
 }
 

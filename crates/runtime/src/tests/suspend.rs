@@ -377,8 +377,8 @@ async fn a_removal_comes_ahead_of_a_suspend_that_hangs() {
     let world = World::new().await;
     let runtime = world.open().await;
     let (sandbox, _) = running(&world, &runtime, "a").await;
-    // Some step of the suspend never returns.
-    world.gate.close_after(2);
+    // The step after the records never returns.
+    world.gate.close_after(4);
     let begun = tokio::select! {
         result = runtime.suspend_sandbox(&sandbox) => panic!("{result:?}"),
         () = world.gate.hit() => true,

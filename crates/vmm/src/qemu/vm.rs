@@ -352,6 +352,7 @@ impl Vm for QemuVm {
         killed?;
         // Only now has the memory no writer any more.
         Template::new(shape, memory, state)
+            .await
             .map_err(|e| self.control("seal the template".to_owned(), &e.to_string()))
     }
 

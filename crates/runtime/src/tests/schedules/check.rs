@@ -71,7 +71,13 @@ pub(super) async fn agreement(
     host(world, &shown).await?;
     guests(world, &shown)?;
     volumes(world, &shown, model).await?;
-    let model = model.lock().unwrap();
+    let mut model = model.lock().unwrap();
+    for pod in model.pods.values_mut() {
+        // It stood still and was told to go on in vain, as often as that is tried.
+        let stuck = world.stuck.lock().unwrap();
+        let times = pod.sandbox.as_ref().and_then(|id| stuck.get(id));
+        pod.lost |= times >= Some(&crate::actor::GO_ON_ATTEMPTS);
+    }
     for id in &model.gone {
         let back = shown.sandboxes.contains_key(id);
         claim(!back, || format!("sandbox {id} was removed and is back"))?;
