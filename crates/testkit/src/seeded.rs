@@ -1,8 +1,9 @@
 //! Random schedules that can be run again: each is made from one number, its seed.
 //!
 //! A failure prints the seed and the smallest schedule that still fails. `HYPERNETES_SEED` runs that
-//! one again, `HYPERNETES_SCHEDULES` runs so many, however long that takes. Without either, as many
-//! are run as fit into the time that the test may have, with seeds that no run had before.
+//! one again, `HYPERNETES_SCHEDULES` runs so many, however long that takes, with seeds that no run had
+//! before. Without either, as many are run as fit into the time that the test may have, from a seed that
+//! is always the same: what fails then, a change has broken.
 
 use std::{
     fmt::Debug,
@@ -25,14 +26,17 @@ pub const SEED: &str = "HYPERNETES_SEED";
 /// Environment variable with the number of schedules to run.
 pub const SCHEDULES: &str = "HYPERNETES_SCHEDULES";
 
+/// The first seed when the environment says nothing.
+const USUAL: u64 = 1;
+
 /// A small generator for schedules that are drawn while they run.
 #[derive(Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// With the seed of the environment, or a fresh one; it is printed.
+    /// With the seed of the environment, or the one that schedules begin with; it is printed.
     pub fn new(name: &str) -> Self {
-        let seed = number(SEED).unwrap_or_else(fresh);
+        let seed = number(SEED).unwrap_or_else(first);
         eprintln!("{name}: {SEED}={seed}");
         // xorshift stays at zero.
         Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
@@ -60,8 +64,12 @@ pub fn schedules(default: u64) -> u64 {
     number(SCHEDULES).unwrap_or(default)
 }
 
-fn fresh() -> u64 {
-    RandomState::new().hash_one(std::process::id()) >> 16
+/// The first seed when the environment does not tell one.
+fn first() -> u64 {
+    match number(SCHEDULES) {
+        Some(_) => RandomState::new().hash_one(std::process::id()) >> 16,
+        None => USUAL,
+    }
 }
 
 /// How many schedules are run, and how.
@@ -96,7 +104,7 @@ impl Seeded {
         run: impl Fn(&S::Value) -> Result<(), String> + Sync,
     ) {
         let told = number(SEED);
-        let base = told.unwrap_or_else(fresh);
+        let base = told.unwrap_or_else(first);
         let count = number(SCHEDULES).or(told.map(|_| 1));
         eprintln!("{}: {SEED}={base} is the first seed", self.name);
         let begun = Instant::now();
