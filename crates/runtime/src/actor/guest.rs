@@ -153,11 +153,14 @@ impl Actor {
         if ended.is_empty() {
             return Ok(());
         }
+        // Shown once it is stored, so that a restart shows the same end. If it cannot be, a restart
+        // finds another one.
+        let stored = self.shared.records.put_containers(&ended).await;
         self.publish();
         for record in &ended {
             self.publish_container(&record.id);
         }
-        self.shared.records.put_containers(&ended).await
+        stored
     }
 
     pub(super) async fn guest_event(&mut self, event: GuestEvent) {
