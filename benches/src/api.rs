@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use crate::{
     client::{Connection, Endpoint},
-    stats::{Samples, rss_kib},
+    processes::rss_kib,
+    stats::Samples,
 };
 
 const CLIENTS: usize = 64;

@@ -136,6 +136,11 @@ impl Multiplexed {
 }
 
 impl Connection {
+    /// Whether the server has ended it, as it does with one that is idle.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
     /// Sends a request that must succeed; returns the body.
     pub(crate) async fn request(
         &mut self,

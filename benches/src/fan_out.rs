@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use crate::{
     client::{Connection, Endpoint},
-    stats::{Samples, cpu_seconds},
+    processes::cpu_seconds,
+    stats::Samples,
     watch::Watch,
 };
 

@@ -1,10 +1,19 @@
 //! Measures what users wait for and pay for, as ratios to floors measured in the same run.
 //!
-//! `start`: request → first byte of a container's output, beside the bare boot of the same kernel in
-//! the same VMM. `memory`: host memory a pod, beside that bare VMM. `api`: rates and latencies of the
-//! API server and what it holds in memory. `scale`: the same with 10,000 pods, 1,000 watchers, and its start
-//! with 50,000 objects. `runtime`: the runtime interface beside containerd with
-//! runc. `network`: throughput between pods, beside a veth pair. Raw samples go to a JSON file.
+//! | part | what |
+//! | --- | --- |
+//! | `start` | request → first byte of a container's output, beside a bare boot and a bare restore in the same VMM |
+//! | `together` | 5, 10 and 20 pods at once, beside what their CPU seconds take; stops and leftovers |
+//! | `memory` | host memory a pod, beside those bare VMs, and what it consists of |
+//! | `reclaim` | memory that a guest has freed |
+//! | `footprint` | VMM, guest kernel and HyperStart beside the containers; the smallest pod |
+//! | `idle` | the daemon with 20 idle pods over five minutes |
+//! | `api` | rates and latencies of the API server and what it holds in memory |
+//! | `scale` | the same with 10,000 pods, 1,000 watchers, and its start with 50,000 objects |
+//! | `runtime` | the runtime interface beside containerd with runc; podman with crun |
+//! | `network` | throughput between pods, beside a veth pair |
+//!
+//! Raw samples go to a JSON file.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::print_stdout,
@@ -16,13 +25,24 @@
 mod api;
 mod bare;
 mod client;
+mod containerd;
+mod cri;
 mod fan_out;
+mod footprint;
+mod idle;
+mod machine;
 mod memory;
 mod network;
+mod podman;
+mod processes;
+mod qmp;
+mod reclaim;
 mod runtime;
 mod scale;
+mod server;
 mod start;
 mod stats;
+mod together;
 mod watch;
 
 use std::path::PathBuf;
@@ -36,16 +56,48 @@ use serde_json::{Map, Value};
 enum What {
     /// Start of a pod
     Start,
+    /// Pods at once, stops, leftovers
+    Together,
     /// Memory of pods and daemon
     Memory,
+    /// Memory that a guest has freed
+    Reclaim,
+    /// VMM, guest kernel, HyperStart; the smallest pod
+    Footprint,
+    /// The daemon with idle pods
+    Idle,
     /// The API server
     Api,
     /// The API server with 10,000 pods and 1,000 watchers
     Scale,
-    /// The runtime interface, beside containerd and runc
+    /// The runtime interface, beside containerd and runc; podman and crun
     Runtime,
     /// Throughput between pods, beside a veth pair
     Network,
+}
+
+impl What {
+    fn name(self) -> String {
+        let value = self.to_possible_value();
+        value
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default()
+    }
+
+    async fn measure(self, options: &Options) -> Result<Value> {
+        match self {
+            Self::Start => start::measure(options.starts).await,
+            Self::Together => together::measure().await,
+            Self::Memory => memory::measure().await,
+            Self::Reclaim => reclaim::measure().await,
+            Self::Footprint => footprint::measure().await,
+            Self::Idle => idle::measure(options.idle_seconds).await,
+            Self::Api => api::measure().await,
+            Self::Scale => scale::measure().await,
+            Self::Runtime => Box::pin(runtime::measure(options.starts)).await,
+            Self::Network => network::measure().await,
+        }
+    }
 }
 
 /// Benchmarks of Hypernetes
@@ -56,6 +108,12 @@ struct Options {
     /// Starts to time
     #[arg(long, default_value_t = 20)]
     starts: usize,
+    /// Seconds for which the daemon with idle pods is looked at
+    #[arg(long, default_value_t = 300)]
+    idle_seconds: u64,
+    /// Measure although the machine has other work
+    #[arg(long)]
+    busy: bool,
     /// File for the raw samples
     #[arg(long, default_value = "target/bench.json")]
     output: PathBuf,
@@ -69,43 +127,28 @@ fn main() -> Result<()> {
     {
         anyhow::bail!("a TLS provider is installed already");
     }
-    let all = [
-        What::Start,
-        What::Memory,
-        What::Api,
-        What::Scale,
-        What::Runtime,
-        What::Network,
-    ];
-    let wanted = if options.what.is_empty() {
-        &all[..]
-    } else {
-        &options.what
+    let _lock = machine::lock()?;
+    machine::wait_idle(options.busy)?;
+    let wanted = match options.what.as_slice() {
+        [] => What::value_variants(),
+        some => some,
     };
+    let machine = machine::describe();
+    machine::print(&machine);
     let mut samples = Map::new();
-    samples.insert("machine".into(), stats::machine());
-    println!("{}", stats::machine_line());
+    samples.insert("machine".into(), machine);
+    if let Some(dir) = options.output.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
     for what in wanted {
-        let (name, result): (&str, Value) = match what {
-            What::Start => ("start", runtime.block_on(start::measure(options.starts))?),
-            What::Memory => ("memory", runtime.block_on(memory::measure())?),
-            What::Api => ("api", runtime.block_on(api::measure())?),
-            What::Scale => ("scale", runtime.block_on(scale::measure())?),
-            What::Network => ("network", runtime.block_on(network::measure())?),
-            What::Runtime => (
-                "runtime",
-                runtime.block_on(runtime::measure(options.starts))?,
-            ),
-        };
-        samples.insert(name.into(), result);
+        let result = runtime.block_on(what.measure(&options))?;
+        samples.insert(what.name(), result);
+        // After each part: what was measured is not lost with what comes later.
+        std::fs::write(&options.output, serde_json::to_vec_pretty(&samples)?)?;
     }
-    if let Some(dir) = options.output.parent() {
-        std::fs::create_dir_all(dir)?;
-    }
-    std::fs::write(&options.output, serde_json::to_vec_pretty(&samples)?)?;
-    println!("raw samples: {}", options.output.display());
+    println!("\nraw samples: {}", options.output.display());
     Ok(())
 }

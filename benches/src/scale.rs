@@ -17,7 +17,8 @@ use crate::{
     api::{load, timed_lists},
     client::Endpoint,
     fan_out::{self, CONFIG_MAP, FanOut, LEASE, WATCHERS},
-    stats::{Samples, cpu_seconds, rss_kib},
+    processes::{cpu_seconds, rss_kib},
+    stats::Samples,
 };
 
 const PODS: usize = 10_000;

@@ -1,6 +1,6 @@
-//! Figures from samples, and what machine they were taken on.
+//! Figures from samples.
 
-use std::fs;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -12,6 +12,11 @@ impl Samples {
     pub(crate) fn new(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         Self(values)
+    }
+
+    /// Times in milliseconds.
+    pub(crate) fn millis(times: &[Duration]) -> Self {
+        Self::new(times.iter().map(|time| millis(*time)).collect())
     }
 
     /// The value below which a share of the samples lies, `0.5` for the median.
@@ -30,12 +35,13 @@ impl Samples {
         self.quantile(0.5)
     }
 
-    /// `median (p95, max)` in the unit.
+    /// `median, p95, p99, max` in the unit.
     pub(crate) fn line(&self, unit: &str) -> String {
         format!(
-            "median {:.1} {unit}, p95 {:.1}, max {:.1} ({} samples)",
+            "median {:.1} {unit}, p95 {:.1}, p99 {:.1}, max {:.1} ({} samples)",
             self.median(),
             self.quantile(0.95),
+            self.quantile(0.99),
             self.quantile(1.0),
             self.0.len()
         )
@@ -46,69 +52,15 @@ impl Samples {
     }
 }
 
-/// Proportional set size of a process in KiB: memory that it would free by ending.
-pub(crate) fn pss_kib(pid: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-    let line = text.lines().find(|line| line.starts_with("Pss:"))?;
-    line.split_whitespace().nth(1)?.parse().ok()
+pub(crate) fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
-/// Pages of a template that a VMM maps and has not changed, in KiB: its PSS has them already.
-pub(crate) fn template_kib(pid: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
-    let mut inside = false;
-    let mut sum = 0_u64;
-    for line in text.lines() {
-        let first = line.split_whitespace().next()?;
-        if !first.ends_with(':') {
-            inside = line.contains("guest-memory");
-        } else if inside && ["Rss:", "Anonymous:"].contains(&first) {
-            // What is resident and not a copy of its own. Of a memfd all pages count as dirty.
-            let kib = line.split_whitespace().nth(1)?.parse::<u64>().ok()?;
-            sum = match first {
-                "Rss:" => sum.saturating_add(kib),
-                _ => sum.saturating_sub(kib),
-            };
-        }
-    }
-    Some(sum)
+pub(crate) fn mib(kib: u64) -> f64 {
+    kib as f64 / 1024.0
 }
 
-/// Resident set size of a process in KiB.
-pub(crate) fn rss_kib(pid: u32) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find(|line| line.starts_with("VmRSS:"))?;
-    line.split_whitespace().nth(1)?.parse().ok()
-}
-
-/// User and system time of a process in seconds.
-pub(crate) fn cpu_seconds(pid: u32) -> Option<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let fields: Vec<&str> = text.rsplit(')').next()?.split_whitespace().collect();
-    let ticks = |index: usize| fields.get(index)?.parse::<f64>().ok();
-    Some((ticks(11)? + ticks(12)?) / 100.0)
-}
-
-pub(crate) fn machine() -> Value {
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo")
-        .lines()
-        .find_map(|line| line.strip_prefix("model name\t: ").map(str::to_owned));
-    json!({
-        "cpu": cpu,
-        "cores": std::thread::available_parallelism().map_or(0, usize::from),
-        "kernel": read("/proc/sys/kernel/osrelease").trim(),
-        "load": read("/proc/loadavg").trim(),
-    })
-}
-
-pub(crate) fn machine_line() -> String {
-    let machine = machine();
-    format!(
-        "machine: {} cores ({}), Linux {}, load {}",
-        machine["cores"],
-        machine["cpu"].as_str().unwrap_or("unknown"),
-        machine["kernel"].as_str().unwrap_or("unknown"),
-        machine["load"].as_str().unwrap_or("unknown")
-    )
+/// Cores of the machine.
+pub(crate) fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
