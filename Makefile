@@ -41,7 +41,8 @@ lint: ## Format, clippy, licences
 	cargo deny --offline --locked check --hide-inclusion-graph bans licenses sources
 
 .PHONY: bench
-bench: build ## Start-up, memory, API rates, as ratios to floors measured in the same run
+bench: build ## Start-up, memory, API rates and more, as ratios to floors measured in the same run
+	scripts/install-deps --bench
 	scripts/bench
 
 .PHONY: clean-demo

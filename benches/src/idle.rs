@@ -7,7 +7,7 @@ use hypernetes_testkit::Registry;
 use serde_json::{Value, json};
 
 use crate::{
-    processes::{cpu_seconds, rss_kib},
+    processes::{cpu_seconds, rss_kib, status_kib},
     server::{Server, names},
     stats::mib,
 };
@@ -42,14 +42,16 @@ pub(crate) async fn measure(seconds: u64) -> Result<Value> {
     let cpu = (own()? - before) / passed * 100.0;
     let guests = (of_vmms() - vmms_before) / passed * 100.0 / PODS as f64;
     let rss = curve.iter().map(|(_, _, rss)| *rss).max().unwrap_or(0);
+    let anonymous = status_kib(daemon, "RssAnon").context("the daemon runs")?;
     println!(
-        "daemon: {cpu:.2} % of a core (target {CPU_TARGET}), at most {:.1} MiB RSS (target {RSS_TARGET_MIB}); a VMM {guests:.2} % of a core",
-        mib(rss)
+        "daemon: {cpu:.2} % of a core (target {CPU_TARGET}), at most {:.1} MiB RSS (target {RSS_TARGET_MIB}), {:.1} of it anonymous and the rest its program; a VMM {guests:.2} % of a core",
+        mib(rss),
+        mib(anonymous)
     );
     server.end().await?;
     tokio::task::spawn_blocking(move || drop(registry)).await?;
     Ok(json!({
-        "pods": PODS, "seconds": passed, "daemon_cpu_percent": cpu, "daemon_rss_kib": rss,
+        "pods": PODS, "seconds": passed, "daemon_cpu_percent": cpu, "daemon_rss_kib": rss, "daemon_anonymous_kib": anonymous,
         "vmm_cpu_percent": guests, "samples": curve,
     }))
 }
