@@ -73,16 +73,16 @@ async fn rows(mut server: Server, floors: &[(&str, &Floor, f64)]) -> Result<Valu
             let number = server.daemon.vmm_processes().len();
             server.pod(&format!("idle-{number}")).await?;
         }
-        let (pods, parts) = of_one(&server.daemon.vmm_processes(), server.template_kib);
+        let (pods, of_pods) = of_one(&server.daemon.vmm_processes(), server.template_kib);
         let own = rss_kib(server.daemon.pid()).context("the daemon runs")?;
         println!(
             "{step:3} pods: {:.1} MiB a pod ({}); daemon {:.1} MiB",
             mib(pods),
-            parts.line(),
+            of_pods.line(),
             mib(own)
         );
         let mut row = json!({
-            "pods": step, "pss_kib_per_pod": pods, "parts": parts.json(), "daemon_rss_kib": own,
+            "pods": step, "pss_kib_per_pod": pods, "parts": of_pods.json(), "daemon_rss_kib": own,
             "template_kib": server.template_kib,
         });
         for (name, floor, target) in floors {
@@ -94,13 +94,18 @@ async fn rows(mut server: Server, floors: &[(&str, &Floor, f64)]) -> Result<Valu
             let (bare, parts) = of_one(&pids, floor.template_kib()?);
             drop(vms);
             let ratio = pods as f64 / bare as f64;
+            // KVM has no translated code.
+            let without =
+                |kib: u64, parts: &VmmMemory| kib.saturating_sub(parts.translations) as f64;
+            let lean = without(pods, &of_pods) / without(bare, &parts);
             println!(
-                "    bare {name}: {:.1} MiB ({}); ratio {ratio:.2} (target {target})",
+                "    bare {name}: {:.1} MiB ({}); ratio {ratio:.2} (target {target}), without translated code {lean:.2}",
                 mib(bare),
                 parts.line()
             );
-            row[format!("bare_{name}")] =
-                json!({"pss_kib": bare, "parts": parts.json(), "ratio": ratio});
+            row[format!("bare_{name}")] = json!({
+                "pss_kib": bare, "parts": parts.json(), "ratio": ratio, "ratio_without_translations": lean,
+            });
         }
         rows.push(row);
     }

@@ -191,11 +191,6 @@ fn assert_nothing_in_templates(daemon: &Daemon, run: &str, at_least: usize) {
             "in the state of devices"
         );
     }
-    println!(
-        "{} templates and {} states of devices: nothing of a tenant",
-        files.len(),
-        states.len()
-    );
 }
 
 fn show(found: &[Vec<u8>]) -> String {
