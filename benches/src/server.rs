@@ -145,13 +145,15 @@ impl Server {
 
     /// Deletes pods and waits until their VMs are gone too. Returns how long it took.
     pub(crate) async fn delete(&mut self, names: &[String]) -> Result<Duration> {
-        let before = self.daemon.vmm_processes().len();
+        let before = self.daemon.vmm_processes();
         let started = Instant::now();
         for name in names {
             let path = format!("{PODS}/{name}?gracePeriodSeconds=0");
             self.request("DELETE", &path, None).await?;
         }
-        while self.daemon.vmm_processes().len() + names.len() > before {
+        // One that has ended but has not been waited for is nobody's CPU time yet.
+        let gone = |pid: &&u32| !Path::new(&format!("/proc/{pid}")).exists();
+        while before.iter().filter(gone).count() < names.len() {
             if started.elapsed() > PATIENCE {
                 bail!(
                     "VMs of {names:?} are still there\n{}",
