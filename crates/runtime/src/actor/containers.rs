@@ -438,7 +438,7 @@ impl Actor {
     }
 
     /// Makes the guest forget a container, if there is a guest.
-    async fn forget_in_guest(&self, id: &ContainerId) -> Result<(), RuntimeError> {
+    pub(super) async fn forget_in_guest(&self, id: &ContainerId) -> Result<(), RuntimeError> {
         let action = "remove a container";
         let Some(vm) = self.vm.clone().filter(|vm| vm.exit().is_none()) else {
             return Ok(());

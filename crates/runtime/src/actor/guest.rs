@@ -18,6 +18,9 @@ use crate::{
     sandbox,
 };
 
+/// A guest that makes containers up is not asked to remove more of them than this at a time.
+const MOST_STRANGERS: usize = 64;
+
 /// How a container ended.
 #[derive(Debug, Clone)]
 pub(super) struct Ending {
@@ -204,11 +207,17 @@ impl Actor {
             .filter(|member| member.record.phase.is_live() && member.live_since < asked)
             .map(|member| member.record.id.clone())
             .collect();
-        for state in &states {
+        let ours = |state: &&v1::ContainerState| {
+            let id = state.id.parse::<ContainerId>();
+            id.is_ok_and(|id| self.members.contains_key(&id))
+        };
+        let (known, strangers): (Vec<_>, Vec<_>) = states.iter().partition(ours);
+        for state in known {
             self.container_changed(state).await;
             self.listed_paused(state).await;
             unheard.retain(|id| id.as_str() != state.id);
         }
+        self.forget_strangers(&strangers).await;
         for id in unheard {
             let exit = v1::Exit {
                 code: KILLED,
@@ -219,6 +228,19 @@ impl Actor {
                 .await;
         }
         self.finish_half_done().await;
+    }
+
+    /// Has the guest remove what no record names: containers that were removed when nobody could ask it.
+    async fn forget_strangers(&mut self, strangers: &[&v1::ContainerState]) {
+        for state in strangers.iter().take(MOST_STRANGERS) {
+            self.anomaly("the guest has a container that does not exist");
+            let Ok(id) = state.id.parse() else { continue };
+            if let Err(error) = self.forget_in_guest(&id).await {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                tracing::warn!(container = %id, error, "the guest does not remove a container yet");
+                return;
+            }
+        }
     }
 
     /// Undoes creations and finishes removals that a restart, or a lost session, cut short.
