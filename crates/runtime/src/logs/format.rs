@@ -219,6 +219,9 @@ mod tests {
     }
 
     proptest! {
+        // Tens of kilobytes each.
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
         fn what_is_taken_is_what_the_lines_measure(
             pieces in proptest::collection::vec((any::<bool>(), proptest::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..9000)), 0..12)
