@@ -131,12 +131,14 @@ async fn one(mut server: Server, kind: &str) -> Result<Value> {
         .rfind(|(at, _)| *at <= TARGET_AFTER.as_secs_f64())
         .map_or(0.0, |(_, now)| back(*now));
     println!(
-        "  {kind}: {:.1} MiB idle, {:.1} full; {:.0} % back after 30 s (target {:.0}); 80 % after {:?} s",
+        "  {kind}: {:.1} MiB idle, {:.1} full; {:.0} % back after 30 s (target {:.0}); {}",
         mib(idle),
         mib(full),
         in_time * 100.0,
         TARGET * 100.0,
-        when(TARGET)
+        when(TARGET).map_or("80 % never".to_owned(), |at| format!(
+            "80 % after {at:.1} s"
+        ))
     );
     server.end().await?;
     Ok(json!({

@@ -117,6 +117,25 @@ impl Server {
         Ok(times)
     }
 
+    /// Waits until this many VMs run and do nothing.
+    pub(crate) async fn wait_idle_vms(&self, count: usize) -> Result<()> {
+        const QUIET: Duration = Duration::from_millis(500);
+        let started = Instant::now();
+        loop {
+            let (vms, before) = (self.daemon.vmm_processes().len(), self.cpu_seconds());
+            tokio::time::sleep(QUIET).await;
+            if vms == count && self.cpu_seconds() - before < QUIET.as_secs_f64() / 10.0 {
+                return Ok(());
+            }
+            if started.elapsed() > PATIENCE {
+                bail!(
+                    "{vms} VMs run, or are busy, and not {count}\n{}",
+                    self.daemon.log_tail()
+                );
+            }
+        }
+    }
+
     /// Creates a pod and returns its uid.
     pub(crate) async fn create(&mut self, pod: &Value) -> Result<String> {
         let answer = self.request("POST", PODS, Some(pod.to_string())).await?;

@@ -15,12 +15,14 @@ use crate::{
 /// Starts that warm the page cache.
 const THROWN_AWAY: usize = 3;
 /// VMs that a daemon with a pool keeps.
-const POOL: &str = "3";
+const POOL: usize = 3;
 
 /// What was measured of one daemon.
 struct Node {
     name: &'static str,
     server: Server,
+    /// VMs that wait for its pods, where it has any.
+    pool: usize,
     /// Milliseconds from the request to the first byte; of CPU time of the daemon; seconds of the whole tree.
     pods: Vec<f64>,
     daemon_cpu: Vec<f64>,
@@ -28,10 +30,11 @@ struct Node {
 }
 
 impl Node {
-    fn new(name: &'static str, server: Server) -> Self {
+    fn new(name: &'static str, server: Server, pool: usize) -> Self {
         Self {
             name,
             server,
+            pool,
             pods: Vec::new(),
             daemon_cpu: Vec::new(),
             tree_cpu: Vec::new(),
@@ -41,17 +44,34 @@ impl Node {
     async fn start_one(&mut self, number: usize) -> Result<()> {
         let pid = self.server.daemon.pid();
         let own = || cpu_seconds(pid).unwrap_or(0.0);
+        if self.pool > 0 {
+            self.server.wait_idle_vms(self.pool).await?;
+        }
         let before = (own(), self.server.cpu_seconds());
         let name = format!("start-{number}");
         let took = self.server.pod(&name).await?;
-        let spent = (own() - before.0, self.server.cpu_seconds() - before.1);
+        let mut spent = (own() - before.0, self.server.cpu_seconds() - before.1);
         self.server.delete(&[name]).await?;
+        if self.pool > 0 {
+            // What was taken is replaced, some time.
+            self.server.wait_idle_vms(self.pool).await?;
+            spent.1 = self.server.cpu_seconds() - before.1;
+        }
         if number >= THROWN_AWAY {
             self.pods.push(millis(took));
             self.daemon_cpu.push(spent.0 * 1e3);
             self.tree_cpu.push(spent.1);
         }
         Ok(())
+    }
+
+    /// How many of its pods took a VM out of the pool.
+    fn pool_hits(&self) -> usize {
+        self.server
+            .daemon
+            .log_text()
+            .matches("from_pool=true")
+            .count()
     }
 }
 
@@ -74,14 +94,12 @@ pub(crate) async fn measure(starts: usize) -> Result<Value> {
     let bare = Bare::prepare(pid)?;
     let template = Bare::prepare(pid)?.into_template()?;
     cold.delete(&["reference".to_owned()]).await?;
-    let mut nodes = vec![Node::new("boot", cold)];
-    nodes.push(Node::new(
-        "template",
-        Server::with_template(&registry, &[]).await?,
-    ));
+    let mut nodes = vec![Node::new("boot", cold, 0)];
+    let server = Server::with_template(&registry, &[]).await?;
+    nodes.push(Node::new("template", server, 0));
     if has_pool() {
-        let server = Server::with_template(&registry, &["--pool", POOL]).await?;
-        nodes.push(Node::new("pool", server));
+        let server = Server::with_template(&registry, &["--pool", &POOL.to_string()]).await?;
+        nodes.push(Node::new("pool", server, POOL));
     } else {
         println!("this daemon keeps no VMs in reserve (--pool): that row is left out");
     }
@@ -103,6 +121,14 @@ pub(crate) async fn measure(starts: usize) -> Result<Value> {
         "bare_ms": boots.json(), "bare_restore_ms": restores.json(), "bare_command": bare.command_line(),
     });
     for node in nodes {
+        if node.pool > 0 {
+            println!(
+                "{} of {} pods took a VM out of the pool; its CPU time is with the stop and with a new VM for the pool",
+                node.pool_hits(),
+                starts + THROWN_AWAY
+            );
+            result["from_pool"] = json!(node.pool_hits());
+        }
         let pods = Samples::new(node.pods);
         let (daemon, tree) = (Samples::new(node.daemon_cpu), Samples::new(node.tree_cpu));
         let to_boot = pods.median() / boots.median();
