@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     bare::{Bare, BareTemplate, BareVm},
-    processes::{VmmMemory, pss_kib, rss_kib},
+    processes::{VmmMemory, available_kib, pss_kib, rss_kib},
     server::Server,
     stats::mib,
 };
@@ -50,12 +50,13 @@ pub(crate) async fn measure() -> Result<Value> {
     println!("\n== host memory (PSS) of idle pods");
     let registry = tokio::task::spawn_blocking(Registry::start).await?;
     let mut cold = Server::booting(&registry).await?;
-    cold.pod("idle-0").await?;
+    cold.pod("reference").await?;
     let pid = *cold.daemon.vmm_processes().first().context("a VMM runs")?;
     let floors = [
         Floor::Boot(Bare::prepare(pid)?),
         Floor::Restore(Bare::prepare(pid)?.into_template()?),
     ];
+    cold.delete(&["reference".to_owned()]).await?;
     let warm = Server::with_template(&registry, &[]).await?;
     let [boot, restore] = &floors;
     println!("pods from a template, beside bare clones and bare boots:");
@@ -68,22 +69,26 @@ pub(crate) async fn measure() -> Result<Value> {
 
 async fn rows(mut server: Server, floors: &[(&str, &Floor, f64)]) -> Result<Value> {
     let mut rows = Vec::new();
+    let available = available_kib().context("/proc/meminfo")?;
     for step in STEPS {
         while server.daemon.vmm_processes().len() < step {
             let number = server.daemon.vmm_processes().len();
             server.pod(&format!("idle-{number}")).await?;
         }
         let (pods, of_pods) = of_one(&server.daemon.vmm_processes(), server.template_kib);
+        let taken =
+            available.saturating_sub(available_kib().context("/proc/meminfo")?) / step as u64;
         let own = rss_kib(server.daemon.pid()).context("the daemon runs")?;
         println!(
-            "{step:3} pods: {:.1} MiB a pod ({}); daemon {:.1} MiB",
+            "{step:3} pods: {:.1} MiB a pod ({}); {:.1} MiB less available on the machine for each; daemon {:.1} MiB",
             mib(pods),
             of_pods.line(),
+            mib(taken),
             mib(own)
         );
         let mut row = json!({
             "pods": step, "pss_kib_per_pod": pods, "parts": of_pods.json(), "daemon_rss_kib": own,
-            "template_kib": server.template_kib,
+            "template_kib": server.template_kib, "available_kib_per_pod": taken,
         });
         for (name, floor, target) in floors {
             // As many bare VMs as pods, so that what processes share is shared by as many.

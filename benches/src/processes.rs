@@ -25,6 +25,11 @@ pub(crate) fn status_line_kib(text: &str, name: &str) -> Option<u64> {
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// Memory that the machine has to give, in KiB: what a difference comes to has the kernel's own in it too.
+pub(crate) fn available_kib() -> Option<u64> {
+    status_line_kib(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable")
+}
+
 /// Resident set size of a process in KiB.
 pub(crate) fn rss_kib(pid: u32) -> Option<u64> {
     status_kib(pid, "VmRSS")
