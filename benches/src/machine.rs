@@ -133,6 +133,7 @@ pub(crate) fn print(machine: &Value) {
                 .unwrap_or("not installed: its rows are left out")
         );
     }
+    println!("  guest kernel: {}", text(&machine["guest_kernel"]));
     println!("page cache: warm (the first starts of each kind are thrown away)");
 }
 
