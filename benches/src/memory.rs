@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::{
     bare::{Bare, BareTemplate, BareVm},
     processes::{VmmMemory, available_kib, pss_kib, rss_kib},
-    server::Server,
+    server::{Server, has_pool},
     stats::mib,
 };
 
@@ -63,8 +63,27 @@ pub(crate) async fn measure() -> Result<Value> {
     let template = rows(warm, &[("clone", restore, 1.1), ("boot", boot, 1.2)]).await?;
     println!("pods that boot, beside bare boots:");
     let boot = rows(cold, &[("boot", boot, 1.2)]).await?;
+    let pool = match has_pool() {
+        true => waiting(&registry).await?,
+        false => Value::Null,
+    };
     tokio::task::spawn_blocking(move || drop(registry)).await?;
-    Ok(json!({"template": template, "boot": boot}))
+    Ok(json!({"template": template, "boot": boot, "pool": pool}))
+}
+
+/// VMs that wait for a pod: clones of the same template as pods, in which nobody has made a container.
+async fn waiting(registry: &Registry) -> Result<Value> {
+    let count = STEPS[STEPS.len() - 1];
+    let server = Server::with_template(registry, &["--pool", &count.to_string()]).await?;
+    server.wait_idle_vms(count).await?;
+    let (vms, parts) = of_one(&server.daemon.vmm_processes(), server.template_kib);
+    println!(
+        "{count} VMs of a pool, nobody's yet: {:.1} MiB each ({})",
+        mib(vms),
+        parts.line()
+    );
+    server.end().await?;
+    Ok(json!({"vms": count, "pss_kib": vms, "parts": parts.json()}))
 }
 
 async fn rows(mut server: Server, floors: &[(&str, &Floor, f64)]) -> Result<Value> {

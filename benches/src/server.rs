@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use hypernetes_testkit::{Daemon, DaemonOptions, Registry, run};
+use hypernetes_testkit::{Daemon, DaemonOptions, Registry, release_dir, run, stdout};
 use serde_json::{Value, json};
 
 use crate::{
@@ -19,6 +19,12 @@ use crate::{
 /// Longer takes no start and no end of a pod.
 const PATIENCE: Duration = Duration::from_secs(180);
 const PODS: &str = "/api/v1/namespaces/default/pods";
+
+/// Whether the daemon can keep VMs that wait for a pod.
+pub(crate) fn has_pool() -> bool {
+    let mut help = std::process::Command::new(release_dir().join("hypernetes"));
+    stdout(help.args(["up", "--help"])).contains("--pool ")
+}
 
 /// A running daemon.
 pub(crate) struct Server {

@@ -1,14 +1,14 @@
 //! Request → first byte of a container's output, beside a bare boot and a bare restore, in turns.
 
 use anyhow::{Context, Result};
-use hypernetes_testkit::{Registry, release_dir, stdout};
+use hypernetes_testkit::Registry;
 use serde_json::{Value, json};
 
 use crate::{
     bare::Bare,
     machine::accelerator,
     processes::cpu_seconds,
-    server::Server,
+    server::{Server, has_pool},
     stats::{Samples, millis},
 };
 
@@ -75,12 +75,6 @@ impl Node {
     }
 }
 
-/// Whether this daemon can keep VMs that wait for a pod.
-fn has_pool() -> bool {
-    let mut help = std::process::Command::new(release_dir().join("hypernetes"));
-    stdout(help.args(["up", "--help"])).contains("--pool ")
-}
-
 pub(crate) async fn measure(starts: usize) -> Result<Value> {
     println!(
         "\n== start of a pod: API request → first byte of its output ({starts} times, in turns with bare boots and restores)"
@@ -145,13 +139,25 @@ pub(crate) async fn measure(starts: usize) -> Result<Value> {
         });
         node.server.end().await?;
     }
-    let median = |name: &str| {
+    let samples = |name: &str| {
         let samples = result[name]["pod_ms"].as_array().into_iter().flatten();
-        Samples::new(samples.filter_map(Value::as_f64).collect()).median()
+        Samples::new(samples.filter_map(Value::as_f64).collect())
     };
-    let ratio = median("template") / median("boot");
-    println!("template to boot: {ratio:.2}");
-    result["template_to_boot"] = json!(ratio);
+    let boot = samples("boot");
+    let mut to_boot = json!({});
+    for name in ["template", "pool"] {
+        if result[name].is_null() {
+            continue;
+        }
+        let pods = samples(name);
+        let (median, tail) = (
+            pods.median() / boot.median(),
+            pods.quantile(0.95) / boot.median(),
+        );
+        println!("{name} to a pod that boots: {median:.2}, its p95 {tail:.2}");
+        to_boot[name] = json!({"median": median, "p95": tail});
+    }
+    result["to_boot"] = to_boot;
     tokio::task::spawn_blocking(move || drop(registry)).await?;
     Ok(result)
 }
