@@ -228,6 +228,7 @@ macro_rules! unary {
 
 unary! {
     configure_sandbox: "ConfigureSandbox", ConfigureSandboxRequest -> ConfigureSandboxResponse;
+    forget: "Forget", ForgetRequest -> ForgetResponse;
     write_volume: "WriteVolume", WriteVolumeRequest -> WriteVolumeResponse;
     create_container: "CreateContainer", CreateContainerRequest -> CreateContainerResponse;
     start_container: "StartContainer", StartContainerRequest -> StartContainerResponse;

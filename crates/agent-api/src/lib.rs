@@ -58,6 +58,9 @@ pub const FEATURE_AMBIENT_CAPABILITIES: &str = "ambient-capabilities";
 /// Feature of an agent: volumes that are disks which outlive the pod ([`v1::DiskVolume`],
 /// [`v1::GrowDiskRequest`]).
 pub const FEATURE_DISK_VOLUMES: &str = "disk-volumes";
+/// Feature of an agent: it can go through the motions of a pod and forget it
+/// ([`v1::ConfigureSandboxRequest::rehearsal`], [`v1::ForgetRequest`]).
+pub const FEATURE_REHEARSAL: &str = "rehearsal";
 /// All features of an agent of this build.
 pub const FEATURES: &[&str] = &[
     FEATURE_SECCOMP_PROFILE,
@@ -69,6 +72,7 @@ pub const FEATURES: &[&str] = &[
     FEATURE_PAUSE,
     FEATURE_AMBIENT_CAPABILITIES,
     FEATURE_DISK_VOLUMES,
+    FEATURE_REHEARSAL,
 ];
 /// Most features that are taken from an agent.
 const MAX_FEATURES: usize = 64;

@@ -33,7 +33,7 @@ use prometheus_client::{
     metrics::{
         counter::{ConstCounter, Counter},
         family::Family,
-        gauge::Gauge,
+        gauge::{ConstGauge, Gauge},
         histogram::{Histogram, exponential_buckets},
     },
     registry::Registry,
@@ -281,12 +281,25 @@ impl Exporter {
         );
         let starts = Family::<Origin, Counter>::default();
         for (origin, count) in [
+            ("pool", figures.starts.from_pool),
             ("template", figures.starts.from_template),
             ("kernel", figures.starts.booted),
         ] {
             starts.get_or_create(&Origin { origin }).inc_by(count);
         }
         registry.register("vm_starts", "Starts of VMs by what they began from", starts);
+        let waiting = ConstGauge::new(i64::try_from(figures.pool.idle).unwrap_or(i64::MAX));
+        registry.register("pool_vms", "VMs that wait for a pod", waiting);
+        registry.register(
+            "pool_hits",
+            "Sandboxes that got a VM of the pool",
+            ConstCounter::new(figures.pool.hits),
+        );
+        registry.register(
+            "pool_misses",
+            "Sandboxes for which no VM was in the pool",
+            ConstCounter::new(figures.pool.misses),
+        );
         registry.register(
             "vm_start_failures",
             "VMs that did not come up",

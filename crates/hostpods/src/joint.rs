@@ -206,6 +206,10 @@ impl PodRuntime for JointRuntime {
     }
 
     /// Of the VMs: host pods start none.
+    async fn drain(&self) {
+        self.vms.drain().await;
+    }
+
     async fn figures(&self) -> NodeFigures {
         self.vms.figures().await
     }

@@ -198,6 +198,24 @@ pub(crate) struct Up {
     /// their kernel. 0 boots every pod
     #[arg(long, value_name = "COUNT", default_value_t = 4)]
     pub(crate) templates: usize,
+
+    /// How many VMs wait for a pod, for each of the templates: a pod that finds one starts faster
+    /// still. Each takes the memory of an idle pod
+    #[arg(long, value_name = "COUNT", default_value_t = 0, value_parser = pool)]
+    pub(crate) pool: usize,
+}
+
+/// VMs that may wait for each template.
+pub(crate) const MAX_POOL: usize = 64;
+
+fn pool(text: &str) -> Result<usize, String> {
+    let refused = || format!("must be 0 to {MAX_POOL}");
+    let count = text.parse().map_err(|_wrong| refused())?;
+    if count > MAX_POOL {
+        Err(refused())
+    } else {
+        Ok(count)
+    }
 }
 
 /// A range with room for the API server's address and others.

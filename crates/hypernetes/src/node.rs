@@ -94,6 +94,7 @@ pub(crate) async fn run(paths: &Paths, options: cli::Node) -> Result<()> {
     if drained.await.is_err() {
         warn!("not everything ended within {DRAIN:?}");
     }
+    parts.runtime.drain().await;
     if let Err(error) = parts.store.flush().await {
         error!(error = %chain(&error), "the last writes may not be on disk");
     }

@@ -17,6 +17,7 @@ use ipnet::{IpNet, Ipv4Net};
 use serde::Deserialize;
 
 use crate::{
+    cli::MAX_POOL,
     logs::LogOptions,
     parts::{CNI_NETWORK, CniOptions, HostPodsOptions, PartsOptions},
 };
@@ -41,6 +42,7 @@ pub(crate) struct NodeConfig {
     run_dir: PathBuf,
     uid_base: u32,
     templates: usize,
+    pool: usize,
     host_handler: Host,
     pub(crate) logs: LogOptions,
     debug: Debug,
@@ -217,6 +219,7 @@ impl Default for NodeConfig {
             run_dir: crate::parts::RUN_DIR.into(),
             uid_base: 0x7000_0000,
             templates: TemplateConfig::default().most,
+            pool: TemplateConfig::default().pool,
             host_handler: Host::default(),
             logs: LogOptions::default(),
             debug: Debug::default(),
@@ -279,6 +282,11 @@ impl NodeConfig {
             false => Self::default(),
         };
         config.logs.check()?;
+        ensure!(config.pool <= MAX_POOL, "pool must be 0 to {MAX_POOL}");
+        ensure!(
+            config.pool == 0 || config.templates > 0,
+            "pool: its VMs come from templates, which must not be 0"
+        );
         for path in [&config.socket, &config.kubelet_dir, &config.run_dir]
             .into_iter()
             .chain(&config.host_paths.copied)
@@ -362,6 +370,7 @@ impl NodeConfig {
             run_dir: Some(self.run_dir.clone()),
             uid_base: self.uid_base,
             templates: self.templates,
+            pool: self.pool,
             host_pods: self.host_pods(),
             virtiofsd: some(&self.host_paths.virtiofsd),
             volumes: false,

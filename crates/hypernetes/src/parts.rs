@@ -56,6 +56,8 @@ pub(crate) struct PartsOptions {
     pub(crate) uid_base: u32,
     /// Most VM templates.
     pub(crate) templates: usize,
+    /// VMs that wait for a pod, for each template.
+    pub(crate) pool: usize,
     /// Pods on the node's own kernel.
     pub(crate) host_pods: HostPodsOptions,
     /// Virtual CPUs and memory in MiB of most pods' VMs: a template of them is made at once.
@@ -225,6 +227,7 @@ impl Parts {
             deadlines: Deadlines::default(),
             templates: TemplateConfig {
                 most: options.templates,
+                pool: options.pool,
             },
             others: known_sandboxes(&store)?,
         })

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use futures::stream;
 use hypernetes_apiserver::{ApiServer, ApiServerConfig, AuditOptions, tls_config};
 use hypernetes_controllers::ControllersConfig;
@@ -64,6 +64,10 @@ impl Node {
     async fn prepare(paths: &Paths, options: &Up) -> Result<Self> {
         let authority = Authority::load_or_create(&paths.pki())
             .context("cannot open the certificate authority")?;
+        ensure!(
+            options.pool == 0 || options.templates > 0,
+            "--pool: its VMs come from templates: --templates must not be 0"
+        );
         let parts = PartsOptions {
             insecure_registries: options.insecure_registries.clone(),
             mirrors: BTreeMap::new(),
@@ -75,6 +79,7 @@ impl Node {
             run_dir: options.run_dir.clone(),
             uid_base: options.uid_base,
             templates: options.templates,
+            pool: options.pool,
             host_pods: HostPodsOptions::default(),
             usual_vm: {
                 let (vcpus, memory_mib) = hypernetes_nodelet::USUAL_VM;
@@ -256,6 +261,7 @@ impl Node {
         if drained.await.is_err() {
             warn!("not everything ended within {DRAIN:?}");
         }
+        self.parts.runtime.drain().await;
         if let Err(error) = self.parts.store.flush().await {
             error!(error = %chain(&error), "the last writes may not be on disk");
         }

@@ -23,6 +23,7 @@ mod pod;
 mod port;
 mod profile;
 mod reaper;
+mod rehearsal;
 mod request;
 mod resize;
 mod ring;
@@ -43,6 +44,9 @@ fn main() -> ExitCode {
         .is_some_and(|name| name == hypernetes_container::CHILD_NAME)
     {
         return hypernetes_container::child::main();
+    }
+    if let Some(code) = rehearsal::main() {
+        return code;
     }
     if rustix::process::getpid() != rustix::process::Pid::INIT {
         log!("this is the init of a microVM; it runs nowhere else");

@@ -145,6 +145,15 @@ impl Pod {
                 )),
             };
         }
+        if identity.rehearsal
+            && (identity.share_process_namespace
+                || identity.user_namespace.is_some()
+                || !identity.interfaces.is_empty())
+        {
+            return Err(GuestError::invalid(
+                "a rehearsal has neither interfaces nor namespaces",
+            ));
+        }
         if let Some(asked) = &identity.user_namespace {
             let map = users::map(asked)?;
             self.ensure_users(map, &identity.interfaces).await?;
@@ -159,6 +168,24 @@ impl Pod {
         state.files = files;
         state.pause = pause;
         state.configured = Some(identity);
+        Ok(())
+    }
+
+    /// Has a rehearsal be forgotten: what it mounted and wrote goes, and the VM is nobody's again.
+    pub(crate) async fn forget_rehearsal(&self) -> Result<(), GuestError> {
+        let _one_at_a_time = self.0.configuring.lock().await;
+        let _nothing_written = self.0.writing.lock().await;
+        {
+            let state = self.lock();
+            let rehearsed = state.configured.as_ref().is_some_and(|it| it.rehearsal);
+            if !rehearsed || !state.containers.is_empty() {
+                return Err(GuestError::Precondition(
+                    "the sandbox is no rehearsal, or not at its end".into(),
+                ));
+            }
+        }
+        sandbox::forget().await?;
+        *self.lock() = State::default();
         Ok(())
     }
 

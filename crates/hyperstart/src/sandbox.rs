@@ -12,9 +12,12 @@ use hypernetes_container::{FileBind, UserMap, open_beneath, sys};
 use nix::mount::{MsFlags, mount};
 use rustix::{
     fs::OFlags,
+    io::Errno,
     system::{RebootCommand, reboot, sethostname},
     time::{ClockId, Timespec, clock_settime},
 };
+
+use tokio::time::{Instant, sleep};
 
 use crate::{
     boot::dir,
@@ -26,6 +29,8 @@ use crate::{
 };
 
 const MAX_FILES: usize = 64;
+/// How long a rehearsal may keep its disk busy after its end.
+const LET_GO: Duration = Duration::from_secs(5);
 /// Nanoseconds from which on a clock is set: making up for it would take minutes. As ntpd(8) does.
 const STEP: u64 = 128_000_000;
 const DEFAULT_SHM: u64 = 64 * 1024 * 1024;
@@ -206,6 +211,40 @@ fn write_files(files: &[v1::File]) -> Result<Vec<FileBind>, GuestError> {
         });
     }
     Ok(binds)
+}
+
+/// Takes back what [`configure`] has mounted and written, and the content of volumes.
+pub(crate) async fn forget() -> Result<(), GuestError> {
+    let deadline = Instant::now() + LET_GO;
+    for place in [dir::SCRATCH, dir::SHM] {
+        // What a container wrote is deleted behind its back, and keeps the disk busy meanwhile.
+        while is_mounted(place) {
+            match disks::blocking(move || Ok(nix::mount::umount(place)?)).await {
+                Err(error)
+                    if error.raw_os_error() == Some(Errno::BUSY.raw_os_error())
+                        && Instant::now() < deadline =>
+                {
+                    sleep(Duration::from_millis(5)).await;
+                }
+                unmounted => unmounted.attempt(format!("unmount {place}"))?,
+            }
+        }
+    }
+    for place in [dir::FILES, dir::VOLUMES] {
+        disks::blocking(move || {
+            for entry in fs::read_dir(place)? {
+                let entry = entry?;
+                match entry.file_type()?.is_dir() {
+                    true => fs::remove_dir_all(entry.path())?,
+                    false => fs::remove_file(entry.path())?,
+                }
+            }
+            Ok(())
+        })
+        .await
+        .attempt(format!("empty {place}"))?;
+    }
+    Ok(())
 }
 
 /// Lets go of the disk, in order.

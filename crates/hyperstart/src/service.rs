@@ -81,6 +81,15 @@ impl Agent for Pod {
         .await
     }
 
+    async fn forget(&self, _: Request<v1::ForgetRequest>) -> Answer<v1::ForgetResponse> {
+        let pod = self.clone();
+        to_the_end(async move {
+            Pod::forget_rehearsal(&pod).await?;
+            Ok(v1::ForgetResponse {})
+        })
+        .await
+    }
+
     async fn write_volume(
         &self,
         request: Request<v1::WriteVolumeRequest>,

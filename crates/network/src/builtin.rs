@@ -20,7 +20,6 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
-    os::fd::OwnedFd,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -33,7 +32,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     Attachment, HeldPort, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
-    NetworkSpec, PodNetworkRequest,
+    NetworkSpec, Parked, ParkedPlace, PodNetworkRequest,
     netns::{self, Namespace},
     plan::{Names, NetworkPlan, PodPlan, hex, namespace_prefix, service_table},
     record::{NetworkRecord, Records},
@@ -255,8 +254,21 @@ impl NetworkDriver for BuiltinDriver {
         self.run(move |inner| inner.detach(&sandbox)).await
     }
 
-    async fn park(&self) -> Result<OwnedFd, NetworkError> {
+    async fn park(&self) -> Result<Parked, NetworkError> {
         self.run(|_| tap::park().map_err(system("park a tap")))
+            .await
+    }
+
+    async fn attach_parked(
+        &self,
+        sandbox: &SandboxId,
+        network: &NetworkId,
+        request: &PodNetworkRequest,
+        place: ParkedPlace,
+    ) -> Result<Lease, NetworkError> {
+        let (sandbox, network) = (sandbox.clone(), network.clone());
+        let request = request.clone();
+        self.run(move |inner| inner.attach_parked(&sandbox, &network, &request, place))
             .await
     }
 

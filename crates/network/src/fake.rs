@@ -14,7 +14,7 @@ use ipnet::Ipv4Net;
 
 use crate::{
     Attachment, HeldPort, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
-    NetworkSpec, PodNetworkRequest, ipam,
+    NetworkSpec, Parked, ParkedPlace, PodNetworkRequest, ipam,
     plan::{NetworkPlan, mac, tap_name},
 };
 
@@ -228,8 +228,22 @@ impl NetworkDriver for FakeDriver {
         Ok(())
     }
 
-    async fn park(&self) -> Result<OwnedFd, NetworkError> {
-        null()
+    async fn park(&self) -> Result<Parked, NetworkError> {
+        Ok(Parked {
+            tap: null()?,
+            place: ParkedPlace(null()?),
+        })
+    }
+
+    async fn attach_parked(
+        &self,
+        sandbox: &SandboxId,
+        network: &NetworkId,
+        request: &PodNetworkRequest,
+        _place: ParkedPlace,
+    ) -> Result<Lease, NetworkError> {
+        let attachment = self.attach(sandbox, network, request).await?;
+        Ok(attachment.lease)
     }
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {

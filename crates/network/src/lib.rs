@@ -71,6 +71,19 @@ pub struct Attachment {
     pub lease: Lease,
 }
 
+/// A tap that is nobody's yet: see [`NetworkDriver::park`].
+#[derive(Debug)]
+pub struct Parked {
+    /// Its queue, as in [`Attachment::tap`].
+    pub tap: OwnedFd,
+    /// Where it is.
+    pub place: ParkedPlace,
+}
+
+/// Where a parked tap is, for [`NetworkDriver::attach_parked`].
+#[derive(Debug)]
+pub struct ParkedPlace(pub(crate) OwnedFd);
+
 /// The address of one pod. Durable: stored by the driver before it is handed out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lease {
@@ -244,7 +257,16 @@ pub trait NetworkDriver: Send + Sync + std::fmt::Debug {
     async fn detach(&self, sandbox: &SandboxId) -> Result<(), NetworkError>;
     /// A tap like those of [`NetworkDriver::attach`], but alone in a namespace that ends with it: for
     /// a VM that is nobody's yet. It carries nothing.
-    async fn park(&self) -> Result<OwnedFd, NetworkError>;
+    async fn park(&self) -> Result<Parked, NetworkError>;
+    /// Like [`NetworkDriver::attach`], for a sandbox whose VM has a parked tap, which becomes the
+    /// sandbox's own.
+    async fn attach_parked(
+        &self,
+        sandbox: &SandboxId,
+        network: &NetworkId,
+        request: &PodNetworkRequest,
+        place: ParkedPlace,
+    ) -> Result<Lease, NetworkError>;
     /// Replaces the names that pods of the network can resolve. Networks that are not this node's
     /// own refuse it.
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError>;

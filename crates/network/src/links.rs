@@ -153,6 +153,21 @@ impl Links {
             .map_err(refused(format!("move {outside} to the host")))
     }
 
+    /// Moves a link to another namespace, where it has another name.
+    pub(crate) async fn hand_over(&self, link: &str, to: &Namespace, name: &str) -> io::Result<()> {
+        let index = self.existing(link).await?;
+        let message = LinkUnspec::new_with_index(index)
+            .name(name.to_owned())
+            .setns_by_fd(std::os::fd::AsFd::as_fd(to).as_raw_fd())
+            .build();
+        self.0
+            .link()
+            .set(message)
+            .execute()
+            .await
+            .map_err(refused(format!("move {link} to be {name}")))
+    }
+
     /// Sets the MTU.
     pub(crate) async fn set_mtu(&self, name: &str, mtu: u32) -> io::Result<()> {
         self.0

@@ -1,13 +1,13 @@
 //! One network by CNI plugins, all others by another driver.
 
-use std::{net::SocketAddr, os::fd::OwnedFd, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use async_trait::async_trait;
 use hypernetes_types::{NetworkId, SandboxId};
 
 use crate::{
     Attachment, Lease, NameRecord, NamespacePlace, NetworkDriver, NetworkError, NetworkServices,
-    NetworkSpec, PodNetworkRequest, cni::CniDriver,
+    NetworkSpec, Parked, ParkedPlace, PodNetworkRequest, cni::CniDriver,
 };
 
 /// Joins a [`CniDriver`] with the driver of this node's own networks.
@@ -95,8 +95,23 @@ impl NetworkDriver for RoutedDriver {
         self.own.detach(sandbox).await
     }
 
-    async fn park(&self) -> Result<OwnedFd, NetworkError> {
+    async fn park(&self) -> Result<Parked, NetworkError> {
         self.own.park().await
+    }
+
+    async fn attach_parked(
+        &self,
+        sandbox: &SandboxId,
+        network: &NetworkId,
+        request: &PodNetworkRequest,
+        place: ParkedPlace,
+    ) -> Result<Lease, NetworkError> {
+        if self.is_cni(network) {
+            return self.cni.attach_parked(sandbox, request, place).await;
+        }
+        self.own
+            .attach_parked(sandbox, network, request, place)
+            .await
     }
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {

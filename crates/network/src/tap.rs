@@ -10,8 +10,14 @@ use nix::errno::Errno;
 use tokio::time::Instant;
 use tun_rs::{DeviceBuilder, Layer};
 
-use crate::netns::{self, Namespace};
+use crate::{
+    Parked, ParkedPlace,
+    links::with_links,
+    netns::{self, Namespace},
+};
 
+/// The name of a tap that is nobody's yet.
+const PARKED: &str = "park0";
 /// How long a killed VMM may take to let go of its queue.
 const RELEASE_WAIT: Duration = Duration::from_secs(2);
 
@@ -38,16 +44,22 @@ pub(crate) fn open(namespace: &Namespace, name: &str) -> io::Result<OwnedFd> {
     })
 }
 
-/// Opens a tap in a namespace without a name: both end when the last descriptor is closed.
-pub(crate) fn park() -> io::Result<OwnedFd> {
+/// Opens a tap in a namespace without a name: both end when the last descriptor is closed, although
+/// the tap is one that stays, as it may be moved to where it is to.
+pub(crate) fn park() -> io::Result<Parked> {
     netns::in_new(|| {
-        let device = DeviceBuilder::new()
-            .name("park0")
-            .layer(Layer::L2)
-            .offload(true)
-            .inherit_enable_state()
-            .build_sync()?;
-        device.as_fd().try_clone_to_owned()
+        Ok(Parked {
+            tap: open_here(PARKED)?,
+            place: ParkedPlace(Namespace::current()?.into()),
+        })
+    })
+}
+
+/// Moves a parked tap, whose queue a VMM has, into `namespace`, where it is called `name`. It is down
+/// there, like a new one.
+pub(crate) fn unpark(place: ParkedPlace, namespace: &Namespace, name: &str) -> io::Result<()> {
+    with_links(&Namespace::from(place.0), async |links| {
+        links.hand_over(PARKED, namespace, name).await
     })
 }
 

@@ -6,9 +6,10 @@ use hypernetes_runtime::Timing;
 
 /// Of the VM, up to a sandbox that is ready; network, scratch disk and kernel overlap.
 pub(crate) fn of_sandbox(timing: &Timing) -> String {
-    let origin = match timing.from_template {
-        true => "from a template",
-        false => "booted",
+    let origin = match (timing.from_pool, timing.from_template) {
+        (true, _) => "from the pool",
+        (false, true) => "from a template",
+        (false, false) => "booted",
     };
     let mut text = format!("VM {origin}, ready after {}", millis(timing.total));
     phases(&mut text, &timing.phases);
@@ -46,12 +47,20 @@ mod tests {
                 ("boot", Duration::from_millis(90)),
             ],
             from_template: true,
+            from_pool: false,
             total: Duration::from_millis(100),
         };
         assert_eq!(
             of_sandbox(&timing),
             "VM from a template, ready after 100.0 ms: request 1.5 ms, boot 90.0 ms"
         );
+        let timing = Timing {
+            from_pool: true,
+            total: Duration::from_millis(40),
+            ..Timing::default()
+        };
+        let text = "VM from the pool, ready after 40.0 ms";
+        assert_eq!(of_sandbox(&timing), text);
         let parts = [
             ("image", Duration::ZERO),
             ("create", Duration::from_millis(7)),

@@ -14,6 +14,7 @@ mod cpus;
 mod extras;
 mod guest;
 mod pause;
+mod pooled;
 mod release;
 mod suspend;
 mod volumes;
@@ -36,7 +37,8 @@ use tracing::Instrument;
 
 use crate::{
     api::{
-        ContainerConfig, ContainerUpdate, HostDevice, RuntimeEvent, SandboxUpdate, VolumeConfig,
+        ContainerConfig, ContainerUpdate, HostDevice, RuntimeEvent, SandboxConfig, SandboxUpdate,
+        VolumeConfig,
     },
     container,
     error::RuntimeError,
@@ -45,6 +47,7 @@ use crate::{
         fanout::Subscription,
         pump::{Pump, Reopener},
     },
+    pool::Pooled,
     records::{ContainerRecord, SandboxRecord},
     sandbox::{self, Phase},
     shared::{Shared, Snapshot},
@@ -119,6 +122,13 @@ impl Handle {
         answer.await.map_err(|_gone| gone())?
     }
 
+    /// Whether it is the sandbox of this uid and attempt.
+    pub(crate) fn is_of(&self, config: &SandboxConfig) -> bool {
+        let snapshot = self.snapshot.borrow();
+        let (has, wanted) = (&snapshot.record.config.metadata, &config.metadata);
+        !snapshot.gone && has.uid == wanted.uid && has.attempt == wanted.attempt
+    }
+
     /// Stops the sandbox, ahead of whatever its task is waiting for.
     pub(crate) async fn stop(&self) -> Result<(), RuntimeError> {
         self.stopping.cancel();
@@ -134,8 +144,8 @@ impl Handle {
 
 /// How a sandbox's task begins.
 pub(crate) enum Start {
-    /// With a VM to boot; the answer goes to whoever asked first.
-    Boot(Stopwatch, Reply<()>),
+    /// With a VM to boot, or one that waits in the pool; the answer goes to whoever asked first.
+    Boot(Stopwatch, Option<Box<Pooled>>, Reply<()>),
     /// With a VM that survived a restart.
     Adopted(Arc<dyn Vm>),
     /// Without a VM.
@@ -272,8 +282,8 @@ fn snapshot(
 impl Actor {
     async fn run(mut self, start: Start) {
         match start {
-            Start::Boot(asked, reply) => {
-                let result = self.start(asked).await;
+            Start::Boot(asked, pooled, reply) => {
+                let result = self.start(asked, pooled).await;
                 // Whoever asked may have gone.
                 drop(reply.send(result));
             }

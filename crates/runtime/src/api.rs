@@ -870,6 +870,8 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     async fn remove_image(&self, reference: &str) -> Result<(), RuntimeError>;
     /// Figures of the whole node, for whoever watches it.
     async fn figures(&self) -> NodeFigures;
+    /// Ends what was made ahead and nobody uses yet, before an orderly stop. Pods run on.
+    async fn drain(&self) {}
     /// What images and scratch disks take.
     async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError>;
 }

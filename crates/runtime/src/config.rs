@@ -49,11 +49,14 @@ pub struct TemplateConfig {
     /// How many are kept at most, one for each kernel and shape of VM that is in use; each takes
     /// the memory of an idle guest, some 50 MiB. 0: every VM boots.
     pub most: usize,
+    /// How many VMs wait for a sandbox, for each template that is kept: each takes the memory of a
+    /// pod's VM that is idle. 0: none.
+    pub pool: usize,
 }
 
 impl Default for TemplateConfig {
     fn default() -> Self {
-        Self { most: 4 }
+        Self { most: 4, pool: 0 }
     }
 }
 

@@ -985,6 +985,7 @@ impl PodRuntime for FakeRuntime {
                 ..StartFigures::default()
             },
             host_memory,
+            ..NodeFigures::default()
         }
     }
 

@@ -3,18 +3,23 @@
 use std::{
     collections::BTreeMap,
     fs,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use hypernetes_types::SandboxId;
 use hypernetes_vmm::VmRecord;
+use tokio::sync::watch;
+
+use crate::{pool::PoolFigures, timing::Timing};
 
 /// Figures of a node, at a moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeFigures {
     /// Starts since the runtime was opened.
     pub starts: StartFigures,
+    /// VMs that wait for a sandbox.
+    pub pool: PoolFigures,
     /// Bytes of the host's memory that the VM of a sandbox takes: its proportional set size, so that
     /// what VMs share is counted once.
     pub host_memory: BTreeMap<SandboxId, u64>,
@@ -23,6 +28,8 @@ pub struct NodeFigures {
 /// Starts of sandboxes' VMs since the runtime was opened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StartFigures {
+    /// Were in the pool.
+    pub from_pool: u64,
     /// Went on from a template.
     pub from_template: u64,
     /// Booted a kernel.
@@ -35,25 +42,63 @@ pub struct StartFigures {
 
 /// Counts starts.
 #[derive(Debug, Default)]
-pub(crate) struct Starts(Mutex<StartFigures>);
+pub(crate) struct Starts {
+    figures: Mutex<StartFigures>,
+    /// How many have begun, and how many of them are under way.
+    begun: watch::Sender<(u64, u64)>,
+}
+
+/// A start that is under way.
+#[derive(Debug)]
+pub(crate) struct UnderWay<'a>(&'a Starts);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.begun.send_modify(|(_, under_way)| *under_way -= 1);
+    }
+}
 
 impl Starts {
-    pub(crate) fn came_up(&self, from_template: bool, took: Duration) {
-        let mut figures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match from_template {
-            true => figures.from_template += 1,
-            false => figures.booted += 1,
+    fn lock(&self) -> MutexGuard<'_, StartFigures> {
+        self.figures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn begin(&self) -> UnderWay<'_> {
+        self.begun.send_modify(|(begun, under_way)| {
+            *begun += 1;
+            *under_way += 1;
+        });
+        UnderWay(self)
+    }
+
+    pub(crate) fn begun(&self) -> u64 {
+        self.begun.borrow().0
+    }
+
+    /// Waits until none is under way, and tells how many have begun.
+    pub(crate) async fn settled(&self) -> u64 {
+        let mut begun = self.begun.subscribe();
+        let settled = begun.wait_for(|(_, under_way)| *under_way == 0).await;
+        // The sender is in `self`.
+        settled.map_or(0, |counts| counts.0)
+    }
+
+    pub(crate) fn came_up(&self, timing: &Timing) {
+        let mut figures = self.lock();
+        match (timing.from_pool, timing.from_template) {
+            (true, _) => figures.from_pool += 1,
+            (false, true) => figures.from_template += 1,
+            (false, false) => figures.booted += 1,
         }
-        figures.took += took;
+        figures.took += timing.total;
     }
 
     pub(crate) fn failed(&self) {
-        let mut figures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        figures.failed += 1;
+        self.lock().failed += 1;
     }
 
     pub(crate) fn figures(&self) -> StartFigures {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.lock()
     }
 }
 
@@ -81,14 +126,20 @@ mod tests {
     #[test]
     fn starts_are_counted_by_how_they_went() {
         let starts = Starts::default();
-        starts.came_up(true, Duration::from_millis(300));
-        starts.came_up(false, Duration::from_millis(700));
+        for (from_pool, from_template, millis) in
+            [(false, true, 300), (false, false, 600), (true, true, 100)]
+        {
+            starts.came_up(&Timing {
+                from_pool,
+                from_template,
+                total: Duration::from_millis(millis),
+                ..Timing::default()
+            });
+        }
         starts.failed();
         let figures = starts.figures();
-        assert_eq!(
-            (figures.from_template, figures.booted, figures.failed),
-            (1, 1, 1)
-        );
+        let counts = (figures.from_pool, figures.from_template, figures.booted);
+        assert_eq!((counts, figures.failed), ((1, 1, 1), 1));
         assert_eq!(figures.took, Duration::from_secs(1));
     }
 

@@ -109,14 +109,10 @@ pub(crate) fn configure_request(
     lease: Option<&Lease>,
     device_mac: Option<&str>,
 ) -> Result<v1::ConfigureSandboxRequest, RuntimeError> {
-    let mut seed = vec![0; 32];
-    // Requests of up to 256 bytes are answered whole or not at all (getrandom(2)).
-    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
-        .map_err(|error| storage("get random bytes", std::io::Error::from(error)))?;
     Ok(v1::ConfigureSandboxRequest {
         hostname: config.hostname.clone(),
         unix_nanos: now_nanos(),
-        seed,
+        seed: seed()?,
         interfaces: lease
             .map(|lease| interface(lease, device_mac))
             .into_iter()
@@ -135,6 +131,33 @@ pub(crate) fn configure_request(
             file("/etc/resolv.conf", resolv_conf(config, lease)),
             file("/etc/hostname", format!("{}\n", config.hostname)),
         ],
+        rehearsal: false,
+    })
+}
+
+/// 32 bytes that nobody else gets.
+fn seed() -> Result<Vec<u8>, RuntimeError> {
+    let mut seed = vec![0; 32];
+    // Requests of up to 256 bytes are answered whole or not at all (getrandom(2)).
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| storage("get random bytes", std::io::Error::from(error)))?;
+    Ok(seed)
+}
+
+/// The configuration message for what is nobody's pod and will be forgotten.
+pub(crate) fn rehearsal_request() -> Result<v1::ConfigureSandboxRequest, RuntimeError> {
+    Ok(v1::ConfigureSandboxRequest {
+        hostname: "rehearsal".to_owned(),
+        unix_nanos: now_nanos(),
+        seed: seed()?,
+        scratch_slot: SCRATCH_SLOT,
+        files: vec![
+            file("/etc/hosts", "127.0.0.1 localhost\n".to_owned()),
+            file("/etc/resolv.conf", String::new()),
+            file("/etc/hostname", "rehearsal\n".to_owned()),
+        ],
+        rehearsal: true,
+        ..v1::ConfigureSandboxRequest::default()
     })
 }
 

@@ -29,6 +29,7 @@ use crate::{
     figures::{self, NodeFigures},
     identity,
     logs::format::now_nanos,
+    pool::{self, Pooled},
     process::{exec_process, guest_process},
     records::{SandboxRecord, storage},
     recovery::RecoveryReport,
@@ -75,6 +76,7 @@ impl NodeRuntime {
         let (sandboxes, report) = crate::recovery::recover(&shared).await?;
         tracing::info!(?report, "the runtime is open");
         templates::spawn_maker(&shared);
+        pool::spawn_filler(&shared);
         Ok(Self {
             shared,
             sandboxes: Mutex::new(sandboxes),
@@ -120,6 +122,13 @@ impl NodeRuntime {
     #[cfg(test)]
     pub(crate) fn templates_are_settled(&self) -> bool {
         self.shared.templates.is_settled()
+    }
+
+    /// Whether there is a template and all of them have their VMs in the pool.
+    #[cfg(test)]
+    pub(crate) fn pool_is_full(&self) -> bool {
+        let templates = self.shared.templates.ready().len();
+        templates > 0 && self.shared.pool.is_full(templates)
     }
 
     /// How many more sandboxes can have a user id of their own.
@@ -182,24 +191,54 @@ impl NodeRuntime {
     fn find_or_spawn(
         &self,
         config: &SandboxConfig,
+        pooled: Option<Pooled>,
+        asked: Stopwatch,
     ) -> Result<(Handle, Option<Boot>), RuntimeError> {
-        let asked = Stopwatch::start();
-        let wanted = &config.metadata;
         let mut sandboxes = self.lock();
-        let found = sandboxes.values().find(|handle| {
-            let snapshot = handle.snapshot.borrow();
-            let metadata = &snapshot.record.config.metadata;
-            !snapshot.gone && metadata.uid == wanted.uid && metadata.attempt == wanted.attempt
-        });
+        let found = sandboxes.values().find(|handle| handle.is_of(config));
         if let Some(handle) = found {
+            if let Some(pooled) = pooled {
+                self.shared.pool.put_back(pooled);
+            }
             return Ok((handle.clone(), None));
         }
-        let uid = self.shared.take_uid()?;
-        let record = SandboxRecord::new(SandboxId::random(), config.clone(), uid, now_nanos());
+        let (id, uid) = match &pooled {
+            Some(pooled) => (pooled.id.clone(), pooled.uid),
+            None => (SandboxId::random(), self.shared.take_uid()?),
+        };
+        let record = SandboxRecord::new(id, config.clone(), uid, now_nanos());
         let (reply, booted) = oneshot::channel();
-        let handle = actor::spawn(&self.shared, record, Vec::new(), Start::Boot(asked, reply));
+        let start = Start::Boot(asked, pooled.map(Box::new), reply);
+        let handle = actor::spawn(&self.shared, record, Vec::new(), start);
         sandboxes.insert(handle.id.clone(), handle.clone());
         Ok((handle, Some(booted)))
+    }
+
+    /// A VM that waits for a sandbox like this one.
+    async fn from_pool(&self, config: &SandboxConfig) -> Option<Pooled> {
+        let pool = &self.shared.pool;
+        if !pool.is_on() || self.lock().values().any(|handle| handle.is_of(config)) {
+            return None;
+        }
+        let shared = &self.shared;
+        let kernels = &shared.config.kernels;
+        let kernel = kernels.prepare(config.kernel.as_ref(), &shared.config.hyperstart);
+        // What is wrong with the kernel is told by the start.
+        let kernel = kernel.await.ok()?;
+        let size = shared.first_size(config);
+        let wish = Wish {
+            kernel,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            nic: config.network.is_some(),
+            extras: config.extras,
+        };
+        let key = wish.key().ok()?;
+        let taken = pool.take(&key);
+        if taken.is_some() {
+            shared.templates.touch(&key);
+        }
+        taken
     }
 
     fn forget(&self, id: &SandboxId) {
@@ -366,7 +405,9 @@ impl PodRuntime for NodeRuntime {
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError> {
         identity::check(&config)?;
         loop {
-            let (handle, boot) = self.find_or_spawn(&config)?;
+            let asked = Stopwatch::start();
+            let pooled = self.from_pool(&config).await;
+            let (handle, boot) = self.find_or_spawn(&config, pooled, asked)?;
             if let Some(boot) = boot {
                 let gone = |_gone| not_found("sandbox", &handle.id);
                 return boot.await.map_err(gone)?.map(|()| handle.id.clone());
@@ -720,6 +761,10 @@ impl PodRuntime for NodeRuntime {
         Ok(images.remove(&id, &self.images_in_use()).await?)
     }
 
+    async fn drain(&self) {
+        self.shared.pool.drain().await;
+    }
+
     async fn figures(&self) -> NodeFigures {
         let vm = |handle: &Handle| handle.snapshot.borrow().record.vm.clone();
         let vms: Vec<_> = self.handles().iter().filter_map(vm).collect();
@@ -727,6 +772,7 @@ impl PodRuntime for NodeRuntime {
         let measure = move || vms.into_iter().filter_map(memory).collect();
         NodeFigures {
             starts: self.shared.starts.figures(),
+            pool: self.shared.pool.figures(),
             // Only a panic keeps it away.
             host_memory: tokio::task::spawn_blocking(measure)
                 .await

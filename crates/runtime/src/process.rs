@@ -224,7 +224,7 @@ pub(crate) fn guest_process(
     })
 }
 
-fn privileges(security: &SecurityConfig) -> v1::Process {
+pub(crate) fn privileges(security: &SecurityConfig) -> v1::Process {
     v1::Process {
         capabilities: changed_capabilities(security),
         no_new_privs: security.no_new_privs,

@@ -11,14 +11,15 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    api::{ContainerState, ContainerStatus, RuntimeEvent, SandboxStatus},
+    api::{ContainerState, ContainerStatus, RuntimeEvent, SandboxConfig, SandboxStatus},
     config::RuntimeConfig,
     container,
     error::RuntimeError,
     figures::Starts,
     link::LinkState,
-    records::{ContainerRecord, Records, SandboxRecord},
-    sandbox,
+    pool::Pool,
+    records::{ContainerRecord, Records, SandboxRecord, VmSize},
+    rehearsal, sandbox,
     scratch::ScratchDisks,
     templates::Templates,
     timing::Timing,
@@ -34,6 +35,8 @@ pub(crate) struct Shared {
     pub(crate) records: Records,
     pub(crate) scratch: ScratchDisks,
     pub(crate) templates: Templates,
+    pub(crate) pool: Pool,
+    pub(crate) rehearsal: rehearsal::Layer,
     pub(crate) starts: Starts,
     pub(crate) events: broadcast::Sender<RuntimeEvent>,
     /// Cancelled when the runtime is dropped.
@@ -55,6 +58,8 @@ impl Shared {
             records: Records::new(config.store.clone()),
             scratch: ScratchDisks::new(&config.state_dir, config.defaults.mkfs.clone()),
             templates: Templates::new(config.templates),
+            pool: Pool::new(config.templates.pool),
+            rehearsal: rehearsal::Layer::default(),
             starts: Starts::default(),
             events: broadcast::channel(EVENTS).0,
             closing: CancellationToken::new(),
@@ -91,6 +96,16 @@ impl Shared {
     /// Where the memory of a suspended sandbox is.
     pub(crate) fn suspended_file(&self, sandbox: &SandboxId) -> PathBuf {
         self.scratch.directory(sandbox).join("memory.vm")
+    }
+
+    /// What a sandbox's VM is started with.
+    pub(crate) fn first_size(&self, config: &SandboxConfig) -> VmSize {
+        let defaults = &self.config.defaults;
+        let or = |asked: u32, default: u32| if asked == 0 { default } else { asked };
+        VmSize {
+            vcpus: or(config.vcpus, defaults.vcpus),
+            memory_mib: or(config.memory_mib, defaults.memory_mib),
+        }
     }
 
     pub(crate) fn sandbox_of(&self, container: &ContainerId) -> Option<SandboxId> {

@@ -2,7 +2,7 @@
 //!
 //! One task makes them, one after the other, when a sandbox could have used one: it boots a VM of
 //! that kernel and shape without disks and on a tap that leads nowhere, waits until the agent
-//! answers, saves it, and starts one VM from it as a rehearsal. Nothing of any sandbox gets there, so
+//! answers, has it rehearse (module [`rehearsal`]), saves it, and starts one VM from it as a trial. Nothing of any sandbox gets there, so
 //! that a template may serve all tenants: it is made of the kernel, HyperStart and the machine's
 //! shape, and its VM is configured as nobody's pod.
 //!
@@ -17,11 +17,14 @@ use std::{
     time::Duration,
 };
 
+use hypernetes_agent_api::AgentClient;
 use hypernetes_types::SandboxId;
 use hypernetes_vmm::{GuestKernel, NetDevice, Origin, Template, Vm, VmExtras, VmSpec};
 use tokio::{sync::mpsc, time::Instant};
 
-use crate::{config::TemplateConfig, error::RuntimeError, link, scratch::blocking, shared::Shared};
+use crate::{
+    config::TemplateConfig, error::RuntimeError, link, rehearsal, scratch::blocking, shared::Shared,
+};
 
 /// The NIC of every template's VM. Locally administered; no pod has it.
 pub(crate) const MAC: &str = "02:00:00:00:00:00";
@@ -78,7 +81,7 @@ pub(crate) struct Wish {
 }
 
 impl Wish {
-    fn key(&self) -> io::Result<Key> {
+    pub(crate) fn key(&self) -> io::Result<Key> {
         Ok(Key {
             kernel: FileId::of(&self.kernel.kernel)?,
             initrd: FileId::of(&self.kernel.initrd)?,
@@ -96,7 +99,7 @@ enum Slot {
     /// So many sandboxes have booted that could have used it.
     Missed(u32),
     Queued,
-    Ready(Arc<Template>),
+    Ready(Arc<Template>, Box<Wish>),
     Failed(Instant),
 }
 
@@ -146,7 +149,7 @@ impl Templates {
         });
         entry.used = now;
         match &mut entry.slot {
-            Slot::Ready(template) => {
+            Slot::Ready(template, _) => {
                 return (Origin::Template(Arc::clone(template)), "from a template");
             }
             Slot::Queued => return (Origin::Kernel, "its template is being made"),
@@ -187,8 +190,32 @@ impl Templates {
         let used = Instant::now();
         entries.insert(key, Entry { slot, used });
         forget_oldest(&mut entries, self.config.most, |slot| {
-            matches!(slot, Slot::Ready(_))
+            matches!(slot, Slot::Ready(..))
         });
+    }
+
+    /// The templates that are kept, the one that was used last first.
+    pub(crate) fn ready(&self) -> Vec<(Key, Wish, Arc<Template>)> {
+        let entries = self.lock();
+        let mut ready: Vec<_> = entries
+            .iter()
+            .filter_map(|(key, entry)| match &entry.slot {
+                Slot::Ready(template, wish) => Some((entry.used, key, wish, template)),
+                Slot::Missed(_) | Slot::Queued | Slot::Failed(_) => None,
+            })
+            .collect();
+        ready.sort_by_key(|(used, ..)| std::cmp::Reverse(*used));
+        let own = |(_, key, wish, template): (_, &Key, &Box<Wish>, &Arc<Template>)| {
+            (key.clone(), Wish::clone(wish), Arc::clone(template))
+        };
+        ready.into_iter().map(own).collect()
+    }
+
+    /// A VM that came from a template is in use: so is the template.
+    pub(crate) fn touch(&self, key: &Key) {
+        if let Some(entry) = self.lock().get_mut(key) {
+            entry.used = Instant::now();
+        }
     }
 
     /// A VM did not start from its template: the template is not used again.
@@ -249,7 +276,7 @@ pub(crate) fn spawn_maker(shared: &Arc<Shared>) {
                         took = ?begun.elapsed(),
                         "a template is ready"
                     );
-                    Slot::Ready(template)
+                    Slot::Ready(template, Box::new(wish))
                 }
                 Err(error) => {
                     let error = hypernetes_telemetry::chain(&error).to_string();
@@ -258,6 +285,7 @@ pub(crate) fn spawn_maker(shared: &Arc<Shared>) {
                 }
             };
             shared.templates.set(key, slot);
+            shared.pool.look();
         }
     }));
 }
@@ -295,20 +323,45 @@ impl<'a> Maker<'a> {
     }
 
     async fn make_as(&self, uid: u32) -> Result<Arc<Template>, RuntimeError> {
-        let (vm, _directory) = self.launch(uid, Origin::Savable).await?;
-        if let Err(error) = self.agent(vm.as_ref()).await {
-            vm.kill().await?;
-            return Err(error);
-        }
+        let (vm, _directory) = self.prepare(uid).await?;
         // The session has ended: the agent waits for the next one.
         let template = Arc::new(vm.save().await?);
 
         let origin = Origin::Template(Arc::clone(&template));
-        let (vm, _directory) = self.launch(uid, origin).await?;
-        let rehearsed = self.agent(vm.as_ref()).await;
+        let (vm, _directory, _client) = self.bring_up(uid, origin).await?;
         vm.kill().await?;
-        rehearsed?;
         Ok(template)
+    }
+
+    /// A VM to be saved, which has run a container before if it can.
+    async fn prepare(&self, uid: u32) -> Result<(Box<dyn Vm>, Directory), RuntimeError> {
+        let (vm, directory, client) = self.bring_up(uid, Origin::Savable).await?;
+        match rehearsal::rehearse(self.shared, vm.as_ref(), &client).await {
+            Ok(()) => return Ok((vm, directory)),
+            Err(error) => {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                tracing::warn!(error, "a template is made without a rehearsal");
+            }
+        }
+        vm.kill().await?;
+        let (vm, directory, _client) = self.bring_up(uid, Origin::Savable).await?;
+        Ok((vm, directory))
+    }
+
+    /// A VM whose agent has answered.
+    async fn bring_up(
+        &self,
+        uid: u32,
+        origin: Origin,
+    ) -> Result<(Box<dyn Vm>, Directory, AgentClient), RuntimeError> {
+        let (vm, directory) = self.launch(uid, origin).await?;
+        match agent(self.shared, vm.as_ref(), "boot a template").await {
+            Ok(client) => Ok((vm, directory, client)),
+            Err(error) => {
+                vm.kill().await?;
+                Err(error)
+            }
+        }
     }
 
     async fn launch(
@@ -326,7 +379,7 @@ impl<'a> Maker<'a> {
         let directory = Directory(run_dir.clone());
         let net = match self.wish.nic {
             true => Some(NetDevice {
-                tap: self.shared.config.network.park().await?,
+                tap: self.shared.config.network.park().await?.tap,
                 mac: MAC.to_owned(),
             }),
             false => None,
@@ -347,29 +400,30 @@ impl<'a> Maker<'a> {
         };
         Ok((self.shared.config.vmm.launch(spec).await?, directory))
     }
+}
 
-    /// Has one session with the agent, which must not be a pod's.
-    async fn agent(&self, vm: &dyn Vm) -> Result<(), RuntimeError> {
-        let waited = self.shared.config.deadlines.boot;
-        let sandbox = vm.record().sandbox;
-        let client = link::connect_when_up(vm, waited);
-        let client = tokio::select! {
-            client = tokio::time::timeout(waited, client) => {
-                client.map_err(|_late| crate::guest::silent(&sandbox, "boot a template", waited))?
-            }
-            _ = vm.wait() => return Err(RuntimeError::Guest {
-                sandbox: sandbox.to_string(),
-                action: "boot a template",
-                message: "the VM has ended".to_owned(),
-            }),
-        };
-        if client.hello().configured {
-            return Err(RuntimeError::Guest {
-                sandbox: sandbox.to_string(),
-                action: "boot a template",
-                message: "the guest says that it is a pod already".to_owned(),
-            });
+/// Begins a session with an agent, which must not be a pod's.
+pub(crate) async fn agent(
+    shared: &Shared,
+    vm: &dyn Vm,
+    action: &'static str,
+) -> Result<AgentClient, RuntimeError> {
+    let waited = shared.config.deadlines.boot;
+    let sandbox = vm.record().sandbox;
+    let client = link::connect_when_up(vm, waited);
+    let refused = |message: &str| RuntimeError::Guest {
+        sandbox: sandbox.to_string(),
+        action,
+        message: message.to_owned(),
+    };
+    let client = tokio::select! {
+        client = tokio::time::timeout(waited, client) => {
+            client.map_err(|_late| crate::guest::silent(&sandbox, action, waited))?
         }
-        Ok(())
+        _ = vm.wait() => return Err(refused("the VM has ended")),
+    };
+    if client.hello().configured {
+        return Err(refused("the guest says that it is a pod already"));
     }
+    Ok(client)
 }

@@ -19,7 +19,7 @@ use hypernetes_agent_api::{
 use hypernetes_image::{Credentials, Image, ImageConfig, ImageError, Layer};
 use hypernetes_network::{
     Attachment, FakeDriver, Lease, NameRecord, NetworkDriver, NetworkError, NetworkServices,
-    NetworkSpec, PodNetworkRequest,
+    NetworkSpec, Parked, ParkedPlace, PodNetworkRequest,
 };
 use hypernetes_store::{Op, Store, StoreConfig};
 use hypernetes_types::{
@@ -180,6 +180,8 @@ pub(crate) struct World {
     pub(crate) deadlines: Deadlines,
     /// How many templates a runtime keeps; a test of something else has none.
     pub(crate) templates: usize,
+    /// How many VMs wait for a sandbox, for each template.
+    pub(crate) pool: usize,
     /// How many plugs fail from here on.
     pub(crate) refuse_plugs: Arc<AtomicU64>,
     /// How often in a row the VM of a sandbox was told to go on in vain.
@@ -240,6 +242,7 @@ impl World {
                 readopt: Duration::from_secs(10),
             },
             templates: 0,
+            pool: 0,
             refuse_plugs: Arc::default(),
             stuck: Arc::default(),
             agents,
@@ -279,6 +282,7 @@ impl World {
             deadlines: self.deadlines.clone(),
             templates: TemplateConfig {
                 most: self.templates,
+                pool: self.pool,
             },
             others: Vec::new(),
         }
@@ -417,6 +421,17 @@ pub(crate) async fn exited(runtime: &NodeRuntime, id: &ContainerId) -> Container
 
 fn guest(agents: &Agents, sandbox: &SandboxId, mut stream: DuplexStream) {
     let agent = agents.get(sandbox);
+    let rehearsing = agent.clone();
+    tokio::spawn(async move {
+        // HyperStart's own container: it writes a line and ends.
+        let runs = |agent: &FakeAgent| {
+            let state = agent.state("rehearsal");
+            state.is_some_and(|state| state.phase() == v1::ContainerPhase::Running)
+        };
+        rehearsing.wait_until(runs).await;
+        rehearsing.output("rehearsal", STDOUT, b"rehearsed\n");
+        rehearsing.exit("rehearsal", 0);
+    });
     tokio::spawn(async move {
         let mut session = agent.connect();
         drop(copy_bidirectional(&mut session, &mut stream).await);
@@ -696,8 +711,21 @@ impl NetworkDriver for GatedNetwork {
             .await
     }
 
-    async fn park(&self) -> Result<std::os::fd::OwnedFd, NetworkError> {
+    async fn park(&self) -> Result<Parked, NetworkError> {
         self.inner.park().await
+    }
+
+    async fn attach_parked(
+        &self,
+        sandbox: &SandboxId,
+        network: &NetworkId,
+        request: &PodNetworkRequest,
+        place: ParkedPlace,
+    ) -> Result<Lease, NetworkError> {
+        let work = self.inner.attach_parked(sandbox, network, request, place);
+        self.gate
+            .effect(Place::Network, network_trouble, work)
+            .await
     }
 
     async fn set_names(&self, id: &NetworkId, names: Vec<NameRecord>) -> Result<(), NetworkError> {
@@ -907,6 +935,15 @@ impl Vm for GatedVm {
         }
         drop(stuck);
         resumed
+    }
+
+    async fn join_cgroup(&self, cgroup: &str) -> Result<(), VmmError> {
+        let work = self.inner.join_cgroup(cgroup);
+        self.gate.effect(Place::Vmm, self.trouble(), work).await
+    }
+
+    async fn stand_back(&self, back: bool) -> Result<(), VmmError> {
+        self.inner.stand_back(back).await
     }
 
     async fn kill(&self) -> Result<(), VmmError> {

@@ -6,6 +6,7 @@ mod crashes;
 mod hostile;
 mod lifecycle;
 mod pause;
+mod pool;
 mod schedules;
 mod streams;
 mod suspend;

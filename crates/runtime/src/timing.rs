@@ -9,10 +9,12 @@ use tokio::time::Instant;
 pub struct Timing {
     /// Name and length, in the order in which they ended: `request` (until the intent is durable),
     /// `network`, `scratch`, `kernel`, `vmm` (until the VMM answers), `boot` (until the agent
-    /// answers), `configure`.
+    /// answers), `configure`. Of a VM from the pool `take` stands for those from `vmm` to `boot`.
     pub phases: Vec<(&'static str, Duration)>,
     /// The VM went on where a template was, instead of booting.
     pub from_template: bool,
+    /// It had done so before it was asked for, and waited in the pool.
+    pub from_pool: bool,
     /// From the request to the ready sandbox.
     pub total: Duration,
 }

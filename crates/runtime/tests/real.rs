@@ -236,7 +236,7 @@ impl Bed {
                 boot: Duration::from_secs(240),
                 ..Deadlines::default()
             },
-            templates: TemplateConfig { most: 0 },
+            templates: TemplateConfig { most: 0, pool: 0 },
             others: Vec::new(),
         };
         Self { temp, config }

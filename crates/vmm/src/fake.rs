@@ -9,7 +9,7 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
@@ -100,6 +100,13 @@ impl FakeVmm {
         self.running(sandbox).map(|state| state.restored)
     }
 
+    /// Whether a running VM stands back behind others, and its cgroup.
+    pub fn standing(&self, sandbox: &SandboxId) -> Option<(bool, Option<String>)> {
+        let state = self.running(sandbox)?;
+        let back = state.back.load(Ordering::Relaxed);
+        Some((back, state.cgroup.get().cloned()))
+    }
+
     /// MiB that a running VM has beyond its first memory.
     pub fn extra_memory(&self, sandbox: &SandboxId) -> Option<u32> {
         let state = self.running(sandbox)?;
@@ -157,6 +164,9 @@ struct State {
     restored: bool,
     /// It stands still.
     still: AtomicBool,
+    cgroup: OnceLock<String>,
+    /// It stands back behind others.
+    back: AtomicBool,
     /// Device, inode, read-only, with later mounts.
     shares: Mutex<Vec<(u64, u64, bool, bool)>>,
     /// MiB.
@@ -168,6 +178,13 @@ struct State {
 }
 
 impl State {
+    fn record(&self) -> VmRecord {
+        VmRecord {
+            cgroup: self.cgroup.get().cloned(),
+            ..self.record.clone()
+        }
+    }
+
     fn ended(&self) -> Option<VmExit> {
         self.exit.borrow().clone()
     }
@@ -265,7 +282,25 @@ fn check_suspended(suspended: &Suspended, slots: &BTreeSet<u32>) -> std::io::Res
 #[async_trait]
 impl Vm for FakeVm {
     fn record(&self) -> VmRecord {
-        self.state.record.clone()
+        self.state.record()
+    }
+
+    async fn join_cgroup(&self, cgroup: &str) -> Result<(), VmmError> {
+        self.running()?;
+        match self.state.cgroup.set(cgroup.to_owned()) {
+            Ok(()) => Ok(()),
+            Err(_) => Err(VmmError::Control {
+                action: format!("enter {cgroup}"),
+                sandbox: self.state.record.sandbox.clone(),
+                message: "the VMM has a cgroup already".to_owned(),
+            }),
+        }
+    }
+
+    async fn stand_back(&self, back: bool) -> Result<(), VmmError> {
+        self.running()?;
+        self.state.back.store(back, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError> {
@@ -533,14 +568,20 @@ impl Vmm for FakeVmm {
             pid,
             start_time: pid.into(),
             run_dir: spec.run_dir.clone(),
-            cgroup: spec.cgroup,
+            cgroup: None,
         };
+        let cgroup = OnceLock::new();
+        if let Some(path) = spec.cgroup {
+            drop(cgroup.set(path));
+        }
         let state = Arc::new(State {
             record,
             disks: Mutex::new(slots),
             savable: Mutex::new(savable),
             restored,
             still,
+            cgroup,
+            back: AtomicBool::new(false),
             shares: Mutex::default(),
             extra_memory: AtomicU32::new(0),
             cpus: Mutex::default(),
@@ -555,7 +596,7 @@ impl Vmm for FakeVmm {
     async fn adopt(&self, record: &VmRecord) -> Result<Box<dyn Vm>, VmmError> {
         let found = self.lock().get(&record.run_dir).cloned();
         found
-            .filter(|vm| vm.record == *record && vm.ended().is_none())
+            .filter(|vm| vm.record() == *record && vm.ended().is_none())
             .map(|state| self.handle(state))
             .ok_or_else(|| VmmError::Gone {
                 sandbox: record.sandbox.clone(),

@@ -250,6 +250,11 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     async fn suspend(&self, to: File, limit: u64) -> Result<(), VmmError>;
     /// Has a VM go on that stands still, whatever it was that made it. Idempotent.
     async fn resume(&self) -> Result<(), VmmError>;
+    /// Moves the VMM, which was launched into no cgroup, to one: from then on what it takes is counted
+    /// there. Memory that it has taken already is not.
+    async fn join_cgroup(&self, cgroup: &str) -> Result<(), VmmError>;
+    /// Whether the VMM stands back where others want the host's CPUs: nobody waits for it yet.
+    async fn stand_back(&self, back: bool) -> Result<(), VmmError>;
     /// Kills the VMM and waits until it is gone. Idempotent.
     async fn kill(&self) -> Result<(), VmmError>;
 }

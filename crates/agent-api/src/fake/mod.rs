@@ -28,6 +28,7 @@ use crate::{sync::guest_sync, v1};
 pub enum Method {
     Hello,
     ConfigureSandbox,
+    Forget,
     WriteVolume,
     CreateContainer,
     StartContainer,

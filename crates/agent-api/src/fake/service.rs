@@ -68,6 +68,21 @@ impl Agent for FakeAgent {
         Ok(Response::new(Default::default()))
     }
 
+    async fn forget(&self, _: Request<v1::ForgetRequest>) -> Answer<v1::ForgetResponse> {
+        self.enter(Method::Forget).await?;
+        {
+            let mut state = self.lock();
+            let rehearsed = state.sandbox.as_ref().is_some_and(|known| known.rehearsal);
+            if !rehearsed || !state.containers.is_empty() {
+                return Err(Status::failed_precondition("the sandbox is no rehearsal"));
+            }
+            state.sandbox = None;
+            state.volumes.clear();
+        }
+        self.touch();
+        Ok(Response::new(Default::default()))
+    }
+
     async fn write_volume(
         &self,
         request: Request<v1::WriteVolumeRequest>,

@@ -4,14 +4,13 @@ use std::{
     collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    os::fd::OwnedFd,
 };
 
 use hypernetes_types::{NetworkId, SandboxId};
 
 use super::{Inner, Network, api::ApiListener, lock, ports::node_ports, system};
 use crate::{
-    Attachment, Lease, NameRecord, NetworkError, NetworkSpec, PodNetworkRequest,
+    Attachment, Lease, NameRecord, NetworkError, NetworkSpec, ParkedPlace, PodNetworkRequest,
     dns::{DnsServer, Zone},
     firewall, ipam,
     links::with_links,
@@ -356,6 +355,30 @@ impl Inner {
         id: &NetworkId,
         request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
+        let (tap, lease) = self.attach_with(sandbox, id, request, tap::open)?;
+        Ok(Attachment { tap, lease })
+    }
+
+    pub(super) fn attach_parked(
+        &self,
+        sandbox: &SandboxId,
+        id: &NetworkId,
+        request: &PodNetworkRequest,
+        place: ParkedPlace,
+    ) -> Result<Lease, NetworkError> {
+        let unpark = |namespace: &Namespace, name: &str| tap::unpark(place, namespace, name);
+        let ((), lease) = self.attach_with(sandbox, id, request, unpark)?;
+        Ok(lease)
+    }
+
+    /// Gives the sandbox an address, and the tap that `provide` makes be there.
+    fn attach_with<T>(
+        &self,
+        sandbox: &SandboxId,
+        id: &NetworkId,
+        request: &PodNetworkRequest,
+        provide: impl FnOnce(&Namespace, &str) -> io::Result<T>,
+    ) -> Result<(T, Lease), NetworkError> {
         let network = self
             .network(id)
             .ok_or_else(|| NetworkError::NoNetwork(id.clone()))?;
@@ -365,9 +388,9 @@ impl Inner {
             self.apply(&network, &mut live)?;
         }
         let (lease, is_new) = self.reserve(&mut live, sandbox, request)?;
-        let result = self.connect(&network, &lease, is_new);
+        let result = self.connect(&network, &lease, is_new, provide);
         match result {
-            Ok(tap) => Ok(Attachment { tap, lease }),
+            Ok(tap) => Ok((tap, lease)),
             Err(error) => {
                 if is_new && let Err(cleanup) = self.disconnect(&network, &lease) {
                     tracing::warn!(%error, %cleanup, %sandbox, "cannot undo a failed attachment");
@@ -441,12 +464,13 @@ impl Inner {
         Ok((lease, true))
     }
 
-    fn connect(
+    fn connect<T>(
         &self,
         network: &Network,
         lease: &Lease,
         is_new: bool,
-    ) -> Result<OwnedFd, NetworkError> {
+        provide: impl FnOnce(&Namespace, &str) -> io::Result<T>,
+    ) -> Result<T, NetworkError> {
         let sandbox = &lease.sandbox;
         if is_new {
             self.records
@@ -456,7 +480,7 @@ impl Inner {
         let connect = || {
             let namespace = open_namespace(network)?;
             let pod = pod_plan(lease)?;
-            let tap = tap::open(&namespace, &pod.device)?;
+            let tap = provide(&namespace, &pod.device)?;
             firewall::apply(&namespace, &pod_rules(&pod))?;
             apply_pod(&namespace, &pod)?;
             self.open_ports(network, &namespace, lease)?;

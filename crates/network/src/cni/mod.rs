@@ -25,10 +25,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    Attachment, Lease, NamespacePlace, NetworkError, PodNetworkRequest,
+    Attachment, Lease, NamespacePlace, NetworkError, ParkedPlace, PodNetworkRequest,
     netns::{self, DirBefore, Namespace},
     plan::hex,
-    record,
+    record, tap,
 };
 use conflist::ConfList;
 use place::{INTERFACE, Interface};
@@ -192,11 +192,38 @@ impl CniDriver {
         sandbox: &SandboxId,
         request: &PodNetworkRequest,
     ) -> Result<Attachment, NetworkError> {
+        let open = |namespace: &Namespace, name: &str| tap::open(namespace, name);
+        let (tap, lease) = self.attach_with(sandbox, request, open).await?;
+        Ok(Attachment { tap, lease })
+    }
+
+    /// The place of a VM that has a parked tap; see [`crate::NetworkDriver::attach_parked`].
+    ///
+    /// # Errors
+    /// As [`CniDriver::attach`].
+    pub async fn attach_parked(
+        &self,
+        sandbox: &SandboxId,
+        request: &PodNetworkRequest,
+        place: ParkedPlace,
+    ) -> Result<Lease, NetworkError> {
+        let unpark = |namespace: &Namespace, name: &str| tap::unpark(place, namespace, name);
+        let ((), lease) = self.attach_with(sandbox, request, unpark).await?;
+        Ok(lease)
+    }
+
+    /// A VM's place with the tap that `provide` makes be there.
+    async fn attach_with<T: Send + 'static>(
+        &self,
+        sandbox: &SandboxId,
+        request: &PodNetworkRequest,
+        provide: impl FnOnce(&Namespace, &str) -> io::Result<T> + Send + 'static,
+    ) -> Result<(T, Lease), NetworkError> {
         let (sandbox, request) = (sandbox.clone(), request.clone());
         self.whole(async move |inner| {
             let (record, lease) = inner.place(&sandbox, &request).await?;
-            match inner.connect(&record).await {
-                Ok(tap) => Ok(Attachment { tap, lease }),
+            match inner.connect(&record, provide).await {
+                Ok(tap) => Ok((tap, lease)),
                 Err(error) => {
                     inner.undo(&record, &error).await;
                     Err(error)
@@ -503,13 +530,17 @@ impl Inner {
         })
     }
 
-    async fn connect(&self, record: &Record) -> Result<std::os::fd::OwnedFd, NetworkError> {
+    async fn connect<T: Send + 'static>(
+        &self,
+        record: &Record,
+        provide: impl FnOnce(&Namespace, &str) -> io::Result<T> + Send + 'static,
+    ) -> Result<T, NetworkError> {
         let (name, only_own) = (record.namespace.clone(), self.config.anti_spoofing);
         blocking("join the pod's interface with its VM", move || {
             let namespace = Namespace::open(&name)?
                 .ok_or_else(|| io::Error::other("the network namespace is gone"))?;
             let interface = place::read(&namespace)?;
-            place::connect(&namespace, &interface, only_own)
+            place::connect(&namespace, &interface, only_own, provide)
         })
         .await
     }

@@ -10,7 +10,6 @@
 use std::{
     io,
     net::{IpAddr, Ipv6Addr},
-    os::fd::OwnedFd,
 };
 
 use futures::TryStreamExt;
@@ -35,7 +34,7 @@ use crate::{
     links::{Links, errno, refused, with_links},
     netns::Namespace,
     plan::Sysctl,
-    sysctl, tap,
+    sysctl,
 };
 
 /// The pod's interface, as plugins and guest call it.
@@ -85,13 +84,14 @@ pub(super) fn read(namespace: &Namespace) -> io::Result<Interface> {
     })
 }
 
-/// Joins the interface with a tap, whose queue it gives. May be repeated while no VM has the queue.
-pub(super) fn connect(
+/// Joins the interface with the tap that `provide` makes be there, and gives what that gives.
+pub(super) fn connect<T>(
     namespace: &Namespace,
     interface: &Interface,
     only_own: bool,
-) -> io::Result<OwnedFd> {
-    let queue = tap::open(namespace, TAP)?;
+    provide: impl FnOnce(&Namespace, &str) -> io::Result<T>,
+) -> io::Result<T> {
+    let queue = provide(namespace, TAP)?;
     let mut quiet = vec![quiet(TAP)];
     if interface
         .prefixes

@@ -15,6 +15,7 @@ use crate::{
     guest::{clean, clean_console},
     identity::{SCRATCH_SLOT, configure_request, network_request},
     link::{self, Link},
+    pool::Pooled,
     records::VmSize,
     sandbox,
     scratch::blocking,
@@ -35,13 +36,18 @@ pub(super) struct Parts {
 
 impl Actor {
     /// Boots the sandbox. On error what was made is undone, as far as that is possible.
-    pub(super) async fn start(&mut self, asked: Stopwatch) -> Result<(), RuntimeError> {
-        let begun = self.start_phases(asked).await;
+    pub(super) async fn start(
+        &mut self,
+        asked: Stopwatch,
+        pooled: Option<Box<Pooled>>,
+    ) -> Result<(), RuntimeError> {
+        let shared = Arc::clone(&self.shared);
+        let _under_way = shared.starts.begin();
+        let begun = self.start_phases(asked, pooled).await;
         let Err(error) = begun else {
             self.timing.total = asked.elapsed();
-            let starts = &self.shared.starts;
-            starts.came_up(self.timing.from_template, self.timing.total);
-            tracing::info!(total = ?self.timing.total, from_template = self.timing.from_template, phases = ?self.timing.phases, "sandbox is ready");
+            shared.starts.came_up(&self.timing);
+            tracing::info!(total = ?self.timing.total, from_template = self.timing.from_template, from_pool = self.timing.from_pool, phases = ?self.timing.phases, "sandbox is ready");
             self.publish_sandbox();
             return Ok(());
         };
@@ -68,7 +74,11 @@ impl Actor {
         Err(error)
     }
 
-    async fn start_phases(&mut self, asked: Stopwatch) -> Result<(), RuntimeError> {
+    async fn start_phases(
+        &mut self,
+        asked: Stopwatch,
+        pooled: Option<Box<Pooled>>,
+    ) -> Result<(), RuntimeError> {
         self.record_intent()
             .instrument(info_span!("request"))
             .await?;
@@ -77,7 +87,7 @@ impl Actor {
 
         let stopping = self.stopping.clone();
         tokio::select! {
-            result = self.bring_up() => result?,
+            result = self.bring_up(pooled) => result?,
             () = stopping.cancelled() => return Err(self.refused("run")),
         }
         let starting = self.record.clone();
@@ -108,16 +118,24 @@ impl Actor {
         .await
     }
 
-    async fn bring_up(&mut self) -> Result<(), RuntimeError> {
-        let vm = self.bring_up_vm().await?;
-
-        let watch = Stopwatch::start();
-        let client = self
-            .wait_for_agent(&vm)
-            .instrument(info_span!("boot"))
-            .await?;
-        self.timing.phases.push(("boot", watch.elapsed()));
-
+    async fn bring_up(&mut self, pooled: Option<Box<Pooled>>) -> Result<(), RuntimeError> {
+        let taken = match pooled {
+            Some(pooled) => self.take_over(*pooled).await?,
+            None => None,
+        };
+        let (vm, client) = match taken {
+            Some(taken) => taken,
+            None => {
+                let vm = self.bring_up_vm().await?;
+                let watch = Stopwatch::start();
+                let client = self
+                    .wait_for_agent(&vm)
+                    .instrument(info_span!("boot"))
+                    .await?;
+                self.timing.phases.push(("boot", watch.elapsed()));
+                (vm, client)
+            }
+        };
         let watch = Stopwatch::start();
         let call = self.shared.config.deadlines.call;
         let device_mac = self.timing.from_template.then_some(templates::MAC);
@@ -157,6 +175,7 @@ impl Actor {
                 let error = hypernetes_telemetry::chain(&error).to_string();
                 tracing::warn!(error, "cannot start from the template: booting instead");
                 self.shared.templates.distrust(&wish);
+                self.shared.pool.look();
                 let parts = self.prepare().await?;
                 self.launch(parts, Origin::Kernel).await?
             }
@@ -181,13 +200,7 @@ impl Actor {
 
     /// What the VM is started with.
     pub(super) fn first_size(&self) -> VmSize {
-        let defaults = &self.shared.config.defaults;
-        let config = &self.record.config;
-        let or = |asked: u32, default: u32| if asked == 0 { default } else { asked };
-        VmSize {
-            vcpus: or(config.vcpus, defaults.vcpus),
-            memory_mib: or(config.memory_mib, defaults.memory_mib),
-        }
+        self.shared.first_size(&self.record.config)
     }
 
     /// Network, scratch disk and kernel, all at once.
@@ -281,7 +294,6 @@ impl Actor {
             None => (None, None),
         };
         self.plugged = parts.disks.iter().map(|disk| disk.slot).collect();
-        let cgroup = config.cgroup_parent.as_ref();
         let spec = VmSpec {
             sandbox: self.record.id.clone(),
             kernel: parts.kernel,
@@ -293,8 +305,7 @@ impl Actor {
             disks: parts.disks,
             run_dir: self.shared.run_dir(&self.record.id),
             uid: self.record.uid,
-            cgroup: cgroup
-                .map(|parent| format!("{}/{}", parent.trim_end_matches('/'), self.record.id)),
+            cgroup: self.cgroup(),
             ephemeral: false,
         };
         let vm: Arc<dyn Vm> = Arc::from(self.shared.config.vmm.launch(spec).await?);
@@ -303,6 +314,16 @@ impl Actor {
         self.record.lease = lease;
         self.save().await?;
         Ok(vm)
+    }
+
+    /// The cgroup of the VMM, if it has one.
+    pub(super) fn cgroup(&self) -> Option<String> {
+        let parent = self.record.config.cgroup_parent.as_ref()?;
+        Some(format!(
+            "{}/{}",
+            parent.trim_end_matches('/'),
+            self.record.id
+        ))
     }
 
     async fn wait_for_agent(&self, vm: &Arc<dyn Vm>) -> Result<AgentClient, RuntimeError> {

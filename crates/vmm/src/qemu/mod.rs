@@ -11,6 +11,7 @@
 //! All of it survives the daemon: the three sockets listen again once their client is gone.
 
 mod argv;
+mod claim;
 mod console;
 mod cpus;
 mod disk;

@@ -5,7 +5,7 @@ use std::{
     io::{self, Read},
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -70,6 +70,8 @@ pub(crate) struct QemuVm {
     pub(super) maker: String,
     pub(super) run: RunDir,
     pub(super) process: Process,
+    /// Where the VMM is now: it may have been launched for nobody yet.
+    pub(super) cgroup: Arc<OnceLock<String>>,
     pub(super) qmp: Arc<Qmp>,
     console: Arc<Console>,
     channel: ChannelSlot,
@@ -102,6 +104,10 @@ impl QemuVm {
         let (exit_out, exit) = watch::channel(None);
         let (qmp, console) = (Arc::new(qmp), Arc::new(console));
         let run = RunDir::new(&record.run_dir);
+        let cgroup = Arc::new(OnceLock::new());
+        if let Some(path) = record.cgroup.clone() {
+            drop(cgroup.set(path));
+        }
         let watcher = Watcher {
             process: process.clone(),
             console: Arc::clone(&console),
@@ -109,7 +115,7 @@ impl QemuVm {
             messages,
             shutdown,
             run: run.clone(),
-            cgroup: record.cgroup.clone(),
+            cgroup: Arc::clone(&cgroup),
             server_lost: shares.lost(),
             exit: exit_out,
             events: events.clone(),
@@ -121,6 +127,7 @@ impl QemuVm {
             maker,
             run,
             process,
+            cgroup,
             qmp,
             console,
             channel: ChannelSlot::default(),
@@ -197,7 +204,10 @@ impl QemuVm {
 #[async_trait]
 impl Vm for QemuVm {
     fn record(&self) -> VmRecord {
-        self.record.clone()
+        VmRecord {
+            cgroup: self.cgroup.get().cloned(),
+            ..self.record.clone()
+        }
     }
 
     async fn plug_disk(&self, disk: Disk) -> Result<(), VmmError> {
@@ -364,6 +374,14 @@ impl Vm for QemuVm {
         self.run_on().await
     }
 
+    async fn join_cgroup(&self, cgroup: &str) -> Result<(), VmmError> {
+        self.enter_cgroup(cgroup)
+    }
+
+    async fn stand_back(&self, back: bool) -> Result<(), VmmError> {
+        self.set_priority(back)
+    }
+
     async fn kill(&self) -> Result<(), VmmError> {
         let sandbox = || self.record.sandbox.clone();
         self.process
@@ -388,7 +406,7 @@ struct Watcher {
     messages: File,
     shutdown: ShutdownReason,
     run: RunDir,
-    cgroup: Option<String>,
+    cgroup: Arc<OnceLock<String>>,
     server_lost: Arc<AtomicBool>,
     exit: watch::Sender<Option<VmExit>>,
     events: broadcast::Sender<VmEvent>,
@@ -408,7 +426,8 @@ impl Watcher {
         };
         drop(timeout(DRAIN, words).await);
         let exit = self.judge(status);
-        clear_up(&self.run, self.cgroup.as_deref()).await;
+        let cgroup = self.cgroup.get().map(String::as_str);
+        clear_up(&self.run, cgroup).await;
         self.exit.send_replace(Some(exit.clone()));
         drop(self.events.send(VmEvent::Exited(exit)));
     }
