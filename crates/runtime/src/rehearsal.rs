@@ -7,7 +7,13 @@
 //! is given. Afterwards the guest unmounts, empties and forgets all of it, and the disks are taken
 //! away.
 
-use std::{fs::File, io, os::fd::OwnedFd, path::PathBuf};
+use std::{
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use hypernetes_agent_api::{AgentClient, FEATURE_REHEARSAL, defaults, v1};
 use hypernetes_image::{Limits, erofs};
@@ -36,14 +42,18 @@ const SCRATCH_MIB: u64 = 10 * 1024;
 
 /// The rehearsal's image: a layer with one program.
 #[derive(Debug, Default)]
-pub(crate) struct Layer(OnceCell<OwnedFd>);
+pub(crate) struct Layer {
+    disk: OnceCell<OwnedFd>,
+    /// A guest has failed at it: VMs go without.
+    given_up: AtomicBool,
+}
 
 impl Layer {
     /// A descriptor of the layer's disk.
     async fn open(&self, hyperstart: PathBuf) -> Result<File, RuntimeError> {
         let action = "make the image of the rehearsal";
         let make = blocking(action.to_owned(), move || make_layer(&hyperstart));
-        let layer = self.0.get_or_try_init(|| make).await?;
+        let layer = self.disk.get_or_try_init(|| make).await?;
         let copy = layer.try_clone().map(File::from);
         copy.map_err(|error| crate::records::storage(action, error))
     }
@@ -67,13 +77,14 @@ fn make_layer(hyperstart: &std::path::Path) -> io::Result<OwnedFd> {
     Ok(layer.into())
 }
 
-/// Rehearses in a VM that has no disks. After a failure the VM is good for nothing.
+/// Rehearses in a VM that has no disks. After a failure the VM is good for nothing, and later ones are
+/// not asked to rehearse.
 pub(crate) async fn rehearse(
     shared: &Shared,
     vm: &dyn Vm,
     client: &AgentClient,
 ) -> Result<(), RuntimeError> {
-    if !client.has(FEATURE_REHEARSAL) {
+    if !client.has(FEATURE_REHEARSAL) || shared.rehearsal.given_up.load(Ordering::Relaxed) {
         return Ok(());
     }
     let id = vm.record().sandbox;
@@ -92,6 +103,9 @@ pub(crate) async fn rehearse(
     };
     // The VMM has the disk open, if it is there still; nobody else is to.
     let removed = shared.scratch.remove(&id).await;
+    if rehearsed.is_err() {
+        shared.rehearsal.given_up.store(true, Ordering::Relaxed);
+    }
     rehearsed.and(removed)
 }
 

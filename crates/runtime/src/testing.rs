@@ -213,6 +213,7 @@ impl World {
             FakeVmm::new(move |sandbox, stream| guest(&agents, sandbox, stream))
         };
         let temp = tempfile::tempdir().unwrap();
+        std::fs::write(temp.path().join("hyperstart"), "a program").unwrap();
         let volumes = LocalVolumes::open_with(LocalConfig {
             dir: temp.path().join("volumes"),
             limit_bytes: Some(64 << 20),
@@ -269,7 +270,7 @@ impl World {
             }),
             volumes: Some(self.volumes.clone()),
             kernels: Arc::new(FakeKernels::new(self.temp.path())),
-            hyperstart: "/hyperstart".into(),
+            hyperstart: self.temp.path().join("hyperstart"),
             uid_range: UidRange {
                 first: 1000,
                 count: 8,

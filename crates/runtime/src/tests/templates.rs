@@ -116,3 +116,25 @@ async fn a_guest_that_does_not_answer_becomes_no_template() {
     settled(&runtime).await;
     world.assert_clean().await;
 }
+
+#[tokio::test]
+async fn a_guest_that_cannot_rehearse_becomes_a_template_all_the_same() {
+    let mut world = World::new().await;
+    world.templates = 1;
+    world.pool = 1;
+    let failure = Behaviour::Fail(tonic::Code::Internal, "still busy".into());
+    world.script_agents(Method::Forget, failure);
+    let runtime = world.open().await;
+    runtime
+        .make_template(1, 128, VmExtras::default())
+        .await
+        .unwrap();
+    eventually("a full pool", || async { runtime.pool_is_full() }).await;
+    let [waiting] = world.vmm.sandboxes().try_into().unwrap();
+    assert!(!world.agent(&waiting).calls().contains(&Method::Forget));
+    let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
+    assert_eq!(sandbox, waiting);
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    runtime.drain().await;
+    world.assert_clean().await;
+}
