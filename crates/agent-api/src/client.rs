@@ -229,6 +229,7 @@ macro_rules! unary {
 unary! {
     configure_sandbox: "ConfigureSandbox", ConfigureSandboxRequest -> ConfigureSandboxResponse;
     forget: "Forget", ForgetRequest -> ForgetResponse;
+    personalize: "Personalize", PersonalizeRequest -> PersonalizeResponse;
     write_volume: "WriteVolume", WriteVolumeRequest -> WriteVolumeResponse;
     create_container: "CreateContainer", CreateContainerRequest -> CreateContainerResponse;
     start_container: "StartContainer", StartContainerRequest -> StartContainerResponse;

@@ -61,6 +61,8 @@ pub const FEATURE_DISK_VOLUMES: &str = "disk-volumes";
 /// Feature of an agent: it can go through the motions of a pod and forget it
 /// ([`v1::ConfigureSandboxRequest::rehearsal`], [`v1::ForgetRequest`]).
 pub const FEATURE_REHEARSAL: &str = "rehearsal";
+/// Feature of an agent: it can become another pod's ([`v1::PersonalizeRequest`]).
+pub const FEATURE_CLONE: &str = "clone";
 /// All features of an agent of this build.
 pub const FEATURES: &[&str] = &[
     FEATURE_SECCOMP_PROFILE,
@@ -73,6 +75,7 @@ pub const FEATURES: &[&str] = &[
     FEATURE_AMBIENT_CAPABILITIES,
     FEATURE_DISK_VOLUMES,
     FEATURE_REHEARSAL,
+    FEATURE_CLONE,
 ];
 /// Most features that are taken from an agent.
 const MAX_FEATURES: usize = 64;

@@ -5,9 +5,9 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use hypernetes_image::{Credentials, Image, ImageError};
 use hypernetes_runtime::{
-    Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
-    HostDevice, NodeFigures, PodRuntime, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig,
-    SandboxStats, SandboxStatus, SandboxUpdate, Session, Timing, VolumeConfig,
+    CloneConfig, Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage,
+    ExecConfig, HostDevice, NodeFigures, PodRuntime, PullProgress, RuntimeError, RuntimeEvent,
+    SandboxConfig, SandboxStats, SandboxStatus, SandboxUpdate, Session, Timing, VolumeConfig,
 };
 use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
 use hypernetes_vmm::HostShare;
@@ -90,6 +90,15 @@ impl PodRuntime for JointRuntime {
             Some(_) => self.host.run_sandbox(config).await,
             None => self.vms.run_sandbox(config).await,
         }
+    }
+
+    async fn clone_sandbox(
+        &self,
+        config: SandboxConfig,
+        clone: CloneConfig,
+    ) -> Result<SandboxId, RuntimeError> {
+        let of = self.of_sandbox(&clone.source);
+        of.clone_sandbox(config, clone).await
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {

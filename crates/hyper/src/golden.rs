@@ -14,6 +14,7 @@ const FILES: &[&str] = &[
     "../../tests/scenarios/images.txt",
     "../../tests/scenarios/pause.txt",
     "../../tests/scenarios/suspend.txt",
+    "../../tests/scenarios/clone.txt",
 ];
 
 /// Verbs that only say that they are refused: their arguments are not looked at.

@@ -38,6 +38,8 @@ pub(crate) const TIMING: &str = "hypernetes.io/timing";
 pub(crate) const SUSPENDED: &str = "hypernetes.io/suspended";
 /// Condition by which the node says that it is, or why not.
 pub(crate) const SUSPENDED_CONDITION: &str = "hypernetes.io/Suspended";
+/// Annotation that the node honours: the pod that this one goes on from.
+pub(crate) const CLONE_OF: &str = "hypernetes.io/clone-of";
 /// Annotation that the node honours: kernel of the pod.
 pub(crate) const KERNEL: &str = "hypernetes.io/kernel";
 /// Annotation that the node honours: network of the pod.

@@ -280,7 +280,10 @@ fn each_flag_of_hyper_is_dockers_or_known_to_be_its_own() {
             _ => refusals::canonical(&words(&name)),
         };
         // The microVM's memory: no docker has one to be kept.
-        if matches!(canonical.rsplit(' ').next(), Some("suspend" | "resume")) {
+        if matches!(
+            canonical.rsplit(' ').next(),
+            Some("suspend" | "resume" | "clone")
+        ) {
             continue;
         }
         // docker's compose is a plug-in; completion and manual pages are docker's in another form.

@@ -73,7 +73,8 @@ struct State {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Container {
-    id: String,
+    /// Another one once the guest is another pod's.
+    id: Mutex<Arc<str>>,
     pid: i32,
     pidfd: OwnedFd,
     slots: Vec<u32>,
@@ -248,7 +249,7 @@ async fn launch(
         pumps.spawn(output.clone().pump(index, fd, ended.subscribe()));
     }
     let container = Arc::new(Container {
-        id: request.id.clone(),
+        id: Mutex::new(request.id.as_str().into()),
         pid,
         pidfd,
         slots: slots.to_vec(),
@@ -281,8 +282,16 @@ impl Container {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn id(&self) -> &str {
-        &self.id
+    pub(crate) fn id(&self) -> Arc<str> {
+        self.id
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Has it be known by another id. Its files and its cgroup keep their names.
+    pub(crate) fn rename(&self, id: &str) {
+        *self.id.lock().unwrap_or_else(PoisonError::into_inner) = id.into();
     }
 
     pub(crate) fn pidfd(&self) -> &OwnedFd {
@@ -322,7 +331,7 @@ impl Container {
     pub(crate) fn state(&self) -> v1::ContainerState {
         let state = self.lock();
         v1::ContainerState {
-            id: self.id.clone(),
+            id: self.id().to_string(),
             phase: state.phase.into(),
             pid: self.pid,
             exit: state.exit.clone(),
@@ -373,7 +382,7 @@ impl Container {
         let termination_message = termination_message.unwrap_or_else(|error| {
             log!(
                 "cannot read what container {} says of its end: {error}",
-                self.id
+                self.id()
             );
             Vec::new()
         });
@@ -406,7 +415,7 @@ impl Container {
                 _ => {
                     return Err(GuestError::Precondition(format!(
                         "container {} is not created",
-                        self.id
+                        self.id()
                     )));
                 }
             }
@@ -471,7 +480,7 @@ impl Container {
             _ if number == 9 && all => self.cgroup.kill().attempt("kill the container"),
             ContainerPhase::Created if number != 9 => Err(GuestError::Precondition(format!(
                 "container {} is not running",
-                self.id
+                self.id()
             ))),
             _ if all => {
                 for pid in self.cgroup.processes() {
@@ -496,7 +505,7 @@ impl Container {
     /// Kills everything in it.
     pub(crate) fn kill(&self) {
         if let Err(error) = self.cgroup.kill() {
-            log!("cannot kill container {}: {error}", self.id);
+            log!("cannot kill container {}: {error}", self.id());
         }
     }
 
@@ -505,7 +514,7 @@ impl Container {
             Some(terminal) => streams::resize(terminal.get_ref(), width, height),
             None => Err(GuestError::Precondition(format!(
                 "container {} has no terminal",
-                self.id
+                self.id()
             ))),
         }
     }

@@ -61,6 +61,24 @@ pub(crate) fn move_device(
     Ok(())
 }
 
+/// Takes from an interface what [`configure`] gave it: it is down afterwards, without addresses and routes.
+/// May be repeated.
+pub(crate) fn deconfigure(interface: &v1::Interface) -> Result<(), GuestError> {
+    let plan = Plan::parse(interface)?;
+    let index = index_of(plan.name).attempt(format!("find {}", plan.name))?;
+    let netlink = connect()?;
+    // Routes go with it, and addresses of the sixth version.
+    netlink
+        .set_link(index, Link::Down)
+        .attempt(format!("bring down {}", plan.name))?;
+    for (address, prefix) in &plan.addresses {
+        netlink
+            .remove_address(index, *address, *prefix)
+            .attempt(format!("remove {address}/{prefix} from {}", plan.name))?;
+    }
+    Ok(())
+}
+
 /// Finds the device by its MAC address and gives it name, MTU, addresses and routes. May be
 /// repeated.
 pub(crate) fn configure(interface: &v1::Interface) -> Result<(), GuestError> {

@@ -1,4 +1,4 @@
-//! The four requests to the kernel's routing socket (rtnetlink(7)) that a pod's network takes.
+//! The five requests to the kernel's routing socket (rtnetlink(7)) that a pod's network takes.
 //!
 //! Written out here because the crates that know all of rtnetlink are a fifth of the program, and
 //! the program is in every VM's memory. Only requests are encoded; of answers just the error code
@@ -22,6 +22,7 @@ const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_CREATE: u16 = 0x400;
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
 
 const IFLA_ADDRESS: u16 = 1;
@@ -78,7 +79,18 @@ impl Netlink {
 
     /// Adds an address to a device. One that is there is no error.
     pub(crate) fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
-        there_is_fine(self.request(&address_message(index, address, prefix)))
+        there_is_fine(self.request(&address_message(RTM_NEWADDR, index, address, prefix)))
+    }
+
+    /// Takes an address off a device. One that is not there is no error.
+    pub(crate) fn remove_address(&self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
+        let removed = self.request(&address_message(RTM_DELADDR, index, address, prefix));
+        match removed {
+            Err(error) if error.raw_os_error() == Some(Errno::ADDRNOTAVAIL.raw_os_error()) => {
+                Ok(())
+            }
+            removed => removed,
+        }
     }
 
     /// Adds a route by a device, through a gateway that is on its link. One that is there is no error.
@@ -192,18 +204,18 @@ fn link_message(index: u32, link: Link<'_>) -> Vec<u8> {
 }
 
 /// `struct ifaddrmsg`: family, prefix length, flags, scope, index.
-fn address_message(index: u32, address: IpAddr, prefix: u8) -> Vec<u8> {
+fn address_message(kind: u16, index: u32, address: IpAddr, prefix: u8) -> Vec<u8> {
     // Addresses are given, never probed for.
     let flags = if address.is_ipv6() { IFA_F_NODAD } else { 0 };
     let fixed = [family(address), prefix, flags, RT_SCOPE_UNIVERSE];
-    Message::new(
-        RTM_NEWADDR,
-        NLM_F_CREATE | NLM_F_EXCL,
-        &[&fixed, &index.to_ne_bytes()],
-    )
-    .address(IFA_LOCAL, address)
-    .address(IFA_ADDRESS, address)
-    .finish()
+    let how = match kind {
+        RTM_NEWADDR => NLM_F_CREATE | NLM_F_EXCL,
+        _ => 0,
+    };
+    Message::new(kind, how, &[&fixed, &index.to_ne_bytes()])
+        .address(IFA_LOCAL, address)
+        .address(IFA_ADDRESS, address)
+        .finish()
 }
 
 /// `struct rtmsg`: family, both prefix lengths, tos, table, protocol, scope, type, flags.
@@ -251,6 +263,9 @@ mod tests {
         assert_eq!(name.len(), 16 + 16 + 4 + 8);
         assert_eq!(name[..8], [44, 0, 0, 0, 16, 0, 5, 0]);
         assert_eq!(name[32..], [9, 0, 3, 0, b'e', b't', b'h', b'0', 0, 0, 0, 0]);
+        let gone = address_message(RTM_DELADDR, 7, "10.0.0.5".parse().unwrap(), 32);
+        assert_eq!(gone[..8], [40, 0, 0, 0, 21, 0, 5, 0]);
+        assert_eq!(gone[16..24], [2, 32, 0, 0, 7, 0, 0, 0]);
         let route = route_message(
             7,
             ("0.0.0.0".parse().unwrap(), 0),

@@ -1,5 +1,7 @@
 //! What the VM is: its configuration, volumes and containers. Survives connections.
 
+mod personalize;
+
 use std::{
     collections::HashMap,
     os::fd::{AsFd, OwnedFd},

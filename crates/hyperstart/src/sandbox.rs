@@ -76,11 +76,7 @@ pub(crate) async fn configure(
     request: &v1::ConfigureSandboxRequest,
     owner: Option<UserMap>,
 ) -> Result<Vec<FileBind>, GuestError> {
-    let hostname = &request.hostname;
-    if hostname.is_empty() || hostname.len() > 64 || hostname.contains(char::is_control) {
-        return Err(GuestError::Invalid(format!("{hostname:?} is no host name")));
-    }
-    sethostname(hostname.as_bytes()).attempt("set the host name")?;
+    set_host_name(&request.hostname)?;
     for interface in &request.interfaces {
         net::configure(interface)?;
     }
@@ -95,6 +91,14 @@ pub(crate) async fn configure(
         give(path, owner).attempt("hand the pod's files over")?;
     }
     Ok(files)
+}
+
+/// Sets the host name of the pod.
+pub(crate) fn set_host_name(hostname: &str) -> Result<(), GuestError> {
+    if hostname.is_empty() || hostname.len() > 64 || hostname.contains(char::is_control) {
+        return Err(GuestError::Invalid(format!("{hostname:?} is no host name")));
+    }
+    sethostname(hostname.as_bytes()).attempt("set the host name")
 }
 
 /// Makes the containers' root own a file of the agent's. What is made in it follows by itself.
@@ -179,7 +183,8 @@ fn set_sysctl(name: &str, value: &str) -> Result<(), GuestError> {
     set().attempt(format!("set sysctl {name}"))
 }
 
-fn write_files(files: &[v1::File]) -> Result<Vec<FileBind>, GuestError> {
+/// Writes the files that are bound into containers, where they are: those that run see the new content.
+pub(crate) fn write_files(files: &[v1::File]) -> Result<Vec<FileBind>, GuestError> {
     if files.len() > MAX_FILES {
         return Err(GuestError::Invalid(format!("more than {MAX_FILES} files")));
     }

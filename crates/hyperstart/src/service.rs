@@ -90,6 +90,18 @@ impl Agent for Pod {
         .await
     }
 
+    async fn personalize(
+        &self,
+        request: Request<v1::PersonalizeRequest>,
+    ) -> Answer<v1::PersonalizeResponse> {
+        let (pod, request) = (self.clone(), request.into_inner());
+        to_the_end(async move {
+            pod.personalize(request).await?;
+            Ok(v1::PersonalizeResponse {})
+        })
+        .await
+    }
+
     async fn write_volume(
         &self,
         request: Request<v1::WriteVolumeRequest>,

@@ -32,7 +32,7 @@ pub(crate) async fn collect(pod: &Pod, detail: bool) -> v1::StatsResponse {
             false => None,
         };
         containers.push(v1::ContainerStats {
-            id: container.id().to_owned(),
+            id: container.id().to_string(),
             cpu_usage_nanos: usage.cpu_nanos,
             memory_usage: usage.memory,
             memory_working_set: usage.working_set,

@@ -12,6 +12,7 @@
 mod access;
 mod backoff;
 mod claims;
+mod clone;
 mod config;
 mod container;
 mod env;

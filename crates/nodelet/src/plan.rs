@@ -22,6 +22,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 use crate::{
     backoff::Backoff,
+    clone,
     pause::{self, PauseTrouble},
     prober::{self, Health, ProbeKind},
     resize::ResizeState,
@@ -148,6 +149,8 @@ pub(crate) struct Memory {
     pub(crate) pause: Option<PauseTrouble>,
     /// Why the last suspend, or the last resume, did not come about.
     pub(crate) suspend: Option<SuspendTrouble>,
+    /// Why the pod could not be cloned that this one is a clone of.
+    pub(crate) clone_trouble: Option<String>,
 }
 
 impl Memory {
@@ -679,6 +682,7 @@ fn crash_loop(view: &View<'_>, container: &str, backoff: &Backoff) -> Waiting {
 
 /// Nothing runs: boot a VM, if a container wants one.
 fn plan_sandbox(view: &View<'_>, wanted: &[(String, u32)], plan: &mut Plan) {
+    clone::tell(view, wanted, plan);
     if wanted.is_empty() || view.is_busy(&Slot::Sandbox) {
         return;
     }

@@ -81,6 +81,8 @@ pub(crate) enum Outcome {
     SandboxUp { sandbox: SandboxId, volumes: Built },
     /// There is no sandbox; try again later.
     SandboxFailed,
+    /// The same, because the pod that it is a clone of could not be cloned: why.
+    CloneFailed(String),
     /// The file volumes are up to date.
     Refreshed(Built),
     /// The containers have what they ask for; these run again for it.
@@ -174,6 +176,22 @@ impl Node {
                     format!("error killing pod: {}", chain(&error)),
                 );
             }
+        }
+        if let (Some(source), 0) = (wishes::clone_of(pod), attempt) {
+            // All that the clone's processes read is in the guest before they go on.
+            let cloned = self.clone_sandbox(pod, source, config, &content.volumes);
+            return match cloned.await {
+                Ok(sandbox) => Outcome::SandboxUp {
+                    sandbox,
+                    volumes: content,
+                },
+                Err(message) => {
+                    let said = format!("Failed to clone pod {source}: {message}");
+                    self.events
+                        .pod(pod, None, Level::Warning, "FailedClone", said);
+                    Outcome::CloneFailed(message)
+                }
+            };
         }
         let run = self.runtime.run_sandbox(config).await;
         if let Ok(sandbox) = &run

@@ -8,9 +8,12 @@
 //! | `hypernetes.io/timing` | with `true` events with the reason `Timing` say what the start's phases took |
 //! | `hypernetes.io/suspended` | with `true` the VM is on the disk instead of in memory, and no container is started |
 //!
+//! And what is read once, when the pod's first VM starts: `hypernetes.io/clone-of` names the pod of the same
+//! namespace that it goes on from.
+//!
 //! A value that is not a number, or not `true`, is as if it were not there.
 
-use hypernetes_types::kinds::{PAUSED_ANNOTATION, SUSPENDED_ANNOTATION};
+use hypernetes_types::kinds::{CLONE_ANNOTATION, PAUSED_ANNOTATION, SUSPENDED_ANNOTATION};
 use k8s_openapi::api::core::v1::Pod;
 
 const MAX_RESTARTS: &str = "hypernetes.io/max-restarts";
@@ -45,6 +48,12 @@ pub(crate) fn is_paused(pod: &Pod) -> bool {
 /// Whether the pod's memory shall be on the disk.
 pub(crate) fn is_suspended(pod: &Pod) -> bool {
     is_true(pod, SUSPENDED_ANNOTATION)
+}
+
+/// The pod that this one is a clone of.
+pub(crate) fn clone_of(pod: &Pod) -> Option<&str> {
+    let annotations = pod.metadata.annotations.as_ref()?;
+    annotations.get(CLONE_ANNOTATION).map(String::as_str)
 }
 
 fn is_true(pod: &Pod, key: &str) -> bool {

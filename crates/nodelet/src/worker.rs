@@ -760,9 +760,16 @@ impl Worker {
             }
             Some(Outcome::SandboxUp { sandbox, volumes }) => {
                 self.memory.sandbox_failed = None;
+                self.memory.clone_trouble = None;
                 self.memory.volumes = Some(sandbox);
                 self.volumes = volumes;
                 self.refresh = false;
+            }
+            Some(Outcome::CloneFailed(message)) => {
+                self.memory.clone_trouble = Some(message);
+                self.memory.sandbox.next(now, now);
+                self.memory.sandbox_failed = Some(now);
+                self.retry_in(Duration::from_secs(2));
             }
             Some(Outcome::SandboxFailed) => {
                 self.memory.sandbox.next(now, now);

@@ -164,6 +164,7 @@ pub fn admit(request: &AdmissionRequest<'_>) -> Result<Outcome, Denied> {
     }
     if request.is_kind("", "Pod") && request.subresource.is_empty() {
         meta::check_paused(object, &mut causes);
+        meta::check_clone(object, &mut causes);
     }
     if request.tenant().is_some() {
         if request.is_kind("rbac.authorization.k8s.io", "RoleBinding") {

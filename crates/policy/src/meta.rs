@@ -1,7 +1,8 @@
 //! Labels, annotations and finalizers that are the project's own, and the labels of namespaces.
 
 use hypernetes_types::kinds::{
-    GROUP, KERNEL_ANNOTATION, NETWORK_LABEL, PAUSED_ANNOTATION, SUSPENDED_ANNOTATION, TENANT_LABEL,
+    CLONE_ANNOTATION, GROUP, KERNEL_ANNOTATION, NETWORK_LABEL, PAUSED_ANNOTATION,
+    SUSPENDED_ANNOTATION, TENANT_LABEL,
 };
 use serde_json::Value;
 
@@ -48,6 +49,29 @@ pub(crate) fn check_paused(object: &Value, causes: &mut Vec<FieldError>) {
                 "must be \"true\" or \"false\"",
             ));
         }
+    }
+}
+
+/// A clone names a pod of its own namespace.
+pub(crate) fn check_clone(object: &Value, causes: &mut Vec<FieldError>) {
+    let annotations = object
+        .get("metadata")
+        .and_then(|meta| meta.get("annotations"));
+    let value = annotations.and_then(|all| all.get(CLONE_ANNOTATION));
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+    let is_name = |name: &str| {
+        let plain = |c: char| edge(Some(c)) || matches!(c, '-' | '.');
+        name.len() <= 253
+            && name.chars().all(plain)
+            && name
+                .split('.')
+                .all(|part| edge(part.chars().next()) && edge(part.chars().next_back()))
+    };
+    if value.is_some_and(|value| !value.as_str().is_some_and(is_name)) {
+        causes.push(FieldError::new(
+            format!("metadata.annotations[{CLONE_ANNOTATION}]"),
+            "must be the name of a pod: lower case alphanumeric characters, '-' or '.', and an alphanumeric character at start and end",
+        ));
     }
 }
 
@@ -116,7 +140,7 @@ pub(crate) fn check_reserved(
         if pod && WISHES.contains(&key) {
             continue;
         }
-        if pod && (key == KERNEL_ANNOTATION || key == POD_NETWORK_ANNOTATION) {
+        if pod && [KERNEL_ANNOTATION, POD_NETWORK_ANNOTATION, CLONE_ANNOTATION].contains(&key) {
             if request.operation == Operation::Update {
                 causes.push(FieldError::new(
                     format!("metadata.annotations[{key}]"),
@@ -128,7 +152,7 @@ pub(crate) fn check_reserved(
         causes.push(FieldError::new(
             format!("metadata.annotations[{key}]"),
             if pod {
-                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts, stop-grace-seconds, paused and suspended"
+                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts, stop-grace-seconds, timing, paused, suspended and clone-of"
             } else {
                 "annotations under hypernetes.io/ are set by controllers only"
             },

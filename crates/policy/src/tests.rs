@@ -325,6 +325,30 @@ fn is_true_or_false(key: &str) {
 }
 
 #[test]
+fn a_clone_names_a_pod_and_stays_its_clone() {
+    let key = "hypernetes.io/clone-of";
+    let pod = |value: Value| {
+        let meta = json!({"annotations": {key: value}});
+        Case::create("", "Pod", json!({"metadata": meta, "spec": {}}))
+    };
+    let field = [format!("metadata.annotations[{key}]")];
+    for good in ["web", "web-1.a"] {
+        assert_eq!(pod(json!(good)).fields().len(), 0, "{good}");
+        let changed = pod(json!(good)).update(json!({"metadata": {}, "spec": {}}));
+        assert_eq!(changed.fields(), field, "{good}");
+    }
+    for bad in [
+        json!(""),
+        json!("other/web"),
+        json!("-x"),
+        json!("a..b"),
+        json!(1),
+    ] {
+        assert_eq!(pod(bad.clone()).by_operator().fields(), field, "{bad}");
+    }
+}
+
+#[test]
 fn role_bindings_stay_in_the_tenant() {
     let binding = |role: Value, subject: Value| {
         Case::create(

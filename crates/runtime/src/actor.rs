@@ -9,7 +9,9 @@
 
 mod attached;
 mod boot;
+mod clone;
 mod containers;
+mod copy;
 mod cpus;
 mod extras;
 mod guest;
@@ -57,7 +59,9 @@ use crate::{
 /// Requests that may wait for one sandbox.
 const QUEUE: usize = 64;
 
+pub(crate) use clone::ClonePlan;
 pub(crate) use containers::unknown_to_guest;
+pub(crate) use copy::Copied;
 pub(crate) use release::KILLED;
 #[cfg(test)]
 pub(crate) use suspend::GO_ON_ATTEMPTS;
@@ -85,6 +89,8 @@ pub(crate) enum Request {
         reply: Reply<()>,
     },
     SetPaused(ContainerId, bool, Reply<()>),
+    /// Copies the VM for this sandbox, which is to be so.
+    CopyFor(SandboxId, Box<SandboxConfig>, Reply<Copied>),
     Suspend(Reply<()>),
     Resume(Reply<()>),
     RemoveContainer(ContainerId, Reply<()>),
@@ -146,6 +152,8 @@ impl Handle {
 pub(crate) enum Start {
     /// With a VM to boot, or one that waits in the pool; the answer goes to whoever asked first.
     Boot(Stopwatch, Option<Box<Pooled>>, Reply<()>),
+    /// The same, but it goes on from another sandbox.
+    Clone(Stopwatch, Box<ClonePlan>, Reply<()>),
     /// With a VM that survived a restart.
     Adopted(Arc<dyn Vm>),
     /// Without a VM.
@@ -193,6 +201,8 @@ struct Actor {
     plugged: BTreeSet<u32>,
     /// Those of devices that wait for their container.
     pending: BTreeSet<u32>,
+    /// When containers last went on that stood still for a copy of the VM.
+    thawed: Option<Instant>,
     late: JoinSet<Late>,
     requests: mpsc::Receiver<Request>,
     published: watch::Sender<Arc<Snapshot>>,
@@ -241,6 +251,7 @@ pub(crate) fn spawn(
         pinned: Some(None),
         plugged: BTreeSet::new(),
         pending: BTreeSet::new(),
+        thawed: None,
         late: JoinSet::new(),
         requests,
         published,
@@ -283,8 +294,12 @@ impl Actor {
     async fn run(mut self, start: Start) {
         match start {
             Start::Boot(asked, pooled, reply) => {
-                let result = self.start(asked, pooled).await;
+                let result = self.start(asked, pooled, None).await;
                 // Whoever asked may have gone.
+                drop(reply.send(result));
+            }
+            Start::Clone(asked, plan, reply) => {
+                let result = self.start(asked, None, Some(plan)).await;
                 drop(reply.send(result));
             }
             Start::Adopted(vm) => self.adopted(vm).await,
@@ -380,6 +395,10 @@ impl Actor {
             }
             Request::SetPaused(id, paused, reply) => {
                 drop(reply.send(self.set_paused(&id, paused).await));
+            }
+            Request::CopyFor(target, wanted, reply) => {
+                // What a clone that has gone does not take goes with the answer.
+                drop(reply.send(Box::pin(self.copy_for(&target, &wanted)).await));
             }
             Request::Suspend(reply) => drop(reply.send(Box::pin(self.suspend()).await)),
             Request::Resume(reply) => drop(reply.send(Box::pin(self.resume()).await)),
@@ -518,5 +537,19 @@ pub(crate) fn not_found(kind: &'static str, id: impl std::fmt::Display) -> Runti
     RuntimeError::NotFound {
         kind,
         id: id.to_string(),
+    }
+}
+
+/// Refuses a sandbox that cannot be cloned, or not now.
+pub(crate) fn check_source(source: &Handle) -> Result<(), RuntimeError> {
+    let snapshot = source.snapshot.borrow();
+    match snapshot.record.phase {
+        Phase::Ready if !snapshot.gone => Ok(()),
+        phase => Err(RuntimeError::State {
+            action: "clone",
+            kind: "sandbox",
+            id: source.id.to_string(),
+            state: format!("{phase:?}").to_lowercase(),
+        }),
     }
 }

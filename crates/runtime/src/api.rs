@@ -714,6 +714,18 @@ pub struct ContainerUpdate {
     pub host: Option<HostLimits>,
 }
 
+/// What a sandbox is that goes on from another one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloneConfig {
+    /// The sandbox that is copied, of the same namespace and of the same shape.
+    pub source: SandboxId,
+    /// The containers of the clone: each goes on from the newest one of its name, if there is one that has
+    /// been started. Image, program, mounts and privileges are the source's, whatever stands here.
+    pub containers: Vec<ContainerConfig>,
+    /// Volumes of files, which are written before anything goes on; others have what the source's have.
+    pub volumes: Vec<VolumeConfig>,
+}
+
 /// Progress of an image pull.
 pub type PullProgress = Box<dyn Fn(hypernetes_image::PullEvent) + Send + Sync>;
 
@@ -724,6 +736,20 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     /// sandbox, waiting for one that is still starting. On error nothing is left but a record
     /// that the next start or `remove_sandbox` clears.
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError>;
+    /// As [`PodRuntime::run_sandbox`], but the VM goes on from a copy of another sandbox that is up, with an
+    /// identity of its own: host name, addresses, clock, entropy, ids of its containers. The source stands
+    /// still while it is copied, its sessions end, and it goes on whatever comes of the clone.
+    async fn clone_sandbox(
+        &self,
+        config: SandboxConfig,
+        clone: CloneConfig,
+    ) -> Result<SandboxId, RuntimeError> {
+        let _ = config;
+        Err(RuntimeError::Invalid {
+            field: "source".to_owned(),
+            rule: format!("{} is no VM and cannot be cloned", clone.source),
+        })
+    }
     /// Ends all containers, powers the VM off, releases the network. Logs and statuses stay.
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError>;
     /// Stops and forgets the sandbox, its containers, disks and logs.

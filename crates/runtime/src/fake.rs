@@ -21,11 +21,11 @@ use hypernetes_vmm::HostShare;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::{
-    Connection, ContainerConfig, ContainerDetail, ContainerState, ContainerStats, ContainerStatus,
-    ContainerUpdate, ContainerUser, DeviceStats, DiskUsage, ExecConfig, Failure, FilesystemUsage,
-    HostDevice, InterfaceStats, NodeFigures, Output, PodRuntime, Pressure, PullProgress,
-    RuntimeError, RuntimeEvent, SandboxConfig, SandboxState, SandboxStats, SandboxStatus,
-    SandboxUpdate, Session, StartFigures, VolumeConfig,
+    CloneConfig, Connection, ContainerConfig, ContainerDetail, ContainerState, ContainerStats,
+    ContainerStatus, ContainerUpdate, ContainerUser, DeviceStats, DiskUsage, ExecConfig, Failure,
+    FilesystemUsage, HostDevice, InterfaceStats, NodeFigures, Output, PodRuntime, Pressure,
+    PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState, SandboxStats,
+    SandboxStatus, SandboxUpdate, Session, StartFigures, VolumeConfig,
     actor::not_found,
     logs::{
         fanout::Fanout,
@@ -431,6 +431,34 @@ impl PodRuntime for FakeRuntime {
         drop(state);
         self.emit(RuntimeEvent::Sandbox(id.clone()));
         failed.map_or(Ok(id), Err)
+    }
+
+    async fn clone_sandbox(
+        &self,
+        config: SandboxConfig,
+        clone: CloneConfig,
+    ) -> Result<SandboxId, RuntimeError> {
+        self.enter("clone_sandbox", clone.source.as_str())?;
+        self.ready(&clone.source, "clone")?;
+        let id = self.run_sandbox(config).await?;
+        for config in clone.containers {
+            let name = config.name.clone();
+            let container = self.create_container(&id, config).await?;
+            let exited = self.containers_of(&clone.source).into_iter().any(|source| {
+                let state = self.lock();
+                let source = state.containers.get(&source).map(|it| &it.status);
+                source
+                    .is_some_and(|it| it.config.name == name && it.state == ContainerState::Exited)
+            });
+            match exited {
+                true => self.exit(&container, 0),
+                false => self.start_container(&container).await?,
+            }
+        }
+        for volume in clone.volumes {
+            self.write_volume(&id, volume).await?;
+        }
+        Ok(id)
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {

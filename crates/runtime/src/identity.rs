@@ -102,6 +102,16 @@ pub fn check_sandbox(config: &SandboxConfig) -> Result<(), RuntimeError> {
     Ok(())
 }
 
+/// Bytes that nobody can guess.
+pub(crate) fn random<const COUNT: usize>() -> Result<[u8; COUNT], RuntimeError> {
+    const { assert!(COUNT <= 256) };
+    let mut bytes = [0; COUNT];
+    // Requests of up to 256 bytes are answered whole or not at all (getrandom(2)).
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|error| storage("get random bytes", std::io::Error::from(error)))?;
+    Ok(bytes)
+}
+
 /// The configuration message for a sandbox with this lease, whose NIC has `device_mac` if that is
 /// not the lease's yet.
 pub(crate) fn configure_request(
@@ -137,11 +147,7 @@ pub(crate) fn configure_request(
 
 /// 32 bytes that nobody else gets.
 fn seed() -> Result<Vec<u8>, RuntimeError> {
-    let mut seed = vec![0; 32];
-    // Requests of up to 256 bytes are answered whole or not at all (getrandom(2)).
-    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
-        .map_err(|error| storage("get random bytes", std::io::Error::from(error)))?;
-    Ok(seed)
+    random::<32>().map(Vec::from)
 }
 
 /// The configuration message for what is nobody's pod and will be forgotten.

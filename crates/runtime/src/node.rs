@@ -17,11 +17,11 @@ use tokio::{
 };
 
 use crate::{
-    actor::{self, Handle, Request, Start, not_found},
+    actor::{self, ClonePlan, Handle, Request, Start, not_found},
     api::{
-        Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage, ExecConfig,
-        HostDevice, PodRuntime, PullProgress, RuntimeEvent, SandboxConfig, SandboxState,
-        SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
+        CloneConfig, Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage,
+        ExecConfig, HostDevice, PodRuntime, PullProgress, RuntimeEvent, SandboxConfig,
+        SandboxState, SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
     },
     config::RuntimeConfig,
     container,
@@ -193,6 +193,7 @@ impl NodeRuntime {
         config: &SandboxConfig,
         pooled: Option<Pooled>,
         asked: Stopwatch,
+        clone: Option<&CloneConfig>,
     ) -> Result<(Handle, Option<Boot>), RuntimeError> {
         let mut sandboxes = self.lock();
         let found = sandboxes.values().find(|handle| handle.is_of(config));
@@ -202,13 +203,27 @@ impl NodeRuntime {
             }
             return Ok((handle.clone(), None));
         }
+        let source = |clone: &CloneConfig| {
+            let source = sandboxes.get(&clone.source).cloned();
+            let source = source.ok_or_else(|| not_found("sandbox", &clone.source))?;
+            // One that is still starting might be waiting for this one.
+            actor::check_source(&source)?;
+            Ok::<_, RuntimeError>(Box::new(ClonePlan {
+                source,
+                config: clone.clone(),
+            }))
+        };
+        let plan = clone.map(source).transpose()?;
         let (id, uid) = match &pooled {
             Some(pooled) => (pooled.id.clone(), pooled.uid),
             None => (SandboxId::random(), self.shared.take_uid()?),
         };
         let record = SandboxRecord::new(id, config.clone(), uid, now_nanos());
         let (reply, booted) = oneshot::channel();
-        let start = Start::Boot(asked, pooled.map(Box::new), reply);
+        let start = match plan {
+            Some(plan) => Start::Clone(asked, plan, reply),
+            None => Start::Boot(asked, pooled.map(Box::new), reply),
+        };
         let handle = actor::spawn(&self.shared, record, Vec::new(), start);
         sandboxes.insert(handle.id.clone(), handle.clone());
         Ok((handle, Some(booted)))
@@ -241,6 +256,58 @@ impl NodeRuntime {
         taken
     }
 
+    /// See [`PodRuntime::run_sandbox`] and [`PodRuntime::clone_sandbox`].
+    async fn bring_up(
+        &self,
+        config: SandboxConfig,
+        clone: Option<CloneConfig>,
+    ) -> Result<SandboxId, RuntimeError> {
+        identity::check(&config)?;
+        loop {
+            let asked = Stopwatch::start();
+            let pooled = match &clone {
+                Some(_) => None,
+                None => self.from_pool(&config).await,
+            };
+            let (handle, boot) = self.find_or_spawn(&config, pooled, asked, clone.as_ref())?;
+            if let Some(boot) = boot {
+                let gone = |_gone| not_found("sandbox", &handle.id);
+                return boot.await.map_err(gone)?.map(|()| handle.id.clone());
+            }
+            let mut watch = handle.snapshot.clone();
+            let settled =
+                watch.wait_for(|snapshot| snapshot.record.phase != sandbox::Phase::Starting);
+            let Ok(snapshot) = settled.await.map(|snapshot| snapshot.clone()) else {
+                return Err(not_found("sandbox", &handle.id));
+            };
+            if snapshot.record.phase.state() == SandboxState::Ready {
+                return Ok(handle.id.clone());
+            }
+            if snapshot.record.was_ready
+                || !matches!(
+                    snapshot.record.phase,
+                    sandbox::Phase::Stopping | sandbox::Phase::Stopped
+                )
+            {
+                let failure = snapshot.record.failure.as_ref();
+                let state = failure.map_or_else(
+                    || format!("{:?}", snapshot.record.phase).to_lowercase(),
+                    |failure| format!("not running: {}: {}", failure.reason, failure.message),
+                );
+                let id = handle.id.to_string();
+                return Err(RuntimeError::State {
+                    action: "run",
+                    kind: "sandbox",
+                    id,
+                    state,
+                });
+            }
+            // An earlier attempt never came up: nothing is lost by clearing it away.
+            drop(snapshot);
+            self.remove_sandbox(&handle.id).await?;
+        }
+    }
+
     fn forget(&self, id: &SandboxId) {
         self.lock().remove(id);
     }
@@ -255,7 +322,14 @@ impl NodeRuntime {
         handle: &Handle,
         action: &'static str,
     ) -> Result<AgentClient, RuntimeError> {
-        let snapshot = handle.snapshot.borrow().clone();
+        let patience = self.shared.config.deadlines.readopt;
+        let mut watch = handle.snapshot.clone();
+        // While its VM is copied nobody talks to the guest; in a moment somebody does again.
+        let talks = |now: &Arc<Snapshot>| now.link.is_some() || now.record.frozen.is_none();
+        let snapshot = match timeout(patience, watch.wait_for(talks)).await {
+            Ok(Ok(now)) => now.clone(),
+            Ok(Err(_)) | Err(_) => handle.snapshot.borrow().clone(),
+        };
         let refused = || RuntimeError::State {
             action,
             kind: "sandbox",
@@ -263,7 +337,6 @@ impl NodeRuntime {
             state: format!("{:?}", snapshot.record.phase).to_lowercase(),
         };
         let mut link = snapshot.link.clone().ok_or_else(refused)?;
-        let patience = self.shared.config.deadlines.readopt;
         let client = match timeout(patience, link.wait_for(|link| link.client.is_some())).await {
             Ok(Ok(link)) => link.client.clone(),
             Ok(Err(_ended)) => None,
@@ -403,47 +476,15 @@ impl NodeRuntime {
 #[async_trait]
 impl PodRuntime for NodeRuntime {
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError> {
-        identity::check(&config)?;
-        loop {
-            let asked = Stopwatch::start();
-            let pooled = self.from_pool(&config).await;
-            let (handle, boot) = self.find_or_spawn(&config, pooled, asked)?;
-            if let Some(boot) = boot {
-                let gone = |_gone| not_found("sandbox", &handle.id);
-                return boot.await.map_err(gone)?.map(|()| handle.id.clone());
-            }
-            let mut watch = handle.snapshot.clone();
-            let settled =
-                watch.wait_for(|snapshot| snapshot.record.phase != sandbox::Phase::Starting);
-            let Ok(snapshot) = settled.await.map(|snapshot| snapshot.clone()) else {
-                return Err(not_found("sandbox", &handle.id));
-            };
-            if snapshot.record.phase.state() == SandboxState::Ready {
-                return Ok(handle.id.clone());
-            }
-            if snapshot.record.was_ready
-                || !matches!(
-                    snapshot.record.phase,
-                    sandbox::Phase::Stopping | sandbox::Phase::Stopped
-                )
-            {
-                let failure = snapshot.record.failure.as_ref();
-                let state = failure.map_or_else(
-                    || format!("{:?}", snapshot.record.phase).to_lowercase(),
-                    |failure| format!("not running: {}: {}", failure.reason, failure.message),
-                );
-                let id = handle.id.to_string();
-                return Err(RuntimeError::State {
-                    action: "run",
-                    kind: "sandbox",
-                    id,
-                    state,
-                });
-            }
-            // An earlier attempt never came up: nothing is lost by clearing it away.
-            drop(snapshot);
-            self.remove_sandbox(&handle.id).await?;
-        }
+        self.bring_up(config, None).await
+    }
+
+    async fn clone_sandbox(
+        &self,
+        config: SandboxConfig,
+        clone: CloneConfig,
+    ) -> Result<SandboxId, RuntimeError> {
+        self.bring_up(config, Some(clone)).await
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {

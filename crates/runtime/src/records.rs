@@ -32,7 +32,9 @@ const VERSION_WITH_CONFINEMENT: u32 = 4;
 const VERSION_WITH_VOLUMES: u32 = 5;
 /// Of a sandbox that is a file, or on its way there or back.
 const VERSION_WITH_SUSPENSION: u32 = 6;
-pub(crate) const NEWEST_VERSION: u32 = VERSION_WITH_SUSPENSION;
+/// Of a sandbox whose containers stand still while its VM is copied: an older runtime would leave them so.
+const VERSION_WITH_FROZEN: u32 = 7;
+pub(crate) const NEWEST_VERSION: u32 = VERSION_WITH_FROZEN;
 
 /// A sandbox on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +66,9 @@ pub(crate) struct SandboxRecord {
     /// What the VM was, while there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) suspension: Option<Suspension>,
+    /// The VM is being copied, or was: these containers stand still only for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) frozen: Option<Vec<ContainerId>>,
 }
 
 /// What a VM must have to go on where another was.
@@ -125,6 +130,7 @@ impl SandboxRecord {
             attached: Vec::new(),
             size: None,
             suspension: None,
+            frozen: None,
         }
     }
 
@@ -151,7 +157,16 @@ impl SandboxRecord {
         self.set_version();
     }
 
+    pub(crate) fn set_frozen(&mut self, frozen: Option<Vec<ContainerId>>) {
+        self.frozen = frozen;
+        self.set_version();
+    }
+
     fn set_version(&mut self) {
+        if self.frozen.is_some() {
+            self.version = VERSION_WITH_FROZEN;
+            return;
+        }
         if self.suspension.is_some() {
             self.version = VERSION_WITH_SUSPENSION;
             return;
@@ -471,6 +486,10 @@ mod tests {
             slots: vec![1],
         }));
         assert_eq!(record.version, VERSION_WITH_SUSPENSION);
+        record.set_frozen(Some(Vec::new()));
+        assert_eq!(record.version, VERSION_WITH_FROZEN);
+        record.set_frozen(None);
+        assert_eq!(record.version, VERSION_WITH_SUSPENSION);
         record.set_suspension(None);
         assert_eq!(read, record);
     }
@@ -478,7 +497,7 @@ mod tests {
     #[tokio::test]
     async fn another_release_s_records_are_not_guessed_at() {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let value = Value::Bytes(r#"{"version":7}"#.into());
+        let value = Value::Bytes(r#"{"version":8}"#.into());
         store
             .txn(
                 vec![],

@@ -3,7 +3,7 @@
 //! | phase in the record | what is done |
 //! | --- | --- |
 //! | `Starting` | undone: VM killed, lease, disk, directories and record removed |
-//! | `Ready` | VM adopted; if it is gone, the sandbox has failed and its containers have exited |
+//! | `Ready` | VM adopted, and going on if it was being copied for a clone; if it is gone, the sandbox has failed and its containers have exited |
 //! | `Suspending` | finished if all of the VM is in its file, else the VM goes on |
 //! | `Suspended` | kept; a VMM that could not be ended is |
 //! | `Resuming` | undone if the file is still there: no VM has gone on from it; else its VM is adopted |
@@ -96,6 +96,11 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
             },
             _ => record,
         };
+        // Of clones that did not become ready.
+        if let Err(error) = remove_directory(shared.copies(&id)).await {
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            report.failures.push(format!("sandbox {id}: {error}"));
+        }
         // Its VMM may have outlived the attempt to end it.
         if record.phase == Phase::Suspended
             && let Err(error) = shared.config.vmm.destroy(&shared.run_dir(&id)).await
@@ -109,6 +114,13 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
                 match adopt(shared, &record).await {
                     Ok(vm) => {
                         report.adopted += 1;
+                        // It stands still if it was being copied; its containers go on with the session.
+                        if record.frozen.is_some()
+                            && let Err(error) = vm.resume().await
+                        {
+                            let error = hypernetes_telemetry::chain(&error).to_string();
+                            report.failures.push(format!("sandbox {id}: {error}"));
+                        }
                         let handle = actor::spawn(shared, record, members, Start::Adopted(vm));
                         adopted.push(handle.clone());
                         handle

@@ -107,6 +107,19 @@ impl ScratchDisks {
         open_again(self.directory(sandbox).join(volume_disk(slot))).await
     }
 
+    /// Copies a sandbox's disk, or that of one of its volumes, into a directory. Nobody may be writing it.
+    pub(crate) async fn copy(
+        &self,
+        sandbox: &SandboxId,
+        volume: Option<u32>,
+        to: &Path,
+    ) -> Result<(), RuntimeError> {
+        let name = volume.map_or_else(|| DISK.to_owned(), volume_disk);
+        let (from, to) = (self.directory(sandbox).join(&name), to.join(&name));
+        let failed = format!("copy disk {} to {}", from.display(), to.display());
+        blocking(failed, move || copy_sparse(&from, &to).map(drop)).await
+    }
+
     /// A fresh disk for a volume of at most `limit` bytes, open for reading and writing. One that was
     /// in the way is removed, never used again: a guest may have had it.
     pub(crate) async fn create_volume(

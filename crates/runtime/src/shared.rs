@@ -93,6 +93,11 @@ impl Shared {
         self.scratch.directory(sandbox).join("logs")
     }
 
+    /// Where copies of a sandbox are until their clones take them.
+    pub(crate) fn copies(&self, sandbox: &SandboxId) -> PathBuf {
+        self.scratch.directory(sandbox).join("copies")
+    }
+
     /// Where the memory of a suspended sandbox is.
     pub(crate) fn suspended_file(&self, sandbox: &SandboxId) -> PathBuf {
         self.scratch.directory(sandbox).join("memory.vm")
@@ -221,7 +226,9 @@ impl Snapshot {
     }
 
     fn is_silent(&self, limit: std::time::Duration) -> bool {
+        // Nobody talks to a guest that is being copied.
         self.record.phase == sandbox::Phase::Ready
+            && self.record.frozen.is_none()
             && self.link.as_ref().is_none_or(|link| {
                 let link = link.borrow();
                 link.client.is_none() && link.since.elapsed() > limit

@@ -26,8 +26,8 @@ use hypernetes_types::{
     ContainerId, CpuSet, Digest, ImageReference, KernelName, NetworkId, SandboxId,
 };
 use hypernetes_vmm::{
-    Channel, Disk, GuestKernel, HostShare, Machine, Vm, VmEvent, VmExit, VmExtras, VmRecord,
-    VmSpec, Vmm, VmmError, fake::FakeVmm,
+    Channel, Disk, GuestKernel, HostShare, Machine, Origin, Vm, VmEvent, VmExit, VmExtras,
+    VmRecord, VmSpec, Vmm, VmmError, fake::FakeVmm,
 };
 use hypernetes_volume::{
     BlockDevice, Capacity, LocalConfig, LocalVolumes, VolumeDriver, VolumeError, VolumeId,
@@ -149,6 +149,8 @@ pub(crate) fn lease() -> Lease {
 #[derive(Debug, Default)]
 pub(crate) struct AgentTable {
     agents: Mutex<HashMap<SandboxId, FakeAgent>>,
+    /// As the VM was that was written to a file last.
+    written: Mutex<Option<FakeAgent>>,
     script: Mutex<Vec<(Method, Behaviour)>>,
 }
 
@@ -163,6 +165,20 @@ impl AgentTable {
         };
         let mut agents = self.agents.lock().unwrap();
         agents.entry(sandbox.clone()).or_insert_with(new).clone()
+    }
+
+    fn write(&self, sandbox: &SandboxId) {
+        *self.written.lock().unwrap() = Some(self.get(sandbox).fork());
+    }
+
+    /// A VM begins where another was.
+    fn restore(&self, sandbox: &SandboxId) {
+        let mut agents = self.agents.lock().unwrap();
+        if let Some(agent) = self.written.lock().unwrap().as_ref() {
+            agents
+                .entry(sandbox.clone())
+                .or_insert_with(|| agent.fork());
+        }
     }
 }
 
@@ -772,6 +788,7 @@ impl GatedVmm {
         });
         Box::new(GatedVm {
             inner,
+            agents: self.agents.clone(),
             gate: self.gate.clone(),
             refuse_plugs: self.refuse_plugs.clone(),
             stuck: self.stuck.clone(),
@@ -792,6 +809,9 @@ impl Vmm for GatedVmm {
             return Err(failed(kind.into()));
         }
         self.gate.step().await;
+        if matches!(spec.origin, Origin::Suspended(_)) {
+            self.agents.restore(&spec.sandbox);
+        }
         let result = self.inner.launch(spec).await;
         self.gate.step().await;
         result.map(|vm| self.wrap(vm))
@@ -812,6 +832,7 @@ impl Vmm for GatedVmm {
 #[derive(Debug)]
 struct GatedVm {
     inner: Box<dyn Vm>,
+    agents: Agents,
     gate: Gate,
     refuse_plugs: Arc<AtomicU64>,
     stuck: Arc<Mutex<BTreeMap<SandboxId, u32>>>,
@@ -922,7 +943,12 @@ impl Vm for GatedVm {
     }
 
     async fn suspend(&self, to: File, limit: u64) -> Result<(), VmmError> {
-        let work = self.inner.suspend(to, limit);
+        let work = async {
+            let sandbox = self.inner.record().sandbox;
+            self.inner.suspend(to, limit).await?;
+            self.agents.write(&sandbox);
+            Ok(())
+        };
         self.gate.effect(Place::Vmm, self.trouble(), work).await
     }
 

@@ -1,6 +1,7 @@
 //! The runtime as a whole, on a node without a host.
 
 mod attached;
+mod clone;
 mod cpus;
 mod crashes;
 mod hostile;

@@ -18,6 +18,8 @@ pub const PAUSED_CONDITION: &str = "hypernetes.io/Paused";
 pub const SUSPENDED_ANNOTATION: &str = "hypernetes.io/suspended";
 /// Condition of a pod whose memory is on the disk, or should be.
 pub const SUSPENDED_CONDITION: &str = "hypernetes.io/Suspended";
+/// Annotation of a pod: the pod of the same namespace that its VM goes on from, when it starts first.
+pub const CLONE_ANNOTATION: &str = "hypernetes.io/clone-of";
 /// Finalizer of everything that owns something outside the API.
 pub const CLEANUP_FINALIZER: &str = "hypernetes.io/cleanup";
 /// Prefix of the groups that a tenant's members are in: `hypernetes:tenant:<tenant>:<role>`.

@@ -28,6 +28,7 @@ pub async fn all(vmm: &dyn Vmm, spec: Specs<'_>, file: Files<'_>) {
     the_directory_is_enough_to_destroy(vmm, spec).await;
     templates_are_gone_on_with(vmm, spec, file).await;
     suspended_vms_are_resumed(vmm, spec, file).await;
+    running_vms_are_copied(vmm, spec, file).await;
 }
 
 async fn launch(vmm: &dyn Vmm, spec: VmSpec) -> Box<dyn Vm> {
@@ -259,6 +260,46 @@ pub async fn suspended_vms_are_resumed(vmm: &dyn Vmm, spec: Specs<'_>, file: Fil
     }
     let torn = state();
     Suspended::open(torn).expect_err("an empty file is no VM");
+}
+
+/// A VM that was written to a file goes on, and so does another one from the file, with disks of its own.
+pub async fn running_vms_are_copied(vmm: &dyn Vmm, spec: Specs<'_>, file: Files<'_>) {
+    const LIMIT: u64 = 1 << 30;
+    let disk = || Disk {
+        slot: 7,
+        file: file(),
+        read_only: false,
+    };
+    let vm = launch(vmm, spec()).await;
+    vm.plug_disk(disk()).await.expect("plugged");
+    let kept = tempfile();
+    vm.suspend(kept.try_clone().expect("a descriptor"), LIMIT)
+        .await
+        .expect("written");
+    vm.resume().await.expect("it goes on");
+    let suspended = Arc::new(Suspended::open(kept).expect("a suspended VM"));
+    let mut copies = Vec::new();
+    for _ in 0..2 {
+        let copy = VmSpec {
+            origin: Origin::Suspended(Arc::clone(&suspended)),
+            disks: vec![disk()],
+            ..spec()
+        };
+        let copy = launch(vmm, copy).await;
+        copy.resume().await.expect("it goes on");
+        assert_eq!(copy.list_disks().await.expect("a list"), [7]);
+        copies.push(copy);
+    }
+    // Each is a VM of its own: what happens to one happens to no other.
+    vm.unplug_disk(7).await.expect("unplugged");
+    copies.pop().expect("a copy").kill().await.expect("killed");
+    let left = copies.pop().expect("a copy");
+    assert_eq!(left.list_disks().await.expect("a list"), [7]);
+    for vm in [vm, left] {
+        assert_eq!(vm.exit(), None);
+        let _channel = vm.open_channel().await.expect("a channel");
+        vm.kill().await.expect("killed");
+    }
 }
 
 fn tempfile() -> File {

@@ -29,6 +29,7 @@ pub enum Method {
     Hello,
     ConfigureSandbox,
     Forget,
+    Personalize,
     WriteVolume,
     CreateContainer,
     StartContainer,
@@ -78,7 +79,7 @@ struct FakeStream {
     eof: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct FakeContainer {
     request: v1::CreateContainerRequest,
     state: v1::ContainerState,
@@ -87,6 +88,7 @@ struct FakeContainer {
     stdin_closed: bool,
 }
 
+#[derive(Clone)]
 struct State {
     hello: v1::HelloResponse,
     sandbox: Option<v1::ConfigureSandboxRequest>,
@@ -127,6 +129,20 @@ impl Default for FakeAgent {
 }
 
 impl FakeAgent {
+    /// Another agent that has what this one has now, as in a copy of its VM. Nobody has called it yet.
+    pub fn fork(&self) -> Self {
+        let state = State {
+            calls: Vec::new(),
+            session: None,
+            ..self.lock().clone()
+        };
+        Self {
+            state: Arc::new(Mutex::new(state)),
+            events: broadcast::channel(1024).0,
+            changed: watch::channel(0).0,
+        }
+    }
+
     /// An agent that was just booted. SIGKILL and SIGTERM end its containers, exec echoes stdin.
     pub fn new() -> Self {
         let state = State {

@@ -83,6 +83,29 @@ impl Agent for FakeAgent {
         Ok(Response::new(Default::default()))
     }
 
+    async fn personalize(
+        &self,
+        request: Request<v1::PersonalizeRequest>,
+    ) -> Answer<v1::PersonalizeResponse> {
+        self.enter(Method::Personalize).await?;
+        let request = request.into_inner();
+        let mut state = self.lock();
+        if state.sandbox.is_none() {
+            return Err(Status::failed_precondition("the sandbox is not configured"));
+        }
+        state.sandbox = request.sandbox;
+        for v1::Renamed { from, to } in request.containers {
+            if let Some(mut container) = state.containers.remove(&from) {
+                container.request.id.clone_from(&to);
+                container.state.id.clone_from(&to);
+                state.containers.insert(to, container);
+            }
+        }
+        drop(state);
+        self.touch();
+        Ok(Response::new(Default::default()))
+    }
+
     async fn write_volume(
         &self,
         request: Request<v1::WriteVolumeRequest>,

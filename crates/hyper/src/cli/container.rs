@@ -216,6 +216,15 @@ pub(crate) struct Rename {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct CloneOptions {
+    /// Running container, or pod
+    #[arg(add = ArgValueCandidates::new(completion::containers))]
+    pub(crate) container: String,
+    /// Name of the new one [default: made of the other's]
+    pub(crate) new_name: Option<String>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Inspect {
     /// json or a Go template
     #[arg(short, long, value_name = "FORMAT")]

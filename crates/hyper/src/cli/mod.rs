@@ -12,8 +12,8 @@ use clap::{ArgAction, Parser, Subcommand};
 
 pub(crate) use compose::{Compose, ComposeCommand, ComposeFiles, Down, Services, Up};
 pub(crate) use container::{
-    Attach, Copy, Events, Exec, Inspect, Kill, Logs, Names, Port, Ps, Remove, Rename, Restart,
-    Start, Stats, Stop, Top, Wait,
+    Attach, CloneOptions, Copy, Events, Exec, Inspect, Kill, Logs, Names, Port, Ps, Remove, Rename,
+    Restart, Start, Stats, Stop, Top, Wait,
 };
 pub(crate) use groups::{
     ContextCommand, Format, ListOptions, Login, Logout, NetworkCommand, SystemCommand,
@@ -206,6 +206,8 @@ pub(crate) enum ContainerCommand {
     /// Have suspended containers go on where they were
     #[command(hide = true)]
     Resume(Names),
+    /// A second container that goes on from where a running one is, memory and files included
+    Clone(CloneOptions),
     /// Not supported: cp what has changed
     #[command(hide = true)]
     Diff(Names),

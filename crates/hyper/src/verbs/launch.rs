@@ -124,11 +124,16 @@ async fn make(cluster: &Cluster, options: &Create, launch: &Launch) -> Result<Co
 fn conflict(existing: &[Container], name: &str) -> Result<()> {
     match existing.iter().find(|container| container.name == name) {
         None => Ok(()),
-        Some(other) => Err(Failure::daemon(format_args!(
-            "Conflict. The container name \"/{name}\" is already in use by container \"{}\". You have to remove (or rename) that container to be able to reuse that name.",
-            other.id
-        ))),
+        Some(other) => Err(conflict_with(other, name)),
     }
+}
+
+/// The name is another container's.
+pub(super) fn conflict_with(other: &Container, name: &str) -> Failure {
+    Failure::daemon(format_args!(
+        "Conflict. The container name \"/{name}\" is already in use by container \"{}\". You have to remove (or rename) that container to be able to reuse that name.",
+        other.id
+    ))
 }
 
 /// Creates the pod. Its name can be another container's that was renamed: then it gets an ending.

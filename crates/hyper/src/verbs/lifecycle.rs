@@ -206,6 +206,8 @@ fn renewed(container: &Container) -> Result<Value> {
     annotations.remove(meta::STOP_GRACE);
     annotations.remove(meta::PAUSED);
     annotations.remove(meta::SUSPENDED);
+    // What starts again starts from its image.
+    annotations.remove(meta::CLONE_OF);
     annotations.insert(meta::ID.to_owned(), container.id.clone());
     annotations.insert(meta::CREATED.to_owned(), container.created().to_string());
     annotations.insert(

@@ -1,5 +1,6 @@
 //! One file a verb, or a few that go together.
 
+mod clone;
 mod compose;
 mod context;
 mod copy;
@@ -115,6 +116,7 @@ async fn container(cluster: &Cluster, command: ContainerCommand) -> Result<()> {
         ContainerCommand::Unpause(options) => pause::unpause(cluster, &options).await,
         ContainerCommand::Suspend(options) => pause::suspend(cluster, &options).await,
         ContainerCommand::Resume(options) => pause::resume(cluster, &options).await,
+        ContainerCommand::Clone(options) => Box::pin(clone::run(cluster, &options)).await,
         ContainerCommand::Diff(_) => Err(Failure::refused(
             "diff",
             "compare with `hyper cp CONTAINER:PATH -`",

@@ -44,7 +44,8 @@ pub(crate) enum Started {
 }
 
 /// Reasons for which a container does not start, and will not by waiting.
-const HOPELESS: [&str; 8] = [
+const HOPELESS: [&str; 9] = [
+    "CloneError",
     "ErrImagePull",
     "ImagePullBackOff",
     "InvalidImageName",

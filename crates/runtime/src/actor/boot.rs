@@ -8,7 +8,7 @@ use hypernetes_vmm::{Disk, GuestKernel, NetDevice, Origin, Vm, VmExit, VmSpec};
 use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument, info_span};
 
-use super::{Actor, containers::unknown_to_guest};
+use super::{Actor, ClonePlan, containers::unknown_to_guest};
 use crate::{
     api::Failure,
     error::RuntimeError,
@@ -40,10 +40,11 @@ impl Actor {
         &mut self,
         asked: Stopwatch,
         pooled: Option<Box<Pooled>>,
+        clone: Option<Box<ClonePlan>>,
     ) -> Result<(), RuntimeError> {
         let shared = Arc::clone(&self.shared);
         let _under_way = shared.starts.begin();
-        let begun = self.start_phases(asked, pooled).await;
+        let begun = self.start_phases(asked, pooled, clone).await;
         let Err(error) = begun else {
             self.timing.total = asked.elapsed();
             shared.starts.came_up(&self.timing);
@@ -62,6 +63,7 @@ impl Actor {
             reason: reason(&error).into(),
             message,
         });
+        self.forget_clone().await;
         // From here on the sandbox is being stopped; a failure to write that down is told by the
         // first error already, and a restarted node undoes what is still marked as starting.
         if self.advance("run", sandbox::Event::BootFailed).is_ok()
@@ -78,6 +80,7 @@ impl Actor {
         &mut self,
         asked: Stopwatch,
         pooled: Option<Box<Pooled>>,
+        clone: Option<Box<ClonePlan>>,
     ) -> Result<(), RuntimeError> {
         self.record_intent()
             .instrument(info_span!("request"))
@@ -86,8 +89,14 @@ impl Actor {
         self.publish_sandbox();
 
         let stopping = self.stopping.clone();
+        let up = async {
+            match clone {
+                Some(plan) => Box::pin(self.bring_up_clone(*plan)).await,
+                None => self.bring_up(pooled).await,
+            }
+        };
         tokio::select! {
-            result = self.bring_up(pooled) => result?,
+            result = up => result?,
             () = stopping.cancelled() => return Err(self.refused("run")),
         }
         let starting = self.record.clone();
@@ -326,7 +335,10 @@ impl Actor {
         ))
     }
 
-    async fn wait_for_agent(&self, vm: &Arc<dyn Vm>) -> Result<AgentClient, RuntimeError> {
+    pub(super) async fn wait_for_agent(
+        &self,
+        vm: &Arc<dyn Vm>,
+    ) -> Result<AgentClient, RuntimeError> {
         let waited = self.shared.config.deadlines.boot;
         let deadline = Instant::now() + waited;
         let attempts = link::connect_when_up(vm.as_ref(), waited);

@@ -214,7 +214,9 @@ impl Actor {
         let (known, strangers): (Vec<_>, Vec<_>) = states.iter().partition(ours);
         for state in known {
             self.container_changed(state).await;
-            self.listed_paused(state).await;
+            if self.thawed.is_none_or(|thawed| thawed < asked) {
+                self.listed_paused(state).await;
+            }
             unheard.retain(|id| id.as_str() != state.id);
         }
         self.forget_strangers(&strangers).await;
@@ -254,6 +256,7 @@ impl Actor {
                 .collect()
         };
         let (creating, removing) = (ids(Phase::Creating), ids(Phase::Removing));
+        self.thaw().await;
         for id in creating {
             self.undo_create(&id).await;
         }

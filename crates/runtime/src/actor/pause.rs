@@ -55,6 +55,9 @@ impl Actor {
         let Some(id) = self.known(&state.id) else {
             return;
         };
+        if self.is_frozen(&id) {
+            return;
+        }
         if let Err(error) = self.note_paused(&id, state.paused).await {
             let error = hypernetes_telemetry::chain(&error).to_string();
             tracing::error!(container = %id, error, "cannot store that a container is paused");

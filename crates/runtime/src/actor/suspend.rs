@@ -72,7 +72,7 @@ impl Actor {
         self.end_sessions();
         let stopping = self.stopping.clone();
         let written = tokio::select! {
-            written = self.write_memory(&vm) => written,
+            written = self.write_memory(&vm, self.shared.suspended_file(&self.record.id)) => written,
             () = stopping.cancelled() => Err(self.refused(action)),
         };
         if let Err(error) = written {
@@ -165,7 +165,7 @@ impl Actor {
     }
 
     /// Refuses what would not be there when the VM goes on.
-    fn check_suspendable(&self) -> Result<(), RuntimeError> {
+    pub(super) fn check_suspendable(&self) -> Result<(), RuntimeError> {
         let mut devices = self
             .members
             .values()
@@ -178,7 +178,7 @@ impl Actor {
     }
 
     /// Lets containers whose end is known have their end: what waits for it would not survive.
-    async fn settle_endings(&mut self) {
+    pub(super) async fn settle_endings(&mut self) {
         let waits = |member: &super::Member| member.ending && member.record.phase.is_live();
         while self.members.values().any(waits) {
             match self.late.join_next().await {
@@ -191,7 +191,7 @@ impl Actor {
     }
 
     /// Nobody talks to the guest any more. Logs go on where they are when somebody does again.
-    fn end_sessions(&mut self) {
+    pub(super) fn end_sessions(&mut self) {
         self.late.abort_all();
         self.link = None;
         for member in self.members.values_mut() {
@@ -200,8 +200,12 @@ impl Actor {
         self.publish();
     }
 
-    async fn write_memory(&self, vm: &Arc<dyn Vm>) -> Result<(), RuntimeError> {
-        let file = self.shared.suspended_file(&self.record.id);
+    /// Writes the VM, which stands still from then on, into a file of this name.
+    pub(super) async fn write_memory(
+        &self,
+        vm: &Arc<dyn Vm>,
+        file: PathBuf,
+    ) -> Result<(), RuntimeError> {
         let draft = draft(&file);
         let opened = blocking(format!("make {}", draft.display()), {
             let draft = draft.clone();
@@ -267,7 +271,7 @@ impl Actor {
     }
 
     /// Logs, events and disks of a VM that goes on.
-    async fn take_up(&mut self, vm: Arc<dyn Vm>) {
+    pub(super) async fn take_up(&mut self, vm: Arc<dyn Vm>) {
         match vm.exit() {
             // Found by whoever waits for it.
             Some(_) => self.vm = Some(vm),
@@ -287,16 +291,34 @@ impl Actor {
 
     /// Starts a VM from the file. It stands still.
     async fn bring_back(&mut self) -> Result<Arc<dyn Vm>, RuntimeError> {
-        let suspension = self.record.suspension.clone();
-        let Some(suspension) = suspension else {
-            return Err(self.refused("resume the sandbox"));
-        };
         // One that could not be ended has the same disks open.
         self.shared.config.vmm.destroy(&self.run_dir()).await?;
         let path = self.shared.suspended_file(&self.record.id);
         let action = format!("open the suspended VM {}", path.display());
         let suspended = blocking(action, move || Suspended::open(File::open(path)?)).await?;
-        let config = self.record.config.clone();
+        let parts = self.suspended_parts().await?;
+        let place = |lease: &Lease| (lease.address, lease.mac.clone());
+        let had = self.record.lease.as_ref().map(place);
+        let has = parts.attachment.as_ref().map(|it| place(&it.lease));
+        if has != had {
+            let rule = "must be the one that the sandbox had before it was suspended";
+            return Err(invalid("address", rule));
+        }
+        let vm = self
+            .launch(parts, Origin::Suspended(Arc::new(suspended)))
+            .await?;
+        // It may go on from here on, and nobody else from this file again.
+        remove_durably(self.shared.suspended_file(&self.record.id)).await?;
+        Ok(vm)
+    }
+
+    /// What a VM from the file is launched with.
+    pub(super) async fn suspended_parts(&self) -> Result<Parts, RuntimeError> {
+        let suspension = self.record.suspension.clone();
+        let Some(suspension) = suspension else {
+            return Err(self.refused("resume the sandbox"));
+        };
+        let config = &self.record.config;
         let kernels = &self.shared.config.kernels;
         let kernel = kernels.prepare(config.kernel.as_ref(), &self.shared.config.hyperstart);
         let kernel = kernel.await?;
@@ -304,18 +326,12 @@ impl Actor {
         let attachment = match &config.network {
             Some(network) => {
                 let driver = &self.shared.config.network;
-                let request = network_request(&config);
+                let request = network_request(config);
                 Some(driver.attach(&self.record.id, network, &request).await?)
             }
             None => None,
         };
-        let place = |lease: &Lease| (lease.address, lease.mac.clone());
-        let had = self.record.lease.as_ref().map(place);
-        if attachment.as_ref().map(|it| place(&it.lease)) != had {
-            let rule = "must be the one that the sandbox had before it was suspended";
-            return Err(invalid("address", rule));
-        }
-        let parts = Parts {
+        Ok(Parts {
             attachment,
             disks,
             kernel,
@@ -323,13 +339,7 @@ impl Actor {
                 vcpus: suspension.vcpus,
                 memory_mib: suspension.memory_mib,
             },
-        };
-        let vm = self
-            .launch(parts, Origin::Suspended(Arc::new(suspended)))
-            .await?;
-        // It may go on from here on, and nobody else from this file again.
-        remove_durably(self.shared.suspended_file(&self.record.id)).await?;
-        Ok(vm)
+        })
     }
 
     /// Lets the VM go on, or undoes its start.
@@ -477,7 +487,7 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 }
 
 /// Removes a file for good: it does not come back after a power failure. Idempotent.
-async fn remove_durably(path: PathBuf) -> Result<(), RuntimeError> {
+pub(super) async fn remove_durably(path: PathBuf) -> Result<(), RuntimeError> {
     blocking(format!("remove {}", path.display()), move || {
         remove(&path)?;
         sync_parent(&path)

@@ -197,7 +197,10 @@ fn own_disk(kind: &VolumeKind, scratch_mib: u64) -> Option<u64> {
     }
 }
 
-fn request(volume: VolumeConfig, disk_slot: u32) -> Result<v1::WriteVolumeRequest, RuntimeError> {
+pub(super) fn request(
+    volume: VolumeConfig,
+    disk_slot: u32,
+) -> Result<v1::WriteVolumeRequest, RuntimeError> {
     let kind = match volume.kind {
         VolumeKind::EmptyDir { memory, size_limit } => v1::volume::Kind::EmptyDir(v1::EmptyDir {
             memory,

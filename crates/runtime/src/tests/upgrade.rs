@@ -17,13 +17,14 @@ use crate::{
 };
 
 /// See `recorded/README.md`.
-const RECORDED: [(u32, &str); 6] = [
+const RECORDED: [(u32, &str); 7] = [
     (1, include_str!("recorded/v1.json")),
     (2, include_str!("recorded/v2.json")),
     (3, include_str!("recorded/v3.json")),
     (4, include_str!("recorded/v4.json")),
     (5, include_str!("recorded/v5.json")),
     (6, include_str!("recorded/v6.json")),
+    (7, include_str!("recorded/v7.json")),
 ];
 const RUNNING: &str = "22222222222222222222222222222222";
 const ENDED: &str = "33333333333333333333333333333333";

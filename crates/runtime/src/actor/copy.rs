@@ -1,0 +1,316 @@
+//! A running VM that is copied, with its memory and its disks, for a sandbox that is to go on from there.
+//!
+//! ```text
+//! record `frozen` ─ freeze the containers ─ write memory.vm ─ copy the disks ─ let the VM go on
+//!                 ─ with the guest's next session: let the containers go on ─ record without `frozen`
+//! ```
+//! The containers stand still before the memory is taken, so that in the clone nothing of the tenant's runs
+//! before it is a pod of its own. What is copied lies below the source's directory until the clone takes it:
+//! a clone that has gone meanwhile leaves nothing behind. A restart in between has the VM and the containers
+//! go on, and removes what was copied: a clone that did not become ready is undone (see
+//! [`recovery`](crate::recovery)).
+
+use std::{path::PathBuf, sync::Arc};
+
+use hypernetes_agent_api::{AgentClient, FEATURE_CLONE, FEATURE_PAUSE, v1};
+use hypernetes_network::Lease;
+use hypernetes_types::{ContainerId, SandboxId};
+use hypernetes_vmm::Vm;
+use tokio::time::Instant;
+
+use super::{
+    Actor,
+    containers::{invalid, unknown_to_guest},
+};
+use crate::{
+    api::SandboxConfig,
+    container::Phase,
+    error::RuntimeError,
+    identity::SCRATCH_SLOT,
+    records::{ContainerRecord, Suspension, VmSize, VolumeDisk},
+    scratch::remove_directory,
+};
+
+const ACTION: &str = "clone the sandbox";
+
+/// What a clone goes on from.
+#[derive(Debug)]
+pub(crate) struct Copied {
+    /// Memory and disks, by the names that a sandbox's own have. The clone's, to be moved.
+    pub(crate) directory: CopyDirectory,
+    pub(crate) suspension: Suspension,
+    pub(crate) size: Option<VmSize>,
+    pub(crate) lease: Option<Lease>,
+    pub(crate) disks: Vec<VolumeDisk>,
+    pub(crate) containers: Vec<ContainerRecord>,
+    /// Those that stand still only because they were copied.
+    pub(crate) frozen: Vec<ContainerId>,
+}
+
+/// A directory that goes with whoever has it.
+#[derive(Debug)]
+pub(crate) struct CopyDirectory(pub(crate) PathBuf);
+
+impl Drop for CopyDirectory {
+    fn drop(&mut self) {
+        match std::fs::remove_dir_all(&self.0) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let path = self.0.display();
+                tracing::error!(%path, %error, "cannot remove what was copied for a clone");
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Actor {
+    /// Copies the VM for another sandbox. It goes on, whatever comes of it.
+    pub(super) async fn copy_for(
+        &mut self,
+        target: &SandboxId,
+        wanted: &SandboxConfig,
+    ) -> Result<Copied, RuntimeError> {
+        let vm = self.ready_vm(ACTION)?;
+        // Of an earlier copy, whose session has not begun yet.
+        self.thaw().await;
+        if self.record.frozen.is_some() {
+            let state = "with containers that do not go on from an earlier clone".to_owned();
+            return Err(RuntimeError::State {
+                action: ACTION,
+                kind: "sandbox",
+                id: self.record.id.to_string(),
+                state,
+            });
+        }
+        self.check_clonable(wanted)?;
+        self.unplug_unused().await?;
+        self.settle_endings().await;
+        let frozen = self.to_freeze()?;
+        let client = self.client(ACTION).await?;
+        if !client.has(FEATURE_PAUSE) || !client.has(FEATURE_CLONE) {
+            return Err(unknown_to_guest("clone"));
+        }
+        self.record.set_frozen(Some(frozen.clone()));
+        if let Err(error) = self.save().await {
+            self.record.set_frozen(None);
+            return Err(error);
+        }
+        self.publish();
+        let stopping = self.stopping.clone();
+        let copied = tokio::select! {
+            copied = self.freeze_and_copy(&vm, &client, target, frozen) => copied,
+            () = stopping.cancelled() => Err(self.refused(ACTION)),
+        };
+        drop(client);
+        self.go_on_after_copy(vm).await;
+        copied
+    }
+
+    /// Refuses what two pods cannot both have, and a clone that is another VM than its source.
+    fn check_clonable(&self, wanted: &SandboxConfig) -> Result<(), RuntimeError> {
+        let own = &self.record.config;
+        self.check_suspendable()?;
+        if !self.record.attached.is_empty() {
+            let rule = "must be the pod's own: a volume that outlives it cannot be cloned with it";
+            return Err(invalid("volumes", rule));
+        }
+        if own.extras.shares {
+            let rule = "must be false: directories of the host cannot be cloned";
+            return Err(invalid("extras.shares", rule));
+        }
+        if !own.host_ports.is_empty() || !wanted.host_ports.is_empty() {
+            let rule = "must be empty: a port of the node leads to one pod";
+            return Err(invalid("host_ports", rule));
+        }
+        let huge = |record: &ContainerRecord| !record.config.resources.huge_pages.is_empty();
+        if self.members.values().any(|member| huge(&member.record)) {
+            return Err(invalid(
+                "huge_pages",
+                "must be empty in a pod that is cloned",
+            ));
+        }
+        let same = |field: &str, same: bool| match same {
+            true => Ok(()),
+            false => Err(invalid(
+                field,
+                "must be as that of the sandbox that is cloned",
+            )),
+        };
+        same(
+            "metadata.namespace",
+            own.metadata.namespace == wanted.metadata.namespace,
+        )?;
+        same("vcpus", own.vcpus == wanted.vcpus)?;
+        same("memory_mib", own.memory_mib == wanted.memory_mib)?;
+        same("extras", own.extras == wanted.extras)?;
+        same("scratch_mib", own.scratch_mib == wanted.scratch_mib)?;
+        same("kernel", own.kernel == wanted.kernel)?;
+        same("network", own.network == wanted.network)?;
+        same("sysctls", own.sysctls == wanted.sysctls)?;
+        same(
+            "user_namespace",
+            own.user_namespace == wanted.user_namespace,
+        )?;
+        same(
+            "share_process_namespace",
+            own.share_process_namespace == wanted.share_process_namespace,
+        )
+    }
+
+    /// The containers that run. One that is on its way somewhere has to be there first.
+    fn to_freeze(&self) -> Result<Vec<ContainerId>, RuntimeError> {
+        let mut running = Vec::new();
+        for (id, member) in &self.members {
+            match member.record.phase {
+                Phase::Running if member.record.paused => {}
+                Phase::Running => running.push(id.clone()),
+                Phase::Exited => {}
+                phase @ (Phase::Creating | Phase::Created | Phase::Starting | Phase::Removing) => {
+                    return Err(self.refused_container("clone", id, phase));
+                }
+            }
+        }
+        Ok(running)
+    }
+
+    async fn freeze_and_copy(
+        &mut self,
+        vm: &Arc<dyn Vm>,
+        client: &AgentClient,
+        target: &SandboxId,
+        frozen: Vec<ContainerId>,
+    ) -> Result<Copied, RuntimeError> {
+        let deadline = self.shared.config.deadlines.call;
+        for id in &frozen {
+            let request = v1::PauseRequest {
+                id: id.to_string(),
+                paused: true,
+            };
+            self.with_vm(ACTION, vm, async {
+                match client.pause(request, deadline).await {
+                    // It has ended just now.
+                    Err(error) if error.code() == Some(tonic::Code::FailedPrecondition) => Ok(()),
+                    Err(error) => Err(crate::guest::error(&self.record.id, ACTION, &error)),
+                    Ok(_) => Ok(()),
+                }
+            })
+            .await?;
+        }
+        self.end_sessions();
+        let VmSize { vcpus, memory_mib } = self.first_size();
+        let slots: Vec<u32> = self.plugged.iter().copied().collect();
+        let directory = self.shared.copies(&self.record.id).join(target.as_str());
+        remove_directory(directory.clone()).await?;
+        let directory = CopyDirectory(directory);
+        self.write_memory(vm, directory.0.join("memory.vm")).await?;
+        self.copy_disks(&slots, &directory.0).await?;
+        let records = self.members.values().map(|member| member.record.clone());
+        Ok(Copied {
+            directory,
+            suspension: Suspension {
+                vcpus,
+                memory_mib,
+                slots,
+            },
+            size: self.record.size,
+            lease: self.record.lease.clone(),
+            disks: self.record.disks.clone(),
+            containers: records.collect(),
+            frozen,
+        })
+    }
+
+    /// Copies the disks that the guest writes. The VM stands still.
+    async fn copy_disks(&self, slots: &[u32], to: &std::path::Path) -> Result<(), RuntimeError> {
+        let (scratch, id) = (&self.shared.scratch, &self.record.id);
+        for &slot in slots {
+            let volume = || self.record.disks.iter().any(|disk| disk.slot == slot);
+            let volume = match slot {
+                SCRATCH_SLOT => None,
+                _ if volume() => Some(slot),
+                // A layer, which nobody writes.
+                _ => continue,
+            };
+            scratch.copy(id, volume, to).await?;
+        }
+        Ok(())
+    }
+
+    /// The VM goes on, and with the guest's next session its containers.
+    async fn go_on_after_copy(&mut self, vm: Arc<dyn Vm>) {
+        // Whoever talked to the guest still talks to one that has been told to stand still.
+        self.end_sessions();
+        if let Err(error) = vm.resume().await {
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            tracing::error!(error, "a VM that was copied does not go on");
+            // Its end is told as any VM's.
+            if let Err(error) = vm.kill().await {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                tracing::error!(error, "cannot kill a VM");
+            }
+        }
+        self.take_up(vm).await;
+        self.publish();
+    }
+
+    /// Whether a container stands still only because its VM was copied.
+    pub(super) fn is_frozen(&self, id: &ContainerId) -> bool {
+        let frozen = self.record.frozen.as_ref();
+        frozen.is_some_and(|frozen| frozen.contains(id))
+    }
+
+    /// Has the containers go on that stand still because their VM was copied. At the beginning of a session:
+    /// what cannot be done is tried with the next one.
+    pub(super) async fn thaw(&mut self) {
+        let Some(frozen) = self.record.frozen.clone() else {
+            return;
+        };
+        let thawed = async {
+            let action = "let a cloned sandbox go on";
+            let vm = self.ready_vm(action)?;
+            let client = self.client(action).await?;
+            let deadline = self.shared.config.deadlines.call;
+            for id in &frozen {
+                // Paused meanwhile: it stays so.
+                let member = self.members.get(id);
+                if member.is_none_or(|member| member.record.paused) {
+                    continue;
+                }
+                let request = v1::PauseRequest {
+                    id: id.to_string(),
+                    paused: false,
+                };
+                self.with_vm(action, &vm, async {
+                    use tonic::Code::{FailedPrecondition, NotFound};
+                    match client.pause(request, deadline).await {
+                        // It has ended.
+                        Err(error)
+                            if matches!(error.code(), Some(FailedPrecondition | NotFound)) =>
+                        {
+                            Ok(())
+                        }
+                        Err(error) => Err(crate::guest::error(&self.record.id, action, &error)),
+                        Ok(_) => Ok(()),
+                    }
+                })
+                .await?;
+            }
+            Ok::<_, RuntimeError>(())
+        };
+        let thawed = thawed.await;
+        if let Err(error) = thawed {
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            tracing::warn!(error, "a cloned sandbox's containers do not go on yet");
+            return;
+        }
+        self.record.set_frozen(None);
+        // What the guest listed before is old.
+        self.thawed = Some(Instant::now());
+        if let Err(error) = self.save().await {
+            // A restarted node has them go on once more, which changes nothing.
+            let error = hypernetes_telemetry::chain(&error).to_string();
+            tracing::error!(error, "cannot store that a sandbox's containers go on");
+        }
+        self.publish_sandbox();
+    }
+}

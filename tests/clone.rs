@@ -1,0 +1,320 @@
+//! Pods that go on from others, by `hyper clone` and by kubectl, against a real daemon and real VMs.
+#![allow(
+    clippy::tests_outside_test_module,
+    reason = "an integration test is one module"
+)]
+#![allow(
+    clippy::unwrap_used,
+    reason = "helpers of a test fail by panic and report by print"
+)]
+
+use std::{
+    collections::BTreeMap,
+    io::Write as _,
+    path::Path,
+    process::Stdio,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use hypernetes_testkit::{
+    Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, Scenario, can_run_pods, eventually, kubectl,
+    release_dir, run, stdout, workspace_root,
+};
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+#[test]
+fn containers_are_cloned_by_hyper() {
+    if !can_run_pods() {
+        return;
+    }
+    let scenario = Scenario::read(&workspace_root().join("tests/scenarios/clone.txt"));
+    let registry = Registry::start();
+    let daemon = Daemon::start(DaemonOptions::default());
+    let kubeconfig = daemon.tenant("acme", "10.96.0.0/24");
+    let path = daemon.path_with(&[
+        ("kubectl", &kubectl(KUBECTL_VERSIONS[0])),
+        ("hyper", &release_dir().join("hyper")),
+    ]);
+    scenario.must_pass(
+        14,
+        &BTreeMap::from([
+            ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
+            ("PATH".to_owned(), path),
+            ("HOME".to_owned(), daemon.dir().display().to_string()),
+            ("WORK".to_owned(), daemon.dir().display().to_string()),
+            ("BOX".to_owned(), registry.image("busybox:1")),
+            ("NO_COLOR".to_owned(), "1".to_owned()),
+        ]),
+    );
+}
+
+/// One tenant's view of a daemon.
+struct Tenant<'a> {
+    daemon: &'a Daemon,
+    kubeconfig: &'a Path,
+}
+
+impl Tenant<'_> {
+    fn get(&self, args: &[&str]) -> String {
+        stdout(&mut self.daemon.kubectl_as(self.kubeconfig, args))
+    }
+
+    fn create(&self, object: &Value) {
+        let mut command = self
+            .daemon
+            .kubectl_as(self.kubeconfig, &["create", "-f", "-"]);
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(object.to_string().as_bytes()).unwrap();
+        drop(stdin);
+        assert!(child.wait().unwrap().success());
+    }
+
+    fn pod(&self, name: &str) -> Value {
+        serde_json::from_str(&self.get(&["get", "pod", name, "-o", "json"])).unwrap()
+    }
+
+    /// A clone, by what the API has of its source.
+    fn clone_pod(&self, source: &str, name: &str, change: impl Fn(&mut Value)) {
+        let mut spec = self.pod(source)["spec"].clone();
+        spec.as_object_mut().unwrap().remove("nodeName");
+        change(&mut spec);
+        self.create(&json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "annotations": {"hypernetes.io/clone-of": source}},
+            "spec": spec,
+        }));
+    }
+
+    fn ready(&self, name: &str) {
+        let pod = format!("pod/{name}");
+        self.get(&["wait", "--for=condition=Ready", &pod, "--timeout=240s"]);
+    }
+
+    fn exec(&self, pod: &str, program: &str) -> String {
+        self.get(&["exec", pod, "--", "sh", "-c", program])
+    }
+
+    fn log(&self, pod: &str) -> Vec<u64> {
+        let text = self.get(&["logs", pod]);
+        text.lines().map(|line| line.parse().unwrap()).collect()
+    }
+
+    /// Numbers, each once, and ever more of them.
+    fn counts(&self, pod: &str) -> u64 {
+        let before = self.log(pod).len();
+        eventually("it counts on", PATIENCE, || {
+            let now = self.log(pod).len();
+            (now > before + 5)
+                .then_some(())
+                .ok_or(format!("{now} after {before}"))
+        });
+        let all = self.log(pod);
+        let expected: Vec<u64> = (all[0]..).take(all.len()).collect();
+        assert_eq!(
+            all, expected,
+            "no number of {pod} is missing and none comes twice"
+        );
+        all[0]
+    }
+
+    fn waiting(&self, pod: &str) -> Value {
+        eventually("why it waits", PATIENCE, || {
+            let now = self.pod(pod);
+            let waiting = &now["status"]["containerStatuses"][0]["state"]["waiting"];
+            match waiting["reason"] == "CloneError" {
+                true => Ok(waiting["message"].clone()),
+                false => Err(now["status"].to_string()),
+            }
+        })
+    }
+}
+
+#[test]
+fn a_clone_has_an_identity_of_its_own_and_its_source_is_unharmed() {
+    if !can_run_pods() {
+        return;
+    }
+    let registry = Registry::start();
+    let mut daemon = Daemon::start(DaemonOptions::default());
+    let acme = daemon.tenant("acme", "10.95.0.0/24");
+    let program = "mkdir /tmp/www; echo served > /tmp/www/index.html; httpd -p 8080 -h /tmp/www; \
+                   echo ffffffffffffffffffffffffffffffff > /etc/machine-id; \
+                   i=0; while :; do i=$((i+1)); echo $i; echo $i > /data/count; sleep 0.1; done";
+    let web = json!({
+    "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "web"},
+    "spec": {
+        "restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
+        "initContainers": [{"name": "init", "image": registry.image("busybox:1"),
+            "command": ["sh", "-c", "echo made > /data/init"],
+            "volumeMounts": [{"name": "data", "mountPath": "/data"}]}],
+        "containers": [{"name": "c", "image": registry.image("busybox:1"), "command": ["sh", "-c", program],
+            "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "info", "mountPath": "/info"}]}],
+        "volumes": [{"name": "data", "emptyDir": {"sizeLimit": "8Mi"}},
+            {"name": "info", "downwardAPI": {"items": [{"path": "name", "fieldRef": {"fieldPath": "metadata.name"}}]}}],
+    }});
+    let first;
+    let before;
+    {
+        let tenant = Tenant {
+            daemon: &daemon,
+            kubeconfig: &acme,
+        };
+        tenant.create(&web);
+        tenant.ready("web");
+        before = tenant.pod("web")["status"].clone();
+        // What does not fit is said by name, and the source is not touched.
+        tenant.clone_pod("web", "other", |spec| {
+            spec["containers"][0]["command"][2] = json!("id");
+        });
+        let said = tenant.waiting("other");
+        assert_eq!(
+            said,
+            "spec.containers[0].command[2]: must be as in pod web, which is cloned"
+        );
+        tenant.get(&["delete", "pod", "other", "--timeout=60s"]);
+        tenant.clone_pod("web", "copy", |_| {});
+        tenant.ready("copy");
+        first = tenant.counts("copy");
+        assert!(first > 1, "it did not begin anew");
+        assert_eq!(tenant.counts("web"), 1);
+    }
+    let pods = ["web", "copy"];
+    for round in 0..2 {
+        if round == 1 {
+            daemon.kill();
+            daemon.start_again();
+        }
+        let tenant = Tenant {
+            daemon: &daemon,
+            kubeconfig: &acme,
+        };
+        for pod in pods {
+            assert_eq!(
+                tenant.exec(pod, "wget -qO- http://127.0.0.1:8080/"),
+                "served"
+            );
+            assert_eq!(tenant.exec(pod, "cat /data/init"), "made");
+        }
+        assert_eq!((tenant.counts("web"), tenant.counts("copy")), (1, first));
+        for what in [
+            "hostname",
+            "cat /etc/machine-id",
+            "cat /sys/class/net/eth0/address",
+            "ip -4 -o addr show eth0",
+            "cat /etc/hosts",
+            "cat /info/name",
+            "cat /var/run/secrets/kubernetes.io/serviceaccount/token",
+            "head -c 16 /dev/urandom | md5sum",
+        ] {
+            let [one, other] = pods.map(|pod| tenant.exec(pod, what));
+            assert!(!one.is_empty() && one != other, "{what}: {one} and {other}");
+        }
+        assert_eq!(tenant.exec("copy", "cat /info/name"), "copy");
+        assert_eq!(tenant.exec("copy", "hostname"), "copy");
+        // It is reached at its own address, and reaches its source.
+        let address = tenant.pod("copy")["status"]["podIP"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        assert!(
+            tenant
+                .exec("copy", "ip -4 -o addr show eth0")
+                .contains(&address)
+        );
+        let fetch = format!("wget -T 20 -qO- http://{address}:8080/");
+        assert_eq!(tenant.exec("web", &fetch), "served");
+        let earliest = unix_seconds();
+        let guest: u64 = tenant.exec("copy", "date +%s").parse().unwrap();
+        let right = earliest - 1..=unix_seconds() + 1;
+        assert!(right.contains(&guest), "{guest} is not in {right:?}");
+        for field in ["podIP", "startTime"] {
+            assert_eq!(tenant.pod("web")["status"][field], before[field]);
+        }
+        let container = |status: &Value| status["containerStatuses"][0].clone();
+        let now = container(&tenant.pod("web")["status"]);
+        for field in ["containerID", "restartCount", "state"] {
+            assert_eq!(now[field], container(&before)[field]);
+        }
+        let cloned = tenant.pod("copy")["status"].clone();
+        assert_ne!(container(&cloned)["containerID"], now["containerID"]);
+        assert_eq!(
+            cloned["initContainerStatuses"][0]["state"]["terminated"]["exitCode"],
+            0
+        );
+    }
+    let tenant = Tenant {
+        daemon: &daemon,
+        kubeconfig: &acme,
+    };
+    tenant.get(&["delete", "pod", "web", "--timeout=60s"]);
+    assert_eq!(tenant.counts("copy"), first);
+    tenant.get(&["delete", "pod", "copy", "--timeout=60s"]);
+    eventually("nothing is left", PATIENCE, || {
+        let left = daemon.pod_files();
+        left.is_empty().then_some(()).ok_or(format!("{left:?}"))
+    });
+    assert_eq!(daemon.vmm_processes().len(), 0);
+}
+
+fn unix_seconds() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    now.as_secs()
+}
+
+#[test]
+fn a_daemon_that_is_killed_during_a_clone_makes_it_again() {
+    if !can_run_pods() {
+        return;
+    }
+    let registry = Registry::start();
+    let mut daemon = Daemon::start(DaemonOptions::default());
+    let acme = daemon.tenant("acme", "10.94.0.0/24");
+    let program = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done";
+    let image = registry.image("busybox:1");
+    let pod = [
+        "run",
+        "web",
+        "--image",
+        &image,
+        "--restart=Never",
+        "--",
+        "sh",
+        "-c",
+        program,
+    ];
+    run(&mut daemon.kubectl_as(&acme, &pod));
+    {
+        let tenant = Tenant {
+            daemon: &daemon,
+            kubeconfig: &acme,
+        };
+        tenant.ready("web");
+        tenant.clone_pod("web", "copy", |_| {});
+        let copying = || {
+            let files = daemon.pod_files();
+            let copy = files
+                .iter()
+                .any(|path| path.iter().any(|part| part == "copies"));
+            copy.then_some(()).ok_or(format!("{files:?}"))
+        };
+        eventually("the copy has begun", PATIENCE, copying);
+    }
+    daemon.kill();
+    daemon.start_again();
+    let tenant = Tenant {
+        daemon: &daemon,
+        kubeconfig: &acme,
+    };
+    tenant.ready("copy");
+    assert_eq!(tenant.counts("web"), 1);
+    assert!(tenant.counts("copy") > 1);
+    tenant.get(&["delete", "pod", "web", "copy", "--timeout=60s"]);
+    eventually("nothing is left", PATIENCE, || {
+        let left = daemon.pod_files();
+        left.is_empty().then_some(()).ok_or(format!("{left:?}"))
+    });
+}
