@@ -1,4 +1,4 @@
-//! A pod that goes on from a running one of its namespace, as its annotation `hypernetes.io/clone-of` says.
+//! A pod that goes on from another one of its namespace, as its annotation `hypernetes.io/clone-of` says.
 //!
 //! Only its first VM does: once that has ended, the pod starts as any. What it asks for must be what the source
 //! asked for, because the processes that it goes on with are the source's.
@@ -44,12 +44,12 @@ pub(crate) fn waiting(message: &str) -> Waiting {
 }
 
 /// Says of the containers what the clone waits for.
-pub(crate) fn tell(view: &View<'_>, wanted: &[(String, u32)], plan: &mut Plan) {
+pub(crate) fn tell(view: &View<'_>, plan: &mut Plan) {
     let Some(message) = &view.memory.clone_trouble else {
         return;
     };
-    for (container, _attempt) in wanted {
-        let told = plan.waiting.entry(container.clone());
+    for container in view.init_containers().iter().chain(view.containers()) {
+        let told = plan.waiting.entry(container.name.clone());
         told.or_insert_with(|| waiting(message));
     }
 }
@@ -94,9 +94,6 @@ impl Node {
             .last()
             .filter(|sandbox| sandbox.state == SandboxState::Ready)
             .ok_or_else(|| format!("pod {name} has no virtual machine that runs on this node"))?;
-        if sandbox.suspended {
-            return Err(format!("pod {name} is suspended: resume it first"));
-        }
         Ok((sandbox.id.clone(), configs(pod, &sandbox.id, &records)))
     }
 }

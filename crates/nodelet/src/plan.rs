@@ -682,7 +682,7 @@ fn crash_loop(view: &View<'_>, container: &str, backoff: &Backoff) -> Waiting {
 
 /// Nothing runs: boot a VM, if a container wants one.
 fn plan_sandbox(view: &View<'_>, wanted: &[(String, u32)], plan: &mut Plan) {
-    clone::tell(view, wanted, plan);
+    clone::tell(view, plan);
     if wanted.is_empty() || view.is_busy(&Slot::Sandbox) {
         return;
     }

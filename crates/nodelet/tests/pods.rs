@@ -9,6 +9,8 @@
     reason = "what fails here fails the test; helpers are not seen as tests"
 )]
 
+#[path = "pods/clone.rs"]
+mod clone;
 #[path = "pods/ends.rs"]
 mod ends;
 #[path = "pods/kubelet.rs"]

@@ -544,7 +544,7 @@ pub(crate) fn not_found(kind: &'static str, id: impl std::fmt::Display) -> Runti
 pub(crate) fn check_source(source: &Handle) -> Result<(), RuntimeError> {
     let snapshot = source.snapshot.borrow();
     match snapshot.record.phase {
-        Phase::Ready if !snapshot.gone => Ok(()),
+        Phase::Ready | Phase::Suspended if !snapshot.gone => Ok(()),
         phase => Err(RuntimeError::State {
             action: "clone",
             kind: "sandbox",

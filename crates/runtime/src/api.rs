@@ -736,7 +736,7 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     /// sandbox, waiting for one that is still starting. On error nothing is left but a record
     /// that the next start or `remove_sandbox` clears.
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError>;
-    /// As [`PodRuntime::run_sandbox`], but the VM goes on from a copy of another sandbox that is up, with an
+    /// As [`PodRuntime::run_sandbox`], but the VM goes on from a copy of another sandbox that is up or suspended, with an
     /// identity of its own: host name, addresses, clock, entropy, ids of its containers. The source stands
     /// still while it is copied, its sessions end, and it goes on whatever comes of the clone.
     async fn clone_sandbox(

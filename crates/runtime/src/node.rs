@@ -325,8 +325,12 @@ impl NodeRuntime {
         let patience = self.shared.config.deadlines.readopt;
         let mut watch = handle.snapshot.clone();
         // While its VM is copied nobody talks to the guest; in a moment somebody does again.
-        let talks = |now: &Arc<Snapshot>| now.link.is_some() || now.record.frozen.is_none();
-        let snapshot = match timeout(patience, watch.wait_for(talks)).await {
+        let talks = |now: &Arc<Snapshot>| {
+            let copied = now.record.frozen.is_some() && now.record.phase == sandbox::Phase::Ready;
+            now.link.is_some() || !copied
+        };
+        let copying = self.shared.config.deadlines.boot;
+        let snapshot = match timeout(copying, watch.wait_for(talks)).await {
             Ok(Ok(now)) => now.clone(),
             Ok(Err(_)) | Err(_) => handle.snapshot.borrow().clone(),
         };

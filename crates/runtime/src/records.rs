@@ -79,6 +79,9 @@ pub(crate) struct Suspension {
     pub(crate) memory_mib: u32,
     /// Slots that it had disks in.
     pub(crate) slots: Vec<u32>,
+    /// Its containers stood still: a clone may go on from it.
+    #[serde(default)]
+    pub(crate) still: bool,
 }
 
 /// What a VM has after it was resized.
@@ -484,6 +487,7 @@ mod tests {
             vcpus: 1,
             memory_mib: 128,
             slots: vec![1],
+            still: false,
         }));
         assert_eq!(record.version, VERSION_WITH_SUSPENSION);
         record.set_frozen(Some(Vec::new()));

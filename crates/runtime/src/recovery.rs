@@ -116,7 +116,7 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
                         report.adopted += 1;
                         // It stands still if it was being copied; its containers go on with the session.
                         if record.frozen.is_some()
-                            && let Err(error) = vm.resume().await
+                            && let Err(error) = actor::let_go_on(vm.as_ref()).await
                         {
                             let error = hypernetes_telemetry::chain(&error).to_string();
                             report.failures.push(format!("sandbox {id}: {error}"));

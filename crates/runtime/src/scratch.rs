@@ -307,7 +307,8 @@ async fn run_blocking<T: Send + 'static>(
     }
 }
 
-fn copy_sparse(from: &Path, to: &Path) -> io::Result<File> {
+/// Copies a file, holes as holes, and without copying anything where the file system can. Blocks.
+pub(crate) fn copy_sparse(from: &Path, to: &Path) -> io::Result<File> {
     let source = File::open(from)?;
     if let Some(parent) = to.parent() {
         std::fs::create_dir_all(parent)?;

@@ -217,7 +217,7 @@ pub(crate) struct Rename {
 
 #[derive(Debug, Args)]
 pub(crate) struct CloneOptions {
-    /// Running container, or pod
+    /// Running or suspended container, or pod
     #[arg(add = ArgValueCandidates::new(completion::containers))]
     pub(crate) container: String,
     /// Name of the new one [default: made of the other's]

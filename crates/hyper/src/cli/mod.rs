@@ -206,7 +206,7 @@ pub(crate) enum ContainerCommand {
     /// Have suspended containers go on where they were
     #[command(hide = true)]
     Resume(Names),
-    /// A second container that goes on from where a running one is, memory and files included
+    /// A second container that goes on from where another one is, memory and files included
     Clone(CloneOptions),
     /// Not supported: cp what has changed
     #[command(hide = true)]

@@ -37,13 +37,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &CloneOptions) -> Result<()>
     let all = cluster.containers().await?;
     let source = find(&all, &options.container)?;
     match source.state() {
-        State::Running | State::Paused => {}
-        State::Suspended => {
-            return Err(Failure::daemon(format_args!(
-                "Container {} is suspended, resume the container before clone",
-                source.id
-            )));
-        }
+        State::Running | State::Paused | State::Suspended => {}
         State::Created | State::Restarting | State::Removing | State::Exited | State::Dead => {
             return Err(Failure::daemon(format_args!(
                 "container {} is not running",

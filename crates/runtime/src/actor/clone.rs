@@ -56,7 +56,7 @@ impl Actor {
         let watch = Stopwatch::start();
         let (renamed, frozen, lease) = self.take_copy(copied, &config.containers).await?;
         let vm = self.launch_copy().instrument(info_span!("vmm")).await?;
-        vm.resume().await?;
+        super::let_go_on(vm.as_ref()).await?;
         self.timing.phases.push(("vmm", watch.elapsed()));
 
         let watch = Stopwatch::start();

@@ -1,9 +1,11 @@
-//! A running VM that is copied, with its memory and its disks, for a sandbox that is to go on from there.
+//! A VM that is copied, with its memory and its disks, for a sandbox that is to go on from there.
 //!
 //! ```text
 //! record `frozen` ─ freeze the containers ─ write memory.vm ─ copy the disks ─ let the VM go on
 //!                 ─ with the guest's next session: let the containers go on ─ record without `frozen`
 //! ```
+//! Of a sandbox that is suspended the file is copied: its containers were frozen before.
+//!
 //! The containers stand still before the memory is taken, so that in the clone nothing of the tenant's runs
 //! before it is a pod of its own. What is copied lies below the source's directory until the clone takes it:
 //! a clone that has gone meanwhile leaves nothing behind. A restart in between has the VM and the containers
@@ -28,10 +30,13 @@ use crate::{
     error::RuntimeError,
     identity::SCRATCH_SLOT,
     records::{ContainerRecord, Suspension, VmSize, VolumeDisk},
-    scratch::remove_directory,
+    sandbox::Phase as SandboxPhase,
+    scratch::{blocking, copy_sparse, remove_directory},
 };
 
 const ACTION: &str = "clone the sandbox";
+/// As in the directory of a sandbox that is suspended.
+const MEMORY: &str = "memory.vm";
 
 /// What a clone goes on from.
 #[derive(Debug)]
@@ -70,6 +75,9 @@ impl Actor {
         target: &SandboxId,
         wanted: &SandboxConfig,
     ) -> Result<Copied, RuntimeError> {
+        if self.record.phase == SandboxPhase::Suspended {
+            return self.copy_suspended(target, wanted).await;
+        }
         let vm = self.ready_vm(ACTION)?;
         // Of an earlier copy, whose session has not begun yet.
         self.thaw().await;
@@ -158,7 +166,7 @@ impl Actor {
     }
 
     /// The containers that run. One that is on its way somewhere has to be there first.
-    fn to_freeze(&self) -> Result<Vec<ContainerId>, RuntimeError> {
+    pub(super) fn to_freeze(&self) -> Result<Vec<ContainerId>, RuntimeError> {
         let mut running = Vec::new();
         for (id, member) in &self.members {
             match member.record.phase {
@@ -173,15 +181,15 @@ impl Actor {
         Ok(running)
     }
 
-    async fn freeze_and_copy(
-        &mut self,
+    /// Has containers stand still. On an error some of them do.
+    pub(super) async fn freeze(
+        &self,
         vm: &Arc<dyn Vm>,
         client: &AgentClient,
-        target: &SandboxId,
-        frozen: Vec<ContainerId>,
-    ) -> Result<Copied, RuntimeError> {
+        containers: &[ContainerId],
+    ) -> Result<(), RuntimeError> {
         let deadline = self.shared.config.deadlines.call;
-        for id in &frozen {
+        for id in containers {
             let request = v1::PauseRequest {
                 id: id.to_string(),
                 paused: true,
@@ -196,28 +204,83 @@ impl Actor {
             })
             .await?;
         }
+        Ok(())
+    }
+
+    async fn freeze_and_copy(
+        &mut self,
+        vm: &Arc<dyn Vm>,
+        client: &AgentClient,
+        target: &SandboxId,
+        frozen: Vec<ContainerId>,
+    ) -> Result<Copied, RuntimeError> {
+        self.freeze(vm, client, &frozen).await?;
         self.end_sessions();
         let VmSize { vcpus, memory_mib } = self.first_size();
         let slots: Vec<u32> = self.plugged.iter().copied().collect();
+        let directory = self.copy_directory(target).await?;
+        self.write_memory(vm, directory.0.join(MEMORY)).await?;
+        self.copy_disks(&slots, &directory.0).await?;
+        let suspension = Suspension {
+            vcpus,
+            memory_mib,
+            slots,
+            still: true,
+        };
+        Ok(self.copied(directory, suspension, frozen))
+    }
+
+    /// Copies the files of a VM that is suspended. It stays so.
+    async fn copy_suspended(
+        &self,
+        target: &SandboxId,
+        wanted: &SandboxConfig,
+    ) -> Result<Copied, RuntimeError> {
+        self.check_clonable(wanted)?;
+        let still = |it: &Suspension| it.still;
+        let suspension = self.record.suspension.clone().filter(still);
+        let (Some(suspension), Some(frozen)) = (suspension, self.record.frozen.clone()) else {
+            let state = "suspended with processes that did not stand still: resume it first";
+            return Err(RuntimeError::State {
+                action: ACTION,
+                kind: "sandbox",
+                id: self.record.id.to_string(),
+                state: state.to_owned(),
+            });
+        };
+        let directory = self.copy_directory(target).await?;
+        let (from, to) = (
+            self.shared.suspended_file(&self.record.id),
+            directory.0.join(MEMORY),
+        );
+        let action = format!("copy {}", from.display());
+        blocking(action, move || copy_sparse(&from, &to).map(drop)).await?;
+        self.copy_disks(&suspension.slots, &directory.0).await?;
+        Ok(self.copied(directory, suspension, frozen))
+    }
+
+    async fn copy_directory(&self, target: &SandboxId) -> Result<CopyDirectory, RuntimeError> {
         let directory = self.shared.copies(&self.record.id).join(target.as_str());
         remove_directory(directory.clone()).await?;
-        let directory = CopyDirectory(directory);
-        self.write_memory(vm, directory.0.join("memory.vm")).await?;
-        self.copy_disks(&slots, &directory.0).await?;
+        Ok(CopyDirectory(directory))
+    }
+
+    fn copied(
+        &self,
+        directory: CopyDirectory,
+        suspension: Suspension,
+        frozen: Vec<ContainerId>,
+    ) -> Copied {
         let records = self.members.values().map(|member| member.record.clone());
-        Ok(Copied {
+        Copied {
             directory,
-            suspension: Suspension {
-                vcpus,
-                memory_mib,
-                slots,
-            },
+            suspension,
             size: self.record.size,
             lease: self.record.lease.clone(),
             disks: self.record.disks.clone(),
             containers: records.collect(),
             frozen,
-        })
+        }
     }
 
     /// Copies the disks that the guest writes. The VM stands still.
@@ -240,7 +303,7 @@ impl Actor {
     async fn go_on_after_copy(&mut self, vm: Arc<dyn Vm>) {
         // Whoever talked to the guest still talks to one that has been told to stand still.
         self.end_sessions();
-        if let Err(error) = vm.resume().await {
+        if let Err(error) = super::let_go_on(vm.as_ref()).await {
             let error = hypernetes_telemetry::chain(&error).to_string();
             tracing::error!(error, "a VM that was copied does not go on");
             // Its end is told as any VM's.

@@ -147,6 +147,7 @@ impl Actor {
         // Only now nobody writes any more.
         self.detach_volumes().await?;
         self.forget_suspended().await?;
+        self.record.set_frozen(None);
         self.link = None;
         self.vm = None;
         self.plugged.clear();

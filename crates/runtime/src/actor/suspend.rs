@@ -18,8 +18,9 @@ use std::{
     time::Duration,
 };
 
+use hypernetes_agent_api::{AgentClient, FEATURE_PAUSE};
 use hypernetes_network::Lease;
-use hypernetes_types::Digest;
+use hypernetes_types::{ContainerId, Digest};
 use hypernetes_vmm::{Disk, Origin, Suspended, Vm, VmmError};
 use tokio::time::sleep;
 
@@ -61,14 +62,26 @@ impl Actor {
             vcpus,
             memory_mib,
             slots,
+            still: false,
         }));
+        let (frozen, client) = (self.to_freeze(), self.client(action).await);
+        let freezable = match (frozen, client) {
+            (Ok(frozen), Ok(client)) if client.has(FEATURE_PAUSE) => Some((frozen, client)),
+            _ => None,
+        };
+        let frozen = freezable.as_ref().map(|(frozen, _)| frozen.clone());
+        self.record.set_frozen(frozen);
         self.advance(action, Event::SuspendAsked)?;
         if let Err(error) = self.save().await {
             self.record.set_suspension(None);
+            self.record.set_frozen(None);
             self.advance(action, Event::SuspendUndone)?;
             return Err(error);
         }
         self.publish_sandbox();
+        if let Some((frozen, client)) = freezable {
+            self.freeze_for_clones(&vm, &client, &frozen).await;
+        }
         self.end_sessions();
         let stopping = self.stopping.clone();
         let written = tokio::select! {
@@ -94,6 +107,30 @@ impl Actor {
         self.publish_sandbox();
         destroyed?;
         saved
+    }
+
+    /// Has the containers stand still in the VM that becomes a file, so that a clone can go on from it. They go on
+    /// with the guest's next session. One that does not stand still does not keep the pod from being suspended.
+    async fn freeze_for_clones(
+        &mut self,
+        vm: &Arc<dyn Vm>,
+        client: &AgentClient,
+        containers: &[ContainerId],
+    ) {
+        match self.freeze(vm, client, containers).await {
+            Ok(()) => {
+                if let Some(suspension) = &mut self.record.suspension {
+                    suspension.still = true;
+                }
+            }
+            Err(error) => {
+                let error = hypernetes_telemetry::chain(&error).to_string();
+                tracing::warn!(
+                    error,
+                    "a pod is suspended with processes that go on at once"
+                );
+            }
+        }
     }
 
     /// Has a suspended VM go on. On an error it stays suspended.

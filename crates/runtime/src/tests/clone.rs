@@ -196,6 +196,39 @@ async fn a_paused_container_is_paused_in_the_clone_too() {
 }
 
 #[tokio::test]
+async fn a_suspended_pod_is_cloned_and_stays_suspended() {
+    let world = World::new().await;
+    let mut runtime = world.open().await;
+    let (source, container) = running(&world, &runtime, "a").await;
+    std::fs::write(directory(&world, &source).join("scratch.ext4"), "own").unwrap();
+    runtime.suspend_sandbox(&source).await.unwrap();
+    for (name, restart) in [("b", false), ("d", true)] {
+        if restart {
+            drop(runtime);
+            runtime = world.open().await;
+        }
+        let clone = runtime
+            .clone_sandbox(world.sandbox(name), of(&source))
+            .await;
+        let clone = clone.unwrap();
+        let own = only_container(&runtime, &clone).await.id;
+        goes_on(&world, &clone, &own).await;
+        answers(&runtime, &own).await;
+        let disk = directory(&world, &clone).join("scratch.ext4");
+        assert_eq!(std::fs::read_to_string(disk).unwrap(), "own");
+        assert!(runtime.sandbox(&source).await.unwrap().suspended);
+        assert_eq!(world.vmm.sandboxes(), std::slice::from_ref(&clone));
+        runtime.remove_sandbox(&clone).await.unwrap();
+    }
+    runtime.resume_sandbox(&source).await.unwrap();
+    goes_on(&world, &source, &container).await;
+    assert!(!runtime.container(&container).await.unwrap().paused);
+    answers(&runtime, &container).await;
+    runtime.remove_sandbox(&source).await.unwrap();
+    world.assert_clean().await;
+}
+
+#[tokio::test]
 async fn what_cannot_be_cloned_is_refused_and_goes_on() {
     let world = World::new().await;
     let id = "data".parse().unwrap();
@@ -240,9 +273,12 @@ async fn what_cannot_be_cloned_is_refused_and_goes_on() {
     let nobody = SandboxId::random();
     let error = refused(world.sandbox("b"), of(&nobody)).await;
     assert!(error.contains("does not exist"), "{error}");
+    let failing = Behaviour::Fail(tonic::Code::Internal, "no".into());
+    world.agent(&source).set_behaviour(Method::Pause, failing);
     runtime.suspend_sandbox(&source).await.unwrap();
     let error = refused(world.sandbox("b"), of(&source)).await;
-    assert!(error.contains("suspended"), "{error}");
+    assert!(error.contains("did not stand still"), "{error}");
+    world.calm_agents(&[Method::Pause]);
     runtime.resume_sandbox(&source).await.unwrap();
     answers(&runtime, &container).await;
     let volume = VolumeConfig {
