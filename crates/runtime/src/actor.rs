@@ -148,12 +148,20 @@ impl Handle {
     }
 }
 
+/// Where a sandbox's VM comes from.
+pub(crate) enum Source {
+    /// It boots, or goes on from a template.
+    New,
+    /// It waits in the pool.
+    Pool(Box<Pooled>),
+    /// It goes on from another sandbox.
+    Clone(Box<ClonePlan>),
+}
+
 /// How a sandbox's task begins.
 pub(crate) enum Start {
-    /// With a VM to boot, or one that waits in the pool; the answer goes to whoever asked first.
-    Boot(Stopwatch, Option<Box<Pooled>>, Reply<()>),
-    /// The same, but it goes on from another sandbox.
-    Clone(Stopwatch, Box<ClonePlan>, Reply<()>),
+    /// With a VM to come up; the answer goes to whoever asked first.
+    Boot(Stopwatch, Source, Reply<()>),
     /// With a VM that survived a restart.
     Adopted(Arc<dyn Vm>),
     /// Without a VM.
@@ -293,13 +301,9 @@ fn snapshot(
 impl Actor {
     async fn run(mut self, start: Start) {
         match start {
-            Start::Boot(asked, pooled, reply) => {
-                let result = self.start(asked, pooled, None).await;
+            Start::Boot(asked, source, reply) => {
+                let result = self.start(asked, source).await;
                 // Whoever asked may have gone.
-                drop(reply.send(result));
-            }
-            Start::Clone(asked, plan, reply) => {
-                let result = self.start(asked, None, Some(plan)).await;
                 drop(reply.send(result));
             }
             Start::Adopted(vm) => self.adopted(vm).await,

@@ -147,7 +147,8 @@ pub(crate) fn configure_request(
 
 /// 32 bytes that nobody else gets.
 fn seed() -> Result<Vec<u8>, RuntimeError> {
-    random::<32>().map(Vec::from)
+    let seed: [u8; 32] = random()?;
+    Ok(seed.to_vec())
 }
 
 /// The configuration message for what is nobody's pod and will be forgotten.

@@ -192,8 +192,8 @@ impl NodeRuntime {
         &self,
         config: &SandboxConfig,
         pooled: Option<Pooled>,
-        asked: Stopwatch,
         clone: Option<&CloneConfig>,
+        asked: Stopwatch,
     ) -> Result<(Handle, Option<Boot>), RuntimeError> {
         let mut sandboxes = self.lock();
         let found = sandboxes.values().find(|handle| handle.is_of(config));
@@ -203,27 +203,29 @@ impl NodeRuntime {
             }
             return Ok((handle.clone(), None));
         }
-        let source = |clone: &CloneConfig| {
+        let find = |clone: &CloneConfig| {
             let source = sandboxes.get(&clone.source).cloned();
             let source = source.ok_or_else(|| not_found("sandbox", &clone.source))?;
             // One that is still starting might be waiting for this one.
             actor::check_source(&source)?;
-            Ok::<_, RuntimeError>(Box::new(ClonePlan {
+            Ok::<_, RuntimeError>(ClonePlan {
                 source,
                 config: clone.clone(),
-            }))
+            })
         };
-        let plan = clone.map(source).transpose()?;
+        let plan = clone.map(find).transpose()?;
         let (id, uid) = match &pooled {
             Some(pooled) => (pooled.id.clone(), pooled.uid),
             None => (SandboxId::random(), self.shared.take_uid()?),
         };
+        let source = match (pooled, plan) {
+            (_, Some(plan)) => actor::Source::Clone(Box::new(plan)),
+            (Some(pooled), None) => actor::Source::Pool(Box::new(pooled)),
+            (None, None) => actor::Source::New,
+        };
         let record = SandboxRecord::new(id, config.clone(), uid, now_nanos());
         let (reply, booted) = oneshot::channel();
-        let start = match plan {
-            Some(plan) => Start::Clone(asked, plan, reply),
-            None => Start::Boot(asked, pooled.map(Box::new), reply),
-        };
+        let start = Start::Boot(asked, source, reply);
         let handle = actor::spawn(&self.shared, record, Vec::new(), start);
         sandboxes.insert(handle.id.clone(), handle.clone());
         Ok((handle, Some(booted)))
@@ -265,11 +267,11 @@ impl NodeRuntime {
         identity::check(&config)?;
         loop {
             let asked = Stopwatch::start();
-            let pooled = match &clone {
+            let pooled = match clone {
                 Some(_) => None,
                 None => self.from_pool(&config).await,
             };
-            let (handle, boot) = self.find_or_spawn(&config, pooled, asked, clone.as_ref())?;
+            let (handle, boot) = self.find_or_spawn(&config, pooled, clone.as_ref(), asked)?;
             if let Some(boot) = boot {
                 let gone = |_gone| not_found("sandbox", &handle.id);
                 return boot.await.map_err(gone)?.map(|()| handle.id.clone());

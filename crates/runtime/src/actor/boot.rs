@@ -8,7 +8,7 @@ use hypernetes_vmm::{Disk, GuestKernel, NetDevice, Origin, Vm, VmExit, VmSpec};
 use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument, info_span};
 
-use super::{Actor, ClonePlan, containers::unknown_to_guest};
+use super::{Actor, Source, containers::unknown_to_guest};
 use crate::{
     api::Failure,
     error::RuntimeError,
@@ -39,12 +39,11 @@ impl Actor {
     pub(super) async fn start(
         &mut self,
         asked: Stopwatch,
-        pooled: Option<Box<Pooled>>,
-        clone: Option<Box<ClonePlan>>,
+        source: Source,
     ) -> Result<(), RuntimeError> {
         let shared = Arc::clone(&self.shared);
         let _under_way = shared.starts.begin();
-        let begun = self.start_phases(asked, pooled, clone).await;
+        let begun = self.start_phases(asked, source).await;
         let Err(error) = begun else {
             self.timing.total = asked.elapsed();
             shared.starts.came_up(&self.timing);
@@ -76,12 +75,7 @@ impl Actor {
         Err(error)
     }
 
-    async fn start_phases(
-        &mut self,
-        asked: Stopwatch,
-        pooled: Option<Box<Pooled>>,
-        clone: Option<Box<ClonePlan>>,
-    ) -> Result<(), RuntimeError> {
+    async fn start_phases(&mut self, asked: Stopwatch, source: Source) -> Result<(), RuntimeError> {
         self.record_intent()
             .instrument(info_span!("request"))
             .await?;
@@ -90,9 +84,10 @@ impl Actor {
 
         let stopping = self.stopping.clone();
         let up = async {
-            match clone {
-                Some(plan) => Box::pin(self.bring_up_clone(*plan)).await,
-                None => self.bring_up(pooled).await,
+            match source {
+                Source::New => self.bring_up(None).await,
+                Source::Pool(pooled) => self.bring_up(Some(pooled)).await,
+                Source::Clone(plan) => Box::pin(self.bring_up_clone(*plan)).await,
             }
         };
         tokio::select! {
