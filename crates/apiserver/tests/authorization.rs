@@ -492,6 +492,48 @@ async fn one_name_granted_is_one_name_shown() {
 }
 
 #[tokio::test]
+async fn a_clone_takes_the_right_to_look_into_its_source() {
+    let cluster = two_tenants().await;
+    let admin = cluster.admin();
+    let rbac = "/apis/rbac.authorization.k8s.io/v1/namespaces/globex";
+    for (name, resource) in [("maker", "pods"), ("looker", "pods/exec")] {
+        let rules = json!([{"apiGroups": [""], "resources": [resource], "verbs": ["create"]}]);
+        let role = json!({"metadata": {"name": name}, "rules": rules});
+        admin
+            .create(&format!("{rbac}/roles"), &role)
+            .await
+            .expect(201);
+    }
+    let bind = async |role: &str| {
+        let binding = json!({"metadata": {"name": role},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": role},
+            "subjects": [{"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": "u"}]});
+        let path = format!("{rbac}/rolebindings");
+        admin.create(&path, &binding).await.expect(201);
+    };
+    let user = cluster.client(User::authenticated("u", []));
+    let path = "/api/v1/namespaces/globex/pods";
+    let clone = |name: &str| {
+        let mut clone = pod(name);
+        clone["metadata"]["annotations"] = json!({"hypernetes.io/clone-of": "there"});
+        clone
+    };
+    bind("maker").await;
+    user.create(path, &pod("plain")).await.expect(201);
+    let refused = user.create(path, &clone("one")).await;
+    assert_eq!(refused.code, 403, "{}", refused.text);
+    assert!(refused.text.contains("pods/exec"), "{}", refused.text);
+    bind("looker").await;
+    user.create(path, &clone("one")).await.expect(201);
+    // Not even for one who may: the controllers may everything, for whoever wrote the template.
+    let mut owned = clone("two");
+    owned["metadata"]["ownerReferences"] = json!([{"apiVersion": "apps/v1", "kind": "ReplicaSet",
+        "name": "r", "uid": "1", "controller": true}]);
+    let refused = admin.create(path, &owned).await;
+    assert_eq!(refused.code, 403, "{}", refused.text);
+}
+
+#[tokio::test]
 async fn encoded_slashes_lead_nowhere() {
     let cluster = two_tenants().await;
     let admin = cluster.member("acme", "admin");

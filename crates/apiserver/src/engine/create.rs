@@ -129,6 +129,7 @@ impl Engine {
                 ));
             }
             self.check_escalation(call, &object, None)?;
+            self.check_clone(call, &object)?;
             self.check_range(kind, &object)?;
             let allocation = self.allocate(kind, &mut object, None)?;
             let charge = self.charge(call, &object, None)?;

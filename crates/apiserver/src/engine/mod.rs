@@ -7,6 +7,7 @@
 mod admission;
 mod apply;
 mod bounds;
+mod clones;
 mod create;
 mod decode;
 mod delete;
