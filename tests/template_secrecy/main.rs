@@ -1,4 +1,4 @@
-//! No byte of a tenant gets into a template, and VMs that share one cannot write what they share.
+//! No byte of a tenant gets into a template or into a VM that waits for a pod, and VMs that share one cannot write what they share.
 #![allow(
     clippy::tests_outside_test_module,
     reason = "an integration test is one module"
@@ -68,7 +68,7 @@ impl Tenant {
 
     /// Runs a pod that has its markers in its memory, and returns the process of its VM.
     fn start(&self, daemon: &Daemon, image: &str, number: usize, limit: Option<&str>) -> u32 {
-        let before = daemon.vmm_processes();
+        let before = vms(daemon, true);
         let name = self.pod(number);
         let program = "cat /etc/marker /secret/text /config/text > /dev/shm/read; \
                        echo $(cat /log/text); exec sleep infinity";
@@ -129,12 +129,22 @@ impl Tenant {
             let log = String::from_utf8_lossy(&log.unwrap().stdout).into_owned();
             log.contains(&self.marker("log")).then_some(()).ok_or(log)
         });
-        let new = daemon
-            .vmm_processes()
-            .into_iter()
-            .find(|pid| !before.contains(pid));
-        new.expect("the pod has a VM of its own")
+        let mut new = vms(daemon, true);
+        new.retain(|pid| !before.contains(pid));
+        assert_eq!(new.len(), 1, "the pod has a VM of its own");
+        new[0]
     }
+}
+
+/// VMMs of pods, or of VMs that wait for one: those are counted to nobody.
+fn vms(daemon: &Daemon, of_pods: bool) -> Vec<u32> {
+    let mut found = daemon.vmm_processes();
+    found.retain(|pid| {
+        // One that ends meanwhile is neither.
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"));
+        groups.is_ok_and(|groups| groups.contains("/hypernetes-") == of_pods)
+    });
+    found
 }
 
 /// An image like the usual one with a file of its own. Returns its reference.
@@ -198,6 +208,25 @@ fn show(found: &[Vec<u8>]) -> String {
         .iter()
         .map(|text| String::from_utf8_lossy(text).into_owned());
     texts.collect::<Vec<_>>().join("; ")
+}
+
+/// VMs that wait for a pod, of whichever template, know nothing of any tenant.
+fn assert_nothing_in_waiting_vms(daemon: &Daemon, tenants: [&Tenant; 2]) {
+    let waiting = eventually("a VM waits for a pod", PATIENCE, || {
+        let found = vms(daemon, false);
+        (!found.is_empty())
+            .then_some(found)
+            .ok_or("none".to_owned())
+    });
+    for pid in waiting {
+        // A pod may have taken it, or it has ended with its template.
+        if vms(daemon, false).contains(&pid) {
+            assert_eq!(markers_in_vm(pid, tenants), BTreeSet::new());
+            // The search sees what is there.
+            let found = memory::find_in_process(pid, b"hyperstart", memory::Mapping::is_guest);
+            assert!(!found.is_empty(), "VM {pid} has no memory");
+        }
+    }
 }
 
 /// Which markers of which tenants are in the memory of a VM.
@@ -273,7 +302,10 @@ fn no_template_knows_anything_of_a_tenant() {
         return;
     }
     let registry = Registry::start();
-    let mut daemon = Daemon::start(DaemonOptions::default());
+    let mut daemon = Daemon::start(DaemonOptions {
+        args: vec!["--pool".into(), "1".into()],
+        ..DaemonOptions::default()
+    });
     let begin = format!("m{}", random_hex());
     let tenants =
         [("acme", "10.71.0.0/24"), ("globex", "10.71.0.0/24")].map(|(name, cidr)| Tenant {
@@ -300,19 +332,20 @@ fn no_template_knows_anything_of_a_tenant() {
 
     // Before: made when no pod had been. Pods of both tenants start from it.
     wait_templates(&daemon, 1);
-    let vms = [0, 1].map(|at| both[at].start(&daemon, &images[at], 0, USUAL));
+    assert_nothing_in_waiting_vms(&daemon, both);
+    let first = [0, 1].map(|at| both[at].start(&daemon, &images[at], 0, USUAL));
     assert!(
         !daemon.log_text().contains("from_template=false"),
         "both are of the template"
     );
-    assert_private(&vms);
+    assert_private(&first);
     for file in memory::templates(daemon.pid()) {
         assert_sealed(&file);
     }
     assert_nothing_in_templates(&daemon, &begin, 1);
 
     // What is searched for can be found: in the pod's own VM, and in no other.
-    for (vm, tenant) in vms.iter().zip(both) {
+    for (vm, tenant) in first.iter().zip(both) {
         assert_eq!(
             markers_in_vm(*vm, both),
             tenant.markers(),
@@ -332,7 +365,8 @@ fn no_template_knows_anything_of_a_tenant() {
     daemon.kill();
     daemon.start_again();
     wait_templates(&daemon, 3);
-    assert_eq!(daemon.vmm_processes().len(), 4, "all pods run on");
+    assert_eq!(vms(&daemon, true).len(), 4, "all pods run on");
+    assert_nothing_in_waiting_vms(&daemon, both);
     assert_nothing_in_templates(&daemon, &begin, 1);
 
     // After: when those pods' memory, users and files have gone to others.
@@ -344,4 +378,5 @@ fn no_template_knows_anything_of_a_tenant() {
     }
     wait_templates(&daemon, 4);
     assert_nothing_in_templates(&daemon, &begin, 2);
+    assert_nothing_in_waiting_vms(&daemon, both);
 }
