@@ -7,6 +7,7 @@ use std::{
 };
 
 use memchr::memmem;
+use rustix::fs::{SeekFrom, seek};
 
 /// Read at a time.
 const CHUNK: usize = 1 << 20;
@@ -91,7 +92,8 @@ pub(crate) fn find(
     text: &[u8],
 ) -> Vec<Vec<u8>> {
     let finder = memmem::Finder::new(text);
-    let mut buffer = vec![0; CHUNK + OVERLAP];
+    let most = (end - start).min((CHUNK + OVERLAP) as u64);
+    let mut buffer = vec![0; usize::try_from(most).unwrap()];
     let mut found = Vec::new();
     let mut position = start;
     while position < end {
@@ -120,29 +122,56 @@ pub(crate) fn find(
     found
 }
 
-/// Searches a whole file.
+/// Searches a whole file; what was never written is not looked at.
 pub(crate) fn find_in_file(file: &File, text: &[u8]) -> Vec<Vec<u8>> {
-    let length = file.metadata().unwrap().len();
-    find(|buffer, at| file.read_at(buffer, at), (0, length), text)
+    let mut found = Vec::new();
+    let mut position = 0;
+    while let Ok(start) = seek(file, SeekFrom::Data(position)) {
+        position = seek(file, SeekFrom::Hole(start)).unwrap();
+        let read_at = |buffer: &mut [u8], at| file.read_at(buffer, at);
+        found.extend(find(read_at, (start, position), text));
+    }
+    assert!(position > 0, "the file is empty");
+    found
 }
 
-/// Searches mappings of a process.
+/// Parts of a mapping that are in memory, as pagemap tells (proc_pid_pagemap(5)).
+fn resident(pid: u32, mapping: &Mapping) -> Vec<(u64, u64)> {
+    const PAGE: u64 = 4096;
+    let pages = usize::try_from((mapping.end - mapping.start) / PAGE).unwrap();
+    let mut entries = vec![0; pages * 8];
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).unwrap();
+    pagemap
+        .read_exact_at(&mut entries, mapping.start / PAGE * 8)
+        .unwrap();
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    let mut start = mapping.start;
+    for entry in entries.chunks_exact(8) {
+        // The highest bits of the last byte: present, swapped.
+        if entry[7] & 0xc0 != 0 {
+            match ranges.last_mut() {
+                Some((_, end)) if *end == start => *end += PAGE,
+                _ => ranges.push((start, start + PAGE)),
+            }
+        }
+        start += PAGE;
+    }
+    ranges
+}
+
+/// Searches what of some mappings of a process is in memory.
 pub(crate) fn find_in_process(
     pid: u32,
     text: &[u8],
     wanted: impl Fn(&Mapping) -> bool,
 ) -> Vec<Vec<u8>> {
     let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let read_at = |buffer: &mut [u8], at| memory.read_at(buffer, at);
     mappings(pid)
         .iter()
         .filter(|mapping| wanted(mapping))
-        .flat_map(|mapping| {
-            find(
-                |buffer, at| memory.read_at(buffer, at),
-                (mapping.start, mapping.end),
-                text,
-            )
-        })
+        .flat_map(|mapping| resident(pid, mapping))
+        .flat_map(|range| find(read_at, range, text))
         .collect()
 }
 
