@@ -232,7 +232,7 @@ impl NodeRuntime {
     }
 
     /// A VM that waits for a sandbox like this one.
-    async fn from_pool(&self, config: &SandboxConfig) -> Option<Pooled> {
+    async fn take_pooled(&self, config: &SandboxConfig) -> Option<Pooled> {
         let pool = &self.shared.pool;
         if !pool.is_on() || self.lock().values().any(|handle| handle.is_of(config)) {
             return None;

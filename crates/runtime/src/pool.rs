@@ -81,11 +81,14 @@ struct State {
     closed: bool,
 }
 
+/// A template with what it is of.
+type Ready = (Key, Wish, Arc<Template>);
+
 /// What is to be done next.
 #[derive(Debug)]
 enum Step {
     Discard(Vec<Pooled>),
-    Make(Key, Wish, Arc<Template>),
+    Make(Box<Ready>),
     Wait,
     End,
 }
@@ -152,7 +155,7 @@ impl Pool {
         self.lock().idle.len() == self.each * templates
     }
 
-    fn plan(&self, ready: Vec<(Key, Wish, Arc<Template>)>) -> Step {
+    fn plan(&self, ready: Vec<Ready>) -> Step {
         let mut state = self.lock();
         let kept = |pooled: &Pooled| ready.iter().any(|(key, ..)| *key == pooled.key);
         let closed = state.closed;
@@ -175,7 +178,7 @@ impl Pool {
             .into_iter()
             .filter(|(key, ..)| waiting(key) < self.each);
         match short.next() {
-            Some((key, wish, template)) => Step::Make(key, wish, template),
+            Some(short) => Step::Make(Box::new(short)),
             None => Step::Wait,
         }
     }
@@ -216,7 +219,8 @@ pub(crate) fn spawn_filler(shared: &Arc<Shared>) {
                     }
                     continue;
                 }
-                Step::Make(key, wish, template) => {
+                Step::Make(ready) => {
+                    let (key, wish, template) = *ready;
                     // A node that is never quiet is no reason to have no pool.
                     drop(timeout(LONGEST_WAIT, quiet(&shared)).await);
                     if shared.pool.lock().closed {

@@ -205,10 +205,10 @@ impl Templates {
             })
             .collect();
         ready.sort_by_key(|(used, ..)| std::cmp::Reverse(*used));
-        let own = |(_, key, wish, template): (_, &Key, &Box<Wish>, &Arc<Template>)| {
-            (key.clone(), Wish::clone(wish), Arc::clone(template))
-        };
-        ready.into_iter().map(own).collect()
+        ready
+            .into_iter()
+            .map(|(_, key, wish, template)| (key.clone(), Wish::clone(wish), Arc::clone(template)))
+            .collect()
     }
 
     /// A VM that came from a template is in use: so is the template.
