@@ -154,10 +154,11 @@ impl MachineArgs {
         let (accelerator, cpu) = match self.accelerator {
             Accelerator::Kvm => ("kvm", "host"),
             // tb-size: the translation cache is memory that each VM pays for, as far as it is used. A
-            // rehearsal and the start of a pod fill 35 MiB of it: when it is full, all of it is lost.
+            // pod's start from a template fills 41 MiB of it, with a rehearsal before it 47 MiB; when
+            // it is full, all of it is lost and made again, which takes as long as the first time.
             // cx16: QEMU 7.2 gets the flags of cmpxchg16b wrong when an interrupt follows; the
             // kernel's allocator then crashes at random.
-            Accelerator::Tcg => ("tcg,tb-size=48", "max,-cx16"),
+            Accelerator::Tcg => ("tcg,tb-size=64", "max,-cx16"),
         };
         let memory = self.memory.arg(self.memory_mib);
         let mut args = strings(["-M", &machine, "-accel", accelerator, "-cpu", cpu]);
@@ -458,7 +459,7 @@ mod tests {
         -M
         microvm,acpi=off,memory-backend=ram,mem-merge=off,dump-guest-core=off
         -accel
-        tcg,tb-size=48
+        tcg,tb-size=64
         -cpu
         max,-cx16
         -smp
