@@ -269,7 +269,7 @@ impl NodeRuntime {
             let asked = Stopwatch::start();
             let pooled = match clone {
                 Some(_) => None,
-                None => self.from_pool(&config).await,
+                None => self.take_pooled(&config).await,
             };
             let (handle, boot) = self.find_or_spawn(&config, pooled, clone.as_ref(), asked)?;
             if let Some(boot) = boot {
