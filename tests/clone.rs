@@ -225,7 +225,7 @@ fn a_clone_has_an_identity_of_its_own_and_its_source_is_unharmed() {
                 .exec("copy", "ip -4 -o addr show eth0")
                 .contains(&address)
         );
-        let fetch = format!("wget -T 20 -qO- http://{address}:8080/");
+        let fetch = format!("timeout 20 wget -qO- http://{address}:8080/");
         assert_eq!(tenant.exec("web", &fetch), "served");
         let earliest = unix_seconds();
         let guest: u64 = tenant.exec("copy", "date +%s").parse().unwrap();
