@@ -32,7 +32,7 @@ fn containers_are_cloned_by_hyper() {
     let scenario = Scenario::read(&workspace_root().join("tests/scenarios/clone.txt"));
     let registry = Registry::start();
     let daemon = Daemon::start(DaemonOptions::default());
-    let kubeconfig = daemon.tenant("acme", "10.96.0.0/24");
+    let kubeconfig = daemon.tenant("acme", "10.93.0.0/24");
     let path = daemon.path_with(&[
         ("kubectl", &kubectl(KUBECTL_VERSIONS[0])),
         ("hyper", &release_dir().join("hyper")),
