@@ -207,6 +207,7 @@ pub(crate) enum ContainerCommand {
     #[command(hide = true)]
     Resume(Names),
     /// A second container that goes on from where another one is, memory and files included
+    #[command(hide = true)]
     Clone(CloneOptions),
     /// Not supported: cp what has changed
     #[command(hide = true)]
