@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! record `frozen` ─ freeze the containers ─ write memory.vm ─ copy the disks ─ let the VM go on
-//!                 ─ with the guest's next session: let the containers go on ─ record without `frozen`
+//!                 ─ let the containers go on ─ record without `frozen`
 //! ```
+//! A guest that cannot be told to let its containers go on is told so with its next session.
 //! Of a sandbox that is suspended the file is copied: its containers were frozen before.
 //!
 //! The containers stand still before the memory is taken, so that in the clone nothing of the tenant's runs
@@ -111,6 +112,9 @@ impl Actor {
         };
         drop(client);
         self.go_on_after_copy(vm).await;
+        if !self.stopping.is_cancelled() {
+            self.thaw().await;
+        }
         copied
     }
 

@@ -157,6 +157,8 @@ impl Actor {
             let error = hypernetes_telemetry::chain(&error).to_string();
             tracing::warn!(error, "a resumed guest does not answer yet");
         }
+        // Whoever asked finds the containers at work. If they cannot be told yet, the next session does.
+        self.thaw().await;
         Ok(())
     }
 
