@@ -303,7 +303,7 @@ impl Actor {
         Ok(())
     }
 
-    /// The VM goes on, and with the guest's next session its containers.
+    /// The VM goes on. Its containers stand still until they are thawed.
     async fn go_on_after_copy(&mut self, vm: Arc<dyn Vm>) {
         // Whoever talked to the guest still talks to one that has been told to stand still.
         self.end_sessions();
@@ -326,14 +326,14 @@ impl Actor {
         frozen.is_some_and(|frozen| frozen.contains(id))
     }
 
-    /// Has the containers go on that stand still because their VM was copied. At the beginning of a session:
-    /// what cannot be done is tried with the next one.
+    /// Has the containers go on that stand still because their VM was copied or suspended. What cannot be done
+    /// is tried at the beginning of the guest's next session.
     pub(super) async fn thaw(&mut self) {
         let Some(frozen) = self.record.frozen.clone() else {
             return;
         };
         let thawed = async {
-            let action = "let a cloned sandbox go on";
+            let action = "let containers go on";
             let vm = self.ready_vm(action)?;
             let client = self.client(action).await?;
             let deadline = self.shared.config.deadlines.call;
@@ -367,7 +367,7 @@ impl Actor {
         let thawed = thawed.await;
         if let Err(error) = thawed {
             let error = hypernetes_telemetry::chain(&error).to_string();
-            tracing::warn!(error, "a cloned sandbox's containers do not go on yet");
+            tracing::warn!(error, "containers that were frozen do not go on yet");
             return;
         }
         self.record.set_frozen(None);
