@@ -157,6 +157,14 @@ impl Memory {
     pub(crate) fn container(&mut self, name: &str) -> &mut ContainerMemory {
         self.containers.entry(name.to_owned()).or_default()
     }
+
+    /// Trouble with what nobody asks for any more does not hold up what is asked for next.
+    pub(crate) fn forget_trouble(&mut self, pod: &Pod) {
+        let (paused, suspended) = (wishes::is_paused(pod), wishes::is_suspended(pod));
+        self.pause.take_if(|trouble| trouble.paused != paused);
+        self.suspend
+            .take_if(|trouble| trouble.suspended != suspended);
+    }
 }
 
 /// Everything the planner looks at.

@@ -192,6 +192,33 @@ mod tests {
     }
 
     #[test]
+    fn whoever_asks_again_does_not_wait_for_what_failed_before() {
+        let mut world = world("false");
+        world.sandboxes[0].suspended = true;
+        world.memory.suspend = Some(SuspendTrouble {
+            suspended: false,
+            message: "no".into(),
+            since: at(-1),
+        });
+        world.memory.forget_trouble(&world.pod);
+        assert_eq!(
+            (actions(&world), said(&world)),
+            (vec![], Some((true, "Error")))
+        );
+        // Given up, and asked for once more.
+        for (wish, wanted) in [
+            ("true", Some((true, ""))),
+            ("false", Some((true, "Resuming"))),
+        ] {
+            let annotations = world.pod.metadata.annotations.get_or_insert_default();
+            annotations.insert("hypernetes.io/suspended".into(), wish.into());
+            world.memory.forget_trouble(&world.pod);
+            assert_eq!(said(&world), wanted);
+        }
+        assert_eq!(actions(&world).len(), 1);
+    }
+
+    #[test]
     fn nothing_is_done_to_what_is_suspended() {
         let mut world = world("true");
         world.sandboxes[0].suspended = true;

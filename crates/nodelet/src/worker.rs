@@ -203,6 +203,7 @@ impl Worker {
         if self.volumes.renew_at.is_some_and(|at| at <= now) {
             self.refresh = true;
         }
+        self.memory.forget_trouble(&pod);
         let view = View {
             pod: &pod,
             gone,

@@ -144,8 +144,10 @@ impl Stillness {
             settled.map(|result| result.map_err(|why| failed(&why)))
         })
         .await?;
-        if settled.is_err() && on {
-            self.annotate(cluster, container, false).await?;
+        if settled.is_err() {
+            // What failed is not tried again behind the user's back, and at once when it is asked for again.
+            // That it may fail too is no news beside the first failure.
+            drop(self.annotate(cluster, container, !on).await);
         }
         settled
     }
