@@ -5,9 +5,13 @@
 )]
 #![allow(clippy::unwrap_used, reason = "helpers of a test fail by panic")]
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, time::Duration};
 
-use hypernetes_testkit::{Daemon, DaemonOptions, can_run_pods, run, skip, stdout};
+use hypernetes_testkit::{
+    Daemon, DaemonOptions, Registry, can_run_pods, eventually, run, skip, stdout,
+};
+
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A small file system, unmounted when dropped.
 struct SmallDisk(tempfile::TempDir);
@@ -34,15 +38,25 @@ impl Drop for SmallDisk {
     }
 }
 
-fn fill(dir: &Path) {
+/// Leaves so many MiB free.
+fn fill(dir: &Path, left_mib: u64) {
+    let room = rustix::fs::statvfs(dir).unwrap();
+    let pages = (room.f_bavail * room.f_frsize / 4096).saturating_sub(left_mib * 256);
+    let ballast = format!("of={}", dir.join("ballast").display());
+    // It ends early where the disk is full.
     Command::new("dd")
         .args([
             "if=/dev/zero",
             "bs=4096",
-            &format!("of={}", dir.join("ballast").display()),
+            &ballast,
+            &format!("count={pages}"),
         ])
         .output()
         .unwrap();
+}
+
+fn empty(dir: &Path) {
+    fs::remove_file(dir.join("ballast")).unwrap();
 }
 
 #[test]
@@ -72,7 +86,7 @@ fn writes_are_refused_clearly_and_come_back_with_space() {
         assert!(create(&daemon, &name).status.success());
         acknowledged.push(name);
     }
-    fill(disk.0.path());
+    fill(disk.0.path(), 0);
     let mut refusals = Vec::new();
     for number in 0..400 {
         let name = format!("full-{number}");
@@ -99,7 +113,7 @@ fn writes_are_refused_clearly_and_come_back_with_space() {
     for name in &acknowledged {
         assert!(names.contains(name.as_str()), "{name} is not readable");
     }
-    fs::remove_file(disk.0.path().join("ballast")).unwrap();
+    empty(disk.0.path());
     assert!(
         create(&daemon, "after").status.success(),
         "space is back, writes are not"
@@ -113,4 +127,108 @@ fn writes_are_refused_clearly_and_come_back_with_space() {
     }
     run(&mut daemon.kubectl(&["delete", "configmap", "--all"]));
     drop(daemon);
+}
+
+#[test]
+fn a_pod_that_does_not_fit_on_the_disk_runs_on() {
+    if !can_run_pods() {
+        return;
+    }
+    let Some(disk) = SmallDisk::mount("1g") else {
+        skip("tmpfs cannot be mounted here");
+        return;
+    };
+    let daemon = Daemon::start(DaemonOptions {
+        state_dir: Some(disk.0.path().join("state")),
+        ..DaemonOptions::default()
+    });
+    let registry = Registry::start();
+    let image = registry.image("busybox:1");
+    let acme = daemon.tenant("acme", "10.92.0.0/24");
+    let kubectl = |args: &[&str]| stdout(&mut daemon.kubectl_as(&acme, args));
+    // More of its memory is in use than will be free.
+    let program = "head -c 40000000 /dev/urandom > /dev/shm/ballast; echo ready; \
+                   while :; do date +%s > /tmp/alive; sleep 0.1; done";
+    kubectl(&[
+        "run",
+        "web",
+        "--image",
+        &image,
+        "--restart=Never",
+        "--",
+        "sh",
+        "-c",
+        program,
+    ]);
+    eventually("the pod is up", PATIENCE, || {
+        match kubectl_logs(&daemon, &acme).as_str() {
+            "ready" => Ok(()),
+            other => Err(other.to_owned()),
+        }
+    });
+    let condition = || {
+        let path = r#"jsonpath={.status.conditions[?(@.type=="hypernetes.io/Suspended")]}"#;
+        kubectl(&["get", "pod", "web", "-o", path])
+    };
+    let awaited = |what: &str| {
+        eventually(what, PATIENCE, || {
+            let now = condition();
+            now.contains(what).then(|| now.clone()).ok_or(now)
+        })
+    };
+    let wish = |value: &str| {
+        let wish = format!("hypernetes.io/suspended={value}");
+        kubectl(&["annotate", "--overwrite", "pod", "web", &wish]);
+    };
+    // None at all, and some that runs out: more than is left to the node's records.
+    for (left_mib, usable) in [(16, "and 0 MiB can be had"), (80, " MiB can be had")] {
+        fill(disk.0.path(), left_mib);
+        wish("true");
+        let said = awaited("no room for the memory");
+        assert!(
+            said.contains(usable) && said.contains(r#""reason":"Error""#),
+            "{said}"
+        );
+        assert!(said.contains("it may need"), "{said}");
+        // It works, and nothing of it is on the disk; the node's records can be written.
+        let alive = "a=$(cat /tmp/alive); until test $(cat /tmp/alive) != $a; do sleep 0.1; done";
+        kubectl(&["exec", "web", "--", "sh", "-c", alive]);
+        let mut files = daemon.pod_files();
+        files.retain(|file| file.file_stem().is_some_and(|stem| stem == "memory"));
+        assert_eq!(files, [""; 0].map(Path::new));
+        let name = format!("written-{left_mib}");
+        kubectl(&["create", "configmap", &name]);
+        let events = ["get", "events", "-o", "jsonpath={.items[*].message}"];
+        assert!(kubectl(&events).contains("no room for the memory"));
+        empty(disk.0.path());
+        wish("false");
+        eventually("nothing is wanted", PATIENCE, || {
+            let now = condition();
+            now.is_empty().then_some(()).ok_or(now)
+        });
+    }
+    // With room it goes at once.
+    wish("true");
+    awaited(r#""status":"True""#);
+    wish("false");
+    let alive = ["exec", "web", "--", "true"];
+    eventually("it is back", PATIENCE, || {
+        let output = daemon.kubectl_as(&acme, &alive).output().unwrap();
+        output
+            .status
+            .success()
+            .then_some(())
+            .ok_or(format!("{output:?}"))
+    });
+    kubectl(&["delete", "pod", "web", "--grace-period=1"]);
+}
+
+fn kubectl_logs(daemon: &Daemon, tenant: &Path) -> String {
+    let output = daemon
+        .kubectl_as(tenant, &["logs", "web"])
+        .output()
+        .unwrap();
+    String::from_utf8_lossy(&output.stdout)
+        .trim_end()
+        .to_owned()
 }

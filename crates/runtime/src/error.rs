@@ -86,6 +86,16 @@ pub enum RuntimeError {
         /// Its words, bounded and cleaned.
         message: String,
     },
+    /// The memory of a VM does not fit on the node's disk.
+    #[error(
+        "the node's disk has no room for the memory: it may need {needed_mib} MiB, and {usable_mib} MiB can be had"
+    )]
+    NoRoom {
+        /// The most that it can take, in MiB.
+        needed_mib: u64,
+        /// What it could have had, in MiB.
+        usable_mib: u64,
+    },
     /// State cannot be kept.
     #[error("cannot {action}")]
     Storage {

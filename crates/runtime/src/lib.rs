@@ -36,6 +36,7 @@ mod process;
 mod records;
 mod recovery;
 mod rehearsal;
+mod room;
 mod sandbox;
 mod scratch;
 mod seccomp;

@@ -30,7 +30,8 @@ use crate::{
     container,
     error::RuntimeError,
     identity::{SCRATCH_SLOT, network_request},
-    records::{Suspension, VmSize},
+    records::{Suspension, VmSize, storage},
+    room::Room,
     sandbox::{Event, Phase},
     scratch::blocking,
 };
@@ -245,7 +246,7 @@ impl Actor {
         vm: &Arc<dyn Vm>,
         file: PathBuf,
     ) -> Result<(), RuntimeError> {
-        let draft = draft(&file);
+        let (draft, most) = (draft(&file), self.most_state());
         let opened = blocking(format!("make {}", draft.display()), {
             let draft = draft.clone();
             move || {
@@ -253,18 +254,25 @@ impl Actor {
                     std::fs::create_dir_all(parent)?;
                 }
                 remove(&draft)?;
-                OpenOptions::new()
+                let opened = OpenOptions::new()
                     .read(true)
                     .write(true)
                     .create_new(true)
                     .mode(0o600)
-                    .open(draft)
+                    .open(&draft)?;
+                Ok((opened, Room::look(&draft, most)?))
             }
         });
-        vm.suspend(opened.await?, self.most_state()).await?;
+        let (opened, room) = opened.await?;
+        let written = async {
+            let limit = room.limit().map_err(|e| storage("find room for it", e))?;
+            Ok(vm.suspend(opened, limit).await?)
+        };
+        written.await.map_err(|error| room.explain(error))?;
         blocking(format!("name {}", file.display()), move || {
             std::fs::rename(draft, &file)?;
-            sync_parent(&file)
+            // The directory is as new as its first file, and has not been synced before.
+            file.ancestors().take(2).try_for_each(sync_parent)
         })
         .await
     }
