@@ -39,7 +39,7 @@ enum Fault {
     GuestPanics,
     /// A VMM stands still for a while: its guest does not answer.
     VmmHangs,
-    /// Daemon and VMMs, as when the machine's power fails; its files stay.
+    /// Daemon, VMMs and what the kernel had, as when the machine's power fails; files stay.
     EverythingDies,
 }
 
@@ -158,11 +158,7 @@ impl Bed {
                 }
             }
             Fault::EverythingDies => {
-                self.daemon.kill();
-                for pid in self.daemon.vmm_processes() {
-                    let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-                    kill_process(pid, Signal::KILL).ok();
-                }
+                self.daemon.lose_power();
                 for pod in self.pods.values_mut().filter(|pod| pod.ready) {
                     pod.dead = true;
                 }

@@ -368,6 +368,31 @@ impl World {
         content
     }
 
+    /// Ends a runtime that does something after so many steps, as a kill would. True if it was done by then.
+    pub(crate) async fn kill_after(
+        &self,
+        steps: u64,
+        runtime: NodeRuntime,
+        work: impl AsyncFnOnce(&NodeRuntime),
+    ) -> bool {
+        self.gate.close_after(steps);
+        let finished = tokio::select! {
+            () = work(&runtime) => true,
+            () = self.gate.hit() => false,
+        };
+        drop(runtime);
+        self.gate.open();
+        finished
+    }
+
+    /// Every VM ends, as when the power fails.
+    pub(crate) fn end_vms(&self) {
+        for sandbox in self.vmm.sandboxes() {
+            let status = "the power failed".into();
+            self.vmm.end(&sandbox, VmExit::VmmDied { status });
+        }
+    }
+
     /// Nothing of any sandbox is left anywhere.
     pub(crate) async fn assert_clean(&self) {
         assert_eq!(self.vmm.sandboxes(), []);

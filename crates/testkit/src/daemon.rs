@@ -157,7 +157,27 @@ impl Daemon {
         });
     }
 
-    /// Starts it again after `kill` or `stop` and waits until it is ready.
+    /// Daemon, VMs and everything that the kernel had for them end, as when the machine loses its power. What is
+    /// in the state directory stays.
+    pub fn lose_power(&mut self) {
+        self.kill();
+        host::kill_vmms(self.run_dir.path());
+        eventually("the VMMs are gone", Duration::from_secs(30), || {
+            let left = self.vmm_processes();
+            left.is_empty().then_some(()).ok_or(format!("{left:?}"))
+        });
+        let instance = fs::read_to_string(self.state_dir.join("instance")).unwrap();
+        remove_leftovers(instance.trim());
+        for entry in fs::read_dir(self.run_dir.path()).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => fs::remove_dir_all(path).unwrap(),
+                false => fs::remove_file(path).unwrap(),
+            }
+        }
+    }
+
+    /// Starts it again after its end and waits until it is ready.
     pub fn start_again(&mut self) {
         self.spawn();
         self.wait_ready();
@@ -298,14 +318,7 @@ impl Drop for Daemon {
             child.kill().ok();
             child.wait().ok();
         }
-        for pid in self.vmm_processes() {
-            if let Some(pid) = i32::try_from(pid)
-                .ok()
-                .and_then(rustix::process::Pid::from_raw)
-            {
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
-            }
-        }
+        host::kill_vmms(self.run_dir.path());
         // What a failed test left on the host would disturb the next one.
         if let Ok(instance) = fs::read_to_string(self.state_dir.join("instance")) {
             remove_leftovers(instance.trim());

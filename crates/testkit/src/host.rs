@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, fs, path::Path, process::Command};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::stdout;
 
 /// Links, routes, namespaces, nft rules, mounts, cgroups, sysctls, processes of one daemon.
@@ -82,4 +84,14 @@ pub(crate) fn vmm_processes(run_dir: &Path) -> Vec<u32> {
             exe.to_string_lossy().contains("qemu")
         })
         .collect()
+}
+
+/// Ends the processes of VMs whose run directories are below `run_dir`.
+pub(crate) fn kill_vmms(run_dir: &Path) {
+    for pid in vmm_processes(run_dir) {
+        if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+            // It may have ended meanwhile.
+            kill_process(pid, Signal::KILL).ok();
+        }
+    }
 }

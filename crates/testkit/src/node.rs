@@ -9,7 +9,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::{HostPicture, eventually, release_dir};
+use crate::{HostPicture, eventually, host, release_dir};
 
 /// An emulated guest on a loaded host is slow, not dead.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -184,7 +184,7 @@ impl Node {
 
     /// Processes of its VMs.
     pub fn vmm_processes(&self) -> Vec<u32> {
-        crate::host::vmm_processes(self.run_dir.path())
+        host::vmm_processes(self.run_dir.path())
     }
 
     /// What is this node's on the host.
@@ -203,14 +203,6 @@ impl Drop for Node {
             child.kill().ok();
             child.wait().ok();
         }
-        for pid in crate::host::vmm_processes(self.run_dir.path()) {
-            let pid = i32::try_from(pid)
-                .ok()
-                .and_then(rustix::process::Pid::from_raw);
-            if let Some(pid) = pid {
-                // It may have ended meanwhile.
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
-            }
-        }
+        host::kill_vmms(self.run_dir.path());
     }
 }

@@ -318,23 +318,22 @@ async fn volumes_that_outlive_a_suspended_pod_are_written_back() {
     world.assert_clean().await;
 }
 
+async fn there_and_back(runtime: &NodeRuntime, sandbox: &SandboxId) {
+    runtime.suspend_sandbox(sandbox).await.unwrap();
+    runtime.resume_sandbox(sandbox).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_crash_anywhere_while_a_pod_is_suspended_and_resumed_is_made_good() {
     for steps in 0.. {
         let world = World::new().await;
         let runtime = world.open().await;
         let (sandbox, container) = running(&world, &runtime, "a").await;
-        world.gate.close_after(steps);
-        let there_and_back = async {
-            runtime.suspend_sandbox(&sandbox).await.unwrap();
-            runtime.resume_sandbox(&sandbox).await.unwrap();
-        };
-        let finished = tokio::select! {
-            () = there_and_back => true,
-            () = world.gate.hit() => false,
-        };
-        drop(runtime);
-        world.gate.open();
+        let finished = world
+            .kill_after(steps, runtime, async |runtime| {
+                there_and_back(runtime, &sandbox).await;
+            })
+            .await;
         let runtime = world.open().await;
         let report = runtime.recovery_report();
         assert_eq!(
@@ -367,6 +366,55 @@ async fn a_crash_anywhere_while_a_pod_is_suspended_and_resumed_is_made_good() {
         world.assert_clean().await;
         if finished {
             assert!(steps > 15, "only {steps} steps were seen");
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_power_failure_anywhere_leaves_a_pod_that_is_suspended_or_has_failed() {
+    let (mut kept, mut lost) = (0, 0);
+    for steps in 0.. {
+        let world = World::new().await;
+        let runtime = world.open().await;
+        let (sandbox, container) = running(&world, &runtime, "a").await;
+        let finished = world
+            .kill_after(steps, runtime, async |runtime| {
+                there_and_back(runtime, &sandbox).await;
+            })
+            .await;
+        // No VM is left, nor what is in memory only, and not all of what was being written.
+        world.end_vms();
+        std::fs::remove_dir_all(world.temp.path().join("run")).unwrap();
+        let (file, draft) = (
+            file(&world, &sandbox),
+            file(&world, &sandbox).with_extension("new"),
+        );
+        if let Ok(draft) = std::fs::File::options().write(true).open(&draft) {
+            draft.set_len(draft.metadata().unwrap().len() / 2).unwrap();
+        }
+        let whole = file.exists();
+        let runtime = world.open().await;
+        assert_eq!(runtime.recovery_report().failures, [""; 0], "step {steps}");
+        assert!(!draft.exists(), "step {steps}");
+        let status = runtime.sandbox(&sandbox).await.unwrap();
+        assert_eq!(status.suspended, whole, "step {steps}");
+        if whole {
+            kept += 1;
+            runtime.resume_sandbox(&sandbox).await.unwrap();
+            assert!(!file.exists(), "it is good for one VM");
+            answers(&runtime, &container).await;
+        } else {
+            lost += 1;
+            assert_eq!(status.state, SandboxState::NotReady, "step {steps}");
+            let end = exited(&runtime, &container).await;
+            assert_eq!((end.exit_code, &*end.reason), (137, "VmmDied"));
+            runtime.resume_sandbox(&sandbox).await.unwrap_err();
+        }
+        runtime.remove_sandbox(&sandbox).await.unwrap();
+        world.assert_clean().await;
+        if finished {
+            assert!(kept > 5 && lost > 5, "{kept} kept, {lost} lost");
             return;
         }
     }

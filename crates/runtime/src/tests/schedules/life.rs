@@ -257,10 +257,7 @@ impl Bed {
             seed ^= seed >> 27;
             (seed.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % below
         };
-        for sandbox in self.world.vmm.sandboxes() {
-            let status = "the power failed".into();
-            self.world.vmm.end(&sandbox, VmExit::VmmDied { status });
-        }
+        self.world.end_vms();
         let root = self.world.temp.path();
         if draw(2) == 0 {
             // Often in memory.
