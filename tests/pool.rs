@@ -87,6 +87,16 @@ fn pods_come_from_the_pool_which_is_refilled_and_leaves_nothing() {
     }
     assert!(!seen[1].contains("02:00:00:00:00:00"), "the template's own");
 
+    // The operator's Prometheus sees it, as of any node.
+    let metrics = ["get", "--raw", "/api/v1/nodes/node/proxy/metrics"];
+    eventually("the pool's metrics", Duration::from_secs(60), || {
+        let text = stdout(&mut daemon.kubectl(&metrics));
+        let has = |metric| text.contains(&format!("\nhypernetes_node_{metric}\n"));
+        let metrics = ["pool_vms 2", "pool_hits_total 3", "pool_misses_total 0"];
+        let all = metrics.into_iter().all(has);
+        all.then_some(()).ok_or(text)
+    });
+
     // Taps that were moved carry packets.
     let address = ["get", "pod", "one", "-o", "jsonpath={.status.podIP}"];
     let address = stdout(&mut daemon.kubectl_as(&acme, &address));

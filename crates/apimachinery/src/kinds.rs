@@ -207,7 +207,10 @@ static KINDS: &[ResourceKind] = &[
     ResourceKind {
         short_names: &["no"],
         namespaced: false,
-        subresources: &[sub("status", "Node", STATUS)],
+        subresources: &[
+            sub("proxy", "NodeProxyOptions", GET),
+            sub("status", "Node", STATUS),
+        ],
         ..kind("", "v1", "Node", "nodes", "node")
     },
     storage::CLAIMS,

@@ -2,6 +2,7 @@
 
 use std::{fmt, net::Ipv4Addr, ops::RangeInclusive, sync::Arc, time::Duration};
 
+use futures::future::BoxFuture;
 use hypernetes_apimachinery::usage::UsageBoard;
 use hypernetes_identity::{Authenticator, CertificateAuthenticator, SigningKey};
 use hypernetes_store::Store;
@@ -13,6 +14,23 @@ use crate::audit::AuditOptions;
 
 /// Tells the time.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// Reads the metrics of a node that this server stands for, in the text format of OpenMetrics.
+#[derive(Clone)]
+pub struct NodeMetrics {
+    /// Name of the node.
+    pub node: String,
+    /// Reads what there is at the moment, to the closing `# EOF`.
+    pub read: Arc<dyn Fn() -> BoxFuture<'static, String> + Send + Sync>,
+}
+
+impl fmt::Debug for NodeMetrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NodeMetrics")
+            .field("node", &self.node)
+            .finish_non_exhaustive()
+    }
+}
 
 /// What a server is made from.
 #[derive(Clone)]
@@ -31,6 +49,8 @@ pub struct ApiServerConfig {
     pub node_name: Option<String>,
     /// What nodes and pods use, for `metrics.k8s.io`.
     pub usage: UsageBoard,
+    /// Metrics of the node, for `/metrics` and for the node's proxy; without it there are the server's own alone.
+    pub node_metrics: Option<NodeMetrics>,
     /// Give new pods the token of their service account, which must exist. Has no effect where
     /// tokens are not served.
     pub mount_tokens: bool,
@@ -62,6 +82,7 @@ impl ApiServerConfig {
             images: None,
             node_name: None,
             usage: UsageBoard::default(),
+            node_metrics: None,
             mount_tokens: false,
             server_address: "127.0.0.1:6443".into(),
             version: VersionInfo::default(),

@@ -40,7 +40,7 @@ const PATHS: [&str; 13] = [
 ];
 
 impl Endpoints<'_> {
-    pub(crate) fn serve(
+    pub(crate) async fn serve(
         &self,
         method: &Method,
         path: &str,
@@ -65,11 +65,7 @@ impl Endpoints<'_> {
             ["healthz" | "livez"] | ["healthz" | "livez", "ping"] => Ok(body::text(200, "ok")),
             ["readyz"] | ["readyz", "ping"] if self.ready => Ok(body::text(200, "ok")),
             ["readyz"] | ["readyz", "ping"] => Ok(body::text(503, "shutting down")),
-            ["metrics"] => Ok(body::with_type(
-                200,
-                "application/openmetrics-text; version=1.0.0; charset=utf-8",
-                body::full(self.metrics.text()),
-            )),
+            ["metrics"] => Ok(self.metrics.all().await),
             ["api"] if negotiate::wants_aggregated(headers) => Ok(aggregated(true, &[])),
             ["apis"] if negotiate::wants_aggregated(headers) => Ok(aggregated(false, &more)),
             ["api"] => Ok(json_value(&discovery::api_versions(self.server_address))),

@@ -59,7 +59,7 @@ mod views;
 pub use audit::AuditOptions;
 pub use authentication::InProcessUser;
 pub use body::{ApiBody, BoxError};
-pub use config::{ApiServerConfig, Clock, Limits, VersionInfo};
+pub use config::{ApiServerConfig, Clock, Limits, NodeMetrics, VersionInfo};
 pub use listener::{TlsError, tls_config};
 pub use server::{ApiServer, StartError};
 pub use service::ApiService;

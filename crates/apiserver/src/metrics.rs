@@ -1,7 +1,12 @@
 //! Counts and latencies of requests. Labels are bounded: verbs, kinds and codes, no names.
+//!
+//! The node that this server stands for is in the same process, so that its metrics are beside the server's own,
+//! and where a kubelet's are read through a cluster's API server: `/api/v1/nodes/NAME/proxy/metrics`.
 
 use std::time::Duration;
 
+use http::Response;
+use hypernetes_apimachinery::Status;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{
@@ -12,6 +17,17 @@ use prometheus_client::{
     },
     registry::Registry,
 };
+
+use crate::{
+    body::{self, ApiBody},
+    config::NodeMetrics,
+    engine::Call,
+    status::Result,
+};
+
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// The last line of such a text.
+const END: &str = "# EOF\n";
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Request {
@@ -35,10 +51,11 @@ pub(crate) struct Metrics {
     requests: Family<Request, Counter>,
     latencies: Latencies,
     long_running: Gauge,
+    node: Option<NodeMetrics>,
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(node: Option<NodeMetrics>) -> Self {
         let mut registry = Registry::default();
         let requests = Family::<Request, Counter>::default();
         let latencies: Latencies =
@@ -64,6 +81,7 @@ impl Metrics {
             requests,
             latencies,
             long_running,
+            node,
         }
     }
 
@@ -96,7 +114,31 @@ impl Metrics {
         StreamGuard(self.long_running.clone())
     }
 
-    pub(crate) fn text(&self) -> String {
+    /// The server's own, and those of its node.
+    pub(crate) async fn all(&self) -> Response<ApiBody> {
+        let own = self.text();
+        let text = match &self.node {
+            Some(node) => {
+                let own = own.strip_suffix(END).unwrap_or(&own);
+                format!("{own}{}", (node.read)().await)
+            }
+            None => own,
+        };
+        answer(text)
+    }
+
+    /// Those of a node alone, as through the proxy to a kubelet.
+    pub(crate) async fn of_node(&self, call: &Call) -> Result<Response<ApiBody>> {
+        let node = self.node.as_ref();
+        let node = node.filter(|node| node.node == call.info.name);
+        match (node, &*call.info.rest) {
+            (Some(node), [path]) if path == "metrics" => Ok(answer((node.read)().await)),
+            (Some(_), _) => Err(Status::no_resource()),
+            (None, _) => Err(call.not_found()),
+        }
+    }
+
+    fn text(&self) -> String {
         let mut out = String::new();
         match encode(&mut out, &self.registry) {
             Ok(()) => out,
@@ -104,6 +146,10 @@ impl Metrics {
             Err(_) => String::new(),
         }
     }
+}
+
+fn answer(text: String) -> Response<ApiBody> {
+    body::with_type(200, CONTENT_TYPE, body::full(text))
 }
 
 /// An open stream.

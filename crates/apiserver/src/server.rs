@@ -125,7 +125,7 @@ impl ApiServer {
             images: config.images,
             turns: Turns::default(),
             flow: Flow::default(),
-            metrics: Metrics::new(),
+            metrics: Metrics::new(config.node_metrics),
             audit,
             version: config.version,
             server_address: config.server_address,

@@ -227,7 +227,8 @@ impl Inner {
                 ready: !self.engine.shutdown.is_cancelled(),
                 customs: &self.engine.customs,
             };
-            return endpoints.serve(&parts.method, parts.uri.path(), &query, &parts.headers);
+            let served = endpoints.serve(&parts.method, parts.uri.path(), &query, &parts.headers);
+            return served.await;
         }
         let kind = kind.ok_or_else(Status::no_resource)?;
         let mut parts = parts;
@@ -252,6 +253,12 @@ impl Inner {
         slot: Slot,
     ) -> Result<Response<ApiBody>> {
         let (kind, info) = (call.kind, &call.info);
+        if kind.kind == "Node" && kind.group.is_empty() && info.subresource == "proxy" {
+            return match info.verb {
+                "get" => self.metrics.of_node(call).await,
+                _ => Err(Status::method_not_allowed()),
+            };
+        }
         let about_namespace = kind.plural == "namespaces" && kind.group.is_empty();
         if !info.rest.is_empty()
             || [&info.namespace, &info.name]

@@ -1,13 +1,9 @@
 //! Metrics of the node itself, for Prometheus: `GET /metrics` at an address of the configuration.
 //!
+//! What `hypernetes_runtime` tells of its pods, and of the calls:
+//!
 //! | metric | |
 //! | --- | --- |
-//! | `hypernetes_node_sandboxes{state}` | sandboxes, by state |
-//! | `hypernetes_node_containers{state}` | containers, by state |
-//! | `hypernetes_node_sandbox_host_memory_bytes{namespace,pod,sandbox}` | what a pod's VM takes of the host |
-//! | `hypernetes_node_vm_starts_total{origin}` | starts of VMs: `template` or `kernel` |
-//! | `hypernetes_node_vm_start_failures_total` | VMs that did not come up |
-//! | `hypernetes_node_vm_start_seconds_total` | time that all starts together took |
 //! | `hypernetes_node_calls_total{method,code}` | calls of the runtime interface |
 //! | `hypernetes_node_call_duration_seconds{method}` | their latencies, of streams to the first answer |
 //!
@@ -27,13 +23,12 @@ use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hypernetes_runtime::{PodRuntime, SandboxStatus};
+use hypernetes_runtime::{METRICS_TYPE, PodRuntime, node_metrics};
 use prometheus_client::{
-    encoding::{EncodeLabelSet, text::encode},
+    encoding::EncodeLabelSet,
     metrics::{
-        counter::{ConstCounter, Counter},
+        counter::Counter,
         family::Family,
-        gauge::{ConstGauge, Gauge},
         histogram::{Histogram, exponential_buckets},
     },
     registry::Registry,
@@ -48,7 +43,6 @@ const MAX_METHODS: usize = 64;
 const MAX_CONNECTIONS: usize = 16;
 /// How long a client may take.
 const DEADLINE: Duration = Duration::from_secs(30);
-const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Call {
@@ -59,23 +53,6 @@ struct Call {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct MethodOf {
     method: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, EncodeLabelSet)]
-struct State {
-    state: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Pod {
-    namespace: String,
-    pod: String,
-    sandbox: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Origin {
-    origin: &'static str,
 }
 
 type Latencies = Family<MethodOf, Histogram, fn() -> Histogram>;
@@ -228,7 +205,7 @@ impl Exporter {
 
     async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         let (code, kind, text) = match (request.method(), request.uri().path()) {
-            (&Method::GET, "/metrics") => (StatusCode::OK, CONTENT_TYPE, self.text().await),
+            (&Method::GET, "/metrics") => (StatusCode::OK, METRICS_TYPE, self.text().await),
             (_, "/metrics") => (
                 StatusCode::METHOD_NOT_ALLOWED,
                 "text/plain",
@@ -247,105 +224,21 @@ impl Exporter {
         answer
     }
 
-    /// A registry for each answer: what is no more has no series in it.
     pub(crate) async fn text(&self) -> String {
-        let sandboxes = self.runtime.list_sandboxes().await;
-        let containers = self.runtime.list_containers(None).await;
-        let figures = self.runtime.figures().await;
-        let mut registry = Registry::with_prefix("hypernetes_node");
-        registry.register(
-            "sandboxes",
-            "Pod sandboxes by state",
-            by_state(sandboxes.iter().map(|status| format!("{:?}", status.state))),
-        );
-        registry.register(
-            "containers",
-            "Containers by state",
-            by_state(
-                containers
-                    .iter()
-                    .map(|status| format!("{:?}", status.state)),
-            ),
-        );
-        let memory = Family::<Pod, Gauge>::default();
-        for status in &sandboxes {
-            if let Some(bytes) = figures.host_memory.get(&status.id) {
-                let bytes = i64::try_from(*bytes).unwrap_or(i64::MAX);
-                memory.get_or_create(&pod(status)).set(bytes);
-            }
-        }
-        registry.register(
-            "sandbox_host_memory_bytes",
-            "Memory of the host that a pod's VM takes, shared pages counted in parts",
-            memory,
-        );
-        let starts = Family::<Origin, Counter>::default();
-        for (origin, count) in [
-            ("pool", figures.starts.from_pool),
-            ("template", figures.starts.from_template),
-            ("kernel", figures.starts.booted),
-        ] {
-            starts.get_or_create(&Origin { origin }).inc_by(count);
-        }
-        registry.register("vm_starts", "Starts of VMs by what they began from", starts);
-        let waiting = ConstGauge::new(i64::try_from(figures.pool.idle).unwrap_or(i64::MAX));
-        registry.register("pool_vms", "VMs that wait for a pod", waiting);
-        registry.register(
-            "pool_hits",
-            "Sandboxes that got a VM of the pool",
-            ConstCounter::new(figures.pool.hits),
-        );
-        registry.register(
-            "pool_misses",
-            "Sandboxes for which no VM was in the pool",
-            ConstCounter::new(figures.pool.misses),
-        );
-        registry.register(
-            "vm_start_failures",
-            "VMs that did not come up",
-            ConstCounter::new(figures.starts.failed),
-        );
-        registry.register(
-            "vm_start_seconds",
-            "Time from request to ready of all VMs that came up",
-            ConstCounter::new(figures.starts.took.as_secs_f64()),
-        );
-        registry.register(
-            "calls",
-            "Calls of the runtime interface by method and code",
-            self.calls.calls.clone(),
-        );
-        registry.register(
-            "call_duration_seconds",
-            "Time of calls, of streams to the first answer",
-            self.calls.latencies.clone(),
-        );
-        let mut text = String::new();
-        match encode(&mut text, &registry) {
-            Ok(()) => text,
-            // Writing into a string does not fail.
-            Err(_) => String::new(),
-        }
-    }
-}
-
-fn by_state(states: impl Iterator<Item = String>) -> Family<State, Gauge> {
-    let family = Family::<State, Gauge>::default();
-    for state in states {
-        let state = State {
-            state: state.to_lowercase(),
+        let calls = self.calls.clone();
+        let register = move |registry: &mut Registry| {
+            registry.register(
+                "calls",
+                "Calls of the runtime interface by method and code",
+                calls.calls,
+            );
+            registry.register(
+                "call_duration_seconds",
+                "Time of calls, of streams to the first answer",
+                calls.latencies,
+            );
         };
-        family.get_or_create(&state).inc();
-    }
-    family
-}
-
-fn pod(status: &SandboxStatus) -> Pod {
-    let metadata = &status.config.metadata;
-    Pod {
-        namespace: metadata.namespace.clone(),
-        pod: metadata.name.clone(),
-        sandbox: status.id.to_string(),
+        node_metrics(self.runtime.as_ref(), register).await
     }
 }
 

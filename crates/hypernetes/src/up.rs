@@ -12,12 +12,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
-use futures::stream;
-use hypernetes_apiserver::{ApiServer, ApiServerConfig, AuditOptions, tls_config};
+use futures::{FutureExt, stream};
+use hypernetes_apiserver::{ApiServer, ApiServerConfig, AuditOptions, NodeMetrics, tls_config};
 use hypernetes_controllers::ControllersConfig;
 use hypernetes_identity::{Authority, Kubeconfig, MASTERS, User, WORKLOAD_CONTROLLERS};
 use hypernetes_nodelet::{Nodelet, NodeletConfig};
-use hypernetes_runtime::ship_logs;
+use hypernetes_runtime::{PodRuntime, ship_logs};
 use hypernetes_telemetry::{VERSION, chain};
 use tokio::{
     net::TcpListener,
@@ -116,6 +116,7 @@ impl Node {
         config.images = Some(Nodelet::images_of(self.parts.images.clone()));
         config.limits.image_bytes = options.image_quota;
         let usage = config.usage.clone();
+        config.node_metrics = Some(node_metrics(&node_name, &self.parts.runtime));
         config.mount_tokens = true;
         config.server_address = address.to_string();
         config.service_account_key = Some(
@@ -266,6 +267,20 @@ impl Node {
             error!(error = %chain(&error), "the last writes may not be on disk");
         }
         outcome
+    }
+}
+
+/// What the node tells of itself to whoever may read the API server's metrics.
+fn node_metrics(node: &str, runtime: &Arc<dyn PodRuntime>) -> NodeMetrics {
+    let runtime = Arc::clone(runtime);
+    let read = move || {
+        let runtime = Arc::clone(&runtime);
+        let text = async move { hypernetes_runtime::node_metrics(runtime.as_ref(), |_| {}).await };
+        text.boxed()
+    };
+    NodeMetrics {
+        node: node.to_owned(),
+        read: Arc::new(read),
     }
 }
 
