@@ -9,7 +9,6 @@
 )]
 
 use std::{
-    collections::BTreeMap,
     io::Write as _,
     path::Path,
     process::Stdio,
@@ -17,8 +16,7 @@ use std::{
 };
 
 use hypernetes_testkit::{
-    Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, Scenario, can_run_pods, eventually, kubectl,
-    release_dir, run, stdout, workspace_root,
+    Daemon, DaemonOptions, Registry, can_run_pods, eventually, must_pass_as_tenant, run, stdout,
 };
 use serde_json::{Value, json};
 
@@ -26,28 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 #[test]
 fn containers_are_cloned_by_hyper() {
-    if !can_run_pods() {
-        return;
+    if can_run_pods() {
+        must_pass_as_tenant("clone", "10.93.0.0/24", 14);
     }
-    let scenario = Scenario::read(&workspace_root().join("tests/scenarios/clone.txt"));
-    let registry = Registry::start();
-    let daemon = Daemon::start(DaemonOptions::default());
-    let kubeconfig = daemon.tenant("acme", "10.93.0.0/24");
-    let path = daemon.path_with(&[
-        ("kubectl", &kubectl(KUBECTL_VERSIONS[0])),
-        ("hyper", &release_dir().join("hyper")),
-    ]);
-    scenario.must_pass(
-        14,
-        &BTreeMap::from([
-            ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
-            ("PATH".to_owned(), path),
-            ("HOME".to_owned(), daemon.dir().display().to_string()),
-            ("WORK".to_owned(), daemon.dir().display().to_string()),
-            ("BOX".to_owned(), registry.image("busybox:1")),
-            ("NO_COLOR".to_owned(), "1".to_owned()),
-        ]),
-    );
 }
 
 /// One tenant's view of a daemon.

@@ -9,16 +9,14 @@
 )]
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use hypernetes_testkit::{
-    Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, Scenario, can_run_pods, eventually, kubectl,
-    release_dir, run,
+    Daemon, DaemonOptions, Registry, can_run_pods, eventually, must_pass_as_tenant, run,
     seeded::{Random, schedules},
-    stdout, workspace_root,
+    stdout,
 };
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -26,28 +24,9 @@ const COUNT: &str = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done";
 
 #[test]
 fn containers_are_suspended_and_resumed() {
-    if !can_run_pods() {
-        return;
+    if can_run_pods() {
+        must_pass_as_tenant("suspend", "10.98.0.0/24", 20);
     }
-    let scenario = Scenario::read(&workspace_root().join("tests/scenarios/suspend.txt"));
-    let registry = Registry::start();
-    let daemon = Daemon::start(DaemonOptions::default());
-    let kubeconfig = daemon.tenant("acme", "10.98.0.0/24");
-    let path = daemon.path_with(&[
-        ("kubectl", &kubectl(KUBECTL_VERSIONS[0])),
-        ("hyper", &release_dir().join("hyper")),
-    ]);
-    scenario.must_pass(
-        20,
-        &BTreeMap::from([
-            ("KUBECONFIG".to_owned(), kubeconfig.display().to_string()),
-            ("PATH".to_owned(), path),
-            ("HOME".to_owned(), daemon.dir().display().to_string()),
-            ("WORK".to_owned(), daemon.dir().display().to_string()),
-            ("BOX".to_owned(), registry.image("busybox:1")),
-            ("NO_COLOR".to_owned(), "1".to_owned()),
-        ]),
-    );
 }
 
 fn condition(daemon: &Daemon, tenant: &Path, pod: &str) -> String {

@@ -28,7 +28,7 @@ pub use daemon::{Daemon, DaemonOptions};
 pub use host::HostPicture;
 pub use node::Node;
 pub use registry::Registry;
-pub use scenario::{Scenario, ScenarioReport};
+pub use scenario::{Scenario, ScenarioReport, must_pass_as_tenant};
 pub use seeded::Seeded;
 
 /// The two kubectl releases that everything is driven with.

@@ -32,6 +32,10 @@ use std::{
 
 use regex::Regex;
 
+use crate::{
+    Daemon, DaemonOptions, KUBECTL_VERSIONS, Registry, kubectl, release_dir, workspace_root,
+};
+
 /// A parsed scenario.
 #[derive(Debug)]
 pub struct Scenario {
@@ -127,6 +131,39 @@ impl Scenario {
         }
         report
     }
+}
+
+/// Runs `tests/scenarios/NAME.txt`, of at least so many commands, with `hyper` and kubectl as the administrator of a
+/// tenant whose pods are in `cidr`. Returns the daemon, which had no other tenant.
+///
+/// # Panics
+/// If not all is as expected.
+pub fn must_pass_as_tenant(name: &str, cidr: &str, at_least: usize) -> Daemon {
+    let file = workspace_root().join(format!("tests/scenarios/{name}.txt"));
+    let scenario = Scenario::read(&file);
+    let registry = Registry::start();
+    let daemon = Daemon::start(DaemonOptions::default());
+    let kubeconfig = daemon.tenant("acme", cidr);
+    let path = daemon.path_with(&[
+        ("kubectl", &kubectl(KUBECTL_VERSIONS[0])),
+        ("hyper", &release_dir().join("hyper")),
+    ]);
+    let work = daemon.dir().join("work");
+    std::fs::create_dir(&work).unwrap();
+    let vars = [
+        ("KUBECONFIG", kubeconfig.display().to_string()),
+        ("PATH", path),
+        ("HOME", daemon.dir().display().to_string()),
+        ("WORK", work.display().to_string()),
+        ("BOX", registry.image("busybox:1")),
+        ("REGISTRY", registry.address().to_owned()),
+        ("NO_COLOR", "1".to_owned()),
+    ];
+    scenario.must_pass(
+        at_least,
+        &vars.map(|(name, value)| (name.to_owned(), value)).into(),
+    );
+    daemon
 }
 
 impl Step {
