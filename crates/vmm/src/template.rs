@@ -154,18 +154,22 @@ mod tests {
 
     use super::*;
 
+    fn shape(memory_mib: u32) -> Shape {
+        Shape {
+            machine: Machine::Microvm,
+            vcpus: 1,
+            memory_mib,
+            nic: false,
+            extras: VmExtras::default(),
+        }
+    }
+
     #[tokio::test]
     async fn a_copy_has_the_content_and_the_holes() {
         let memory = memory(8).unwrap();
         let file = File::from(memory.try_clone().unwrap());
         file.write_all_at(b"x", 5 << 20).unwrap();
-        let shape = Shape {
-            machine: Machine::Q35,
-            vcpus: 1,
-            memory_mib: 8,
-            nic: false,
-            extras: VmExtras::default(),
-        };
+        let shape = shape(8);
         let template = Template::new(shape, memory, Vec::new()).await.unwrap();
         let copy = File::from(template.copy_memory().unwrap());
         let mut byte = [0];
@@ -182,13 +186,7 @@ mod tests {
     #[tokio::test]
     async fn memory_that_somebody_still_has_mapped_is_waited_for() {
         let memory = memory(1).unwrap();
-        let shape = Shape {
-            machine: Machine::Microvm,
-            vcpus: 1,
-            memory_mib: 1,
-            nic: false,
-            extras: VmExtras::default(),
-        };
+        let shape = shape(1);
         let script = "import mmap, sys; file = open(sys.argv[1], 'r+b'); \
                       held = mmap.mmap(file.fileno(), 0); print('held', flush=True); input()";
         let ours = format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd());
@@ -212,13 +210,7 @@ mod tests {
     #[tokio::test]
     async fn a_template_cannot_be_written() {
         let memory = memory(1).unwrap();
-        let shape = Shape {
-            machine: Machine::Microvm,
-            vcpus: 1,
-            memory_mib: 1,
-            nic: false,
-            extras: VmExtras::default(),
-        };
+        let shape = shape(1);
         let template = Template::new(shape, memory, vec![1, 2]).await.unwrap();
         let mut file = File::from(template.share_memory().unwrap());
         let refused = file.write(b"x").unwrap_err();
