@@ -1,24 +1,19 @@
 //! Claims that pods bring themselves: each goes with its pod.
 
-use std::{pin::pin, sync::Arc};
+use std::sync::Arc;
 
-use futures::StreamExt;
 use hypernetes_apimachinery::meta;
 use hypernetes_telemetry::chain;
-use kube::{
-    Api, ResourceExt,
-    runtime::{WatchStreamExt, watcher},
-};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::{Context, claims};
 use crate::{
     error::ReconcileError,
-    seen::{SeenPod, watching},
+    seen::SeenPod,
     workloads::{
         cluster::{Cluster, name, namespace, pods, uid},
-        queue::Queue,
+        queue::{Queue, queue_pods},
     },
 };
 
@@ -29,29 +24,14 @@ const WORKERS: usize = 4;
 pub(super) async fn run(context: &Arc<Context>, stop: &CancellationToken) {
     let queue = Queue::default();
     let workers = (0..WORKERS).map(|_| work(&context.cluster, &queue, stop));
+    let brings_volumes = |pod: &SeenPod| {
+        let mut volumes = pod.spec.volumes.iter();
+        volumes.any(|volume| volume["ephemeral"].is_object())
+    };
     tokio::join!(
-        watch(&context.cluster, &queue, stop),
+        queue_pods(&context.cluster, &queue, stop, brings_volumes),
         futures::future::join_all(workers)
     );
-}
-
-async fn watch(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {
-    let api: Api<SeenPod> = Api::all_with(cluster.client(), &pods().resource());
-    let events = watcher(api, watching()).default_backoff();
-    let mut events = pin!(events.take_until(stop.cancelled()));
-    while let Some(event) = events.next().await {
-        match event {
-            Ok(watcher::Event::Apply(pod) | watcher::Event::InitApply(pod)) => {
-                let volumes = &pod.spec.volumes;
-                if volumes.iter().any(|volume| volume["ephemeral"].is_object()) {
-                    let namespace = pod.namespace().unwrap_or_default();
-                    queue.add(format!("{namespace}/{}", pod.name_any()));
-                }
-            }
-            Ok(_) => {}
-            Err(error) => tracing::debug!(%error, "the watch of pods is begun anew"),
-        }
-    }
 }
 
 async fn work(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {

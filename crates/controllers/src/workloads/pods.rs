@@ -1,14 +1,10 @@
 //! Pods that nobody else looks after: of nodes that are gone, and of jobs that are gone.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use futures::StreamExt;
 use hypernetes_apimachinery::meta;
 use hypernetes_telemetry::chain;
-use kube::{
-    Api, ResourceExt,
-    runtime::{WatchStreamExt, watcher},
-};
+use kube::ResourceExt;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -16,12 +12,9 @@ use super::{
     cluster::{Cluster, jobs, namespace, nodes, pods, uid},
     job::{TRACKING, is_finished, release},
     owned::phase,
-    queue::Queue,
+    queue::{Queue, queue_pods},
 };
-use crate::{
-    error::ReconcileError,
-    seen::{Seen, watching},
-};
+use crate::{error::ReconcileError, seen::Seen};
 
 /// For how long a node may be away before its pods are given up.
 const QUARANTINE: Duration = Duration::from_secs(40);
@@ -30,30 +23,13 @@ const KEPT: usize = 12_500;
 
 pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let queue = Queue::default();
+    // Those that wait to be counted by a job.
+    let tracked = |pod: &Seen| pod.finalizers().iter().any(|own| own == TRACKING);
     tokio::join!(
-        Box::pin(watch(cluster, &queue, stop)),
+        Box::pin(queue_pods(cluster, &queue, stop, tracked)),
         Box::pin(work(cluster, &queue, stop)),
         Box::pin(sweep(cluster, stop))
     );
-}
-
-/// Notes pods that wait to be counted by a job. Of all others nothing is kept.
-async fn watch(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {
-    let api: Api<Seen> = Api::all_with(cluster.client(), &pods().resource());
-    let events = watcher(api, watching()).default_backoff();
-    let mut events = pin!(events.take_until(stop.cancelled()));
-    while let Some(event) = events.next().await {
-        match event {
-            Ok(watcher::Event::Apply(pod) | watcher::Event::InitApply(pod)) => {
-                if pod.finalizers().iter().any(|own| own == TRACKING) {
-                    let namespace = pod.namespace().unwrap_or_default();
-                    queue.add(format!("{namespace}/{}", pod.name_any()));
-                }
-            }
-            Ok(_) => {}
-            Err(error) => tracing::debug!(%error, "the watch of pods is begun anew"),
-        }
-    }
 }
 
 async fn work(cluster: &Cluster, queue: &Queue, stop: &CancellationToken) {

@@ -2,11 +2,25 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
+    fmt::Debug,
+    pin::pin,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use futures::StreamExt;
+use kube::{
+    Api, Resource, ResourceExt,
+    api::ApiResource,
+    core::DynamicResourceScope,
+    runtime::{WatchStreamExt, watcher},
+};
+use serde::de::DeserializeOwned;
 use tokio::{sync::Notify, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::cluster::{Cluster, pods};
+use crate::seen::watching;
 
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -101,6 +115,37 @@ impl Queue {
         }
         drop(state);
         self.notify.notify_one();
+    }
+}
+
+/// Puts in the keys of pods that are to be worked on, `NAMESPACE/NAME`, until `stop`. Of others nothing is kept.
+pub(crate) async fn queue_pods<P>(
+    cluster: &Cluster,
+    queue: &Queue,
+    stop: &CancellationToken,
+    wanted: impl Fn(&P) -> bool,
+) where
+    P: Resource<DynamicType = ApiResource, Scope = DynamicResourceScope>
+        + Clone
+        + Debug
+        + DeserializeOwned
+        + Send
+        + 'static,
+{
+    let api: Api<P> = Api::all_with(cluster.client(), &pods().resource());
+    let events = watcher(api, watching()).default_backoff();
+    let mut events = pin!(events.take_until(stop.cancelled()));
+    while let Some(event) = events.next().await {
+        match event {
+            Ok(watcher::Event::Apply(pod) | watcher::Event::InitApply(pod)) => {
+                if wanted(&pod) {
+                    let namespace = pod.namespace().unwrap_or_default();
+                    queue.add(format!("{namespace}/{}", pod.name_any()));
+                }
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the watch of pods is begun anew"),
+        }
     }
 }
 
