@@ -11,10 +11,7 @@ use std::{
     time::Duration,
 };
 
-use hypernetes_agent_api::{
-    fake::{Behaviour, Method},
-    v1,
-};
+use hypernetes_agent_api::{fake::Behaviour, v1};
 use hypernetes_store::{Durability, Op as Write, Value};
 use hypernetes_types::{ContainerId, SandboxId};
 use hypernetes_vmm::VmExit;
@@ -24,7 +21,7 @@ use super::{
     check,
     client::{Client, name, volume},
     model::Model,
-    plan::{Answer, End, Fault, Life, PODS},
+    plan::{Answer, End, Fault, Life, METHODS, PODS},
 };
 use crate::{
     records::Records,
@@ -214,23 +211,7 @@ impl Bed {
     fn calm(&self) {
         self.gate().open();
         self.gate().calm();
-        use Method::*;
-        self.world.calm_agents(&[
-            Hello,
-            ConfigureSandbox,
-            WriteVolume,
-            CreateContainer,
-            StartContainer,
-            UpdateContainer,
-            Pause,
-            Signal,
-            RemoveContainer,
-            ListContainers,
-            Events,
-            Output,
-            Exec,
-            Shutdown,
-        ]);
+        self.world.calm_agents(&METHODS);
         for file in files(&self.world.temp.path().join("state")) {
             if file.extension().is_some_and(|end| end == "full") {
                 std::fs::remove_file(file).unwrap();
