@@ -338,13 +338,11 @@ async fn a_crash_anywhere_while_volumes_are_attached_is_made_good() {
     for steps in 0.. {
         let world = world().await;
         let runtime = world.open().await;
-        world.gate.close_after(steps);
-        let finished = tokio::select! {
-            _ = bring_up(&world, &runtime) => true,
-            () = world.gate.hit() => false,
-        };
-        drop(runtime);
-        world.gate.open();
+        let finished = world
+            .kill_after(steps, runtime, async |runtime| {
+                bring_up(&world, runtime).await;
+            })
+            .await;
         let runtime = world.open().await;
         assert_attached(&world, &runtime, steps).await;
         let (sandbox, _) = bring_up(&world, &runtime).await;
@@ -368,21 +366,16 @@ async fn a_crash_anywhere_while_volumes_are_detached_is_made_good() {
         let world = world().await;
         let runtime = world.open().await;
         let (sandbox, _) = bring_up(&world, &runtime).await;
-        world.gate.close_after(steps);
-        let take_down = async {
-            runtime.stop_sandbox(&sandbox).await.unwrap();
-            runtime.remove_sandbox(&sandbox).await.unwrap();
-        };
-        let finished = tokio::select! {
-            () = take_down => true,
-            () = world.gate.hit() => false,
-        };
-        drop(runtime);
+        let finished = world
+            .kill_after(steps, runtime, async |runtime| {
+                runtime.stop_sandbox(&sandbox).await.unwrap();
+                runtime.remove_sandbox(&sandbox).await.unwrap();
+            })
+            .await;
         // Whoever has a VM has its volumes.
         if world.vmm.sandboxes() == [sandbox.clone()] {
             assert_eq!(attached_to(&world, "data").await, [sandbox.to_string()]);
         }
-        world.gate.open();
         let runtime = world.open().await;
         assert_attached(&world, &runtime, steps).await;
         runtime.remove_sandbox(&sandbox).await.unwrap();

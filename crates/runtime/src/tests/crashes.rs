@@ -73,13 +73,11 @@ async fn a_crash_anywhere_while_a_pod_comes_up_is_made_good() {
     for steps in 0.. {
         let world = World::new().await;
         let runtime = world.open().await;
-        world.gate.close_after(steps);
-        let finished = tokio::select! {
-            _ = bring_up(&world, &runtime) => true,
-            () = world.gate.hit() => false,
-        };
-        drop(runtime);
-        world.gate.open();
+        let finished = world
+            .kill_after(steps, runtime, async |runtime| {
+                bring_up(&world, runtime).await;
+            })
+            .await;
         let runtime = world.open().await;
         assert_consistent(&world, &runtime, steps).await;
         // Whoever asked asks again, and gets what it asked for.
@@ -111,13 +109,11 @@ async fn a_crash_anywhere_while_a_pod_goes_down_is_made_good() {
         let world = World::new().await;
         let runtime = world.open().await;
         let (sandbox, container) = bring_up(&world, &runtime).await;
-        world.gate.close_after(steps);
-        let finished = tokio::select! {
-            () = take_down(&runtime, &sandbox, &container) => true,
-            () = world.gate.hit() => false,
-        };
-        drop(runtime);
-        world.gate.open();
+        let finished = world
+            .kill_after(steps, runtime, async |runtime| {
+                take_down(runtime, &sandbox, &container).await
+            })
+            .await;
         let runtime = world.open().await;
         assert_consistent(&world, &runtime, steps).await;
         take_down(&runtime, &sandbox, &container).await;

@@ -244,13 +244,11 @@ async fn a_crash_anywhere_while_volumes_are_made_is_made_good() {
         let world = World::new().await;
         let runtime = world.open().await;
         let sandbox = runtime.run_sandbox(world.sandbox("a")).await.unwrap();
-        world.gate.close_after(steps);
-        let finished = tokio::select! {
-            _ = bring_up(&runtime, &sandbox) => true,
-            () = world.gate.hit() => false,
-        };
-        drop(runtime);
-        world.gate.open();
+        let finished = world
+            .kill_after(steps, runtime, async |runtime| {
+                bring_up(runtime, &sandbox).await;
+            })
+            .await;
         let runtime = world.open().await;
         let container = bring_up(&runtime, &sandbox).await;
         let slots = ["one", "two"].map(|name| slot_of(&world, &sandbox, name));
