@@ -89,11 +89,6 @@ impl NodeRuntime {
         &self.report
     }
 
-    /// How long the phases of a sandbox's start took; empty for an adopted one.
-    pub fn timing(&self, id: &SandboxId) -> Option<Timing> {
-        Some(self.handle(id).ok()?.snapshot.borrow().timing.clone())
-    }
-
     /// Has a template made in the background, from which sandboxes with the default kernel and
     /// these numbers start instead of booting. Templates for other kernels and numbers are made
     /// when they are in use.
@@ -756,7 +751,7 @@ impl PodRuntime for NodeRuntime {
     }
 
     async fn start_timing(&self, id: &SandboxId) -> Option<Timing> {
-        let timing = self.timing(id)?;
+        let timing = self.handle(id).ok()?.snapshot.borrow().timing.clone();
         (!timing.total.is_zero()).then_some(timing)
     }
 

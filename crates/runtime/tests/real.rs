@@ -512,7 +512,10 @@ async fn pods_run_in_real_vms() {
     let bed = Bed::new().await;
     let runtime = bed.open().await;
     let sandbox = runtime.run_sandbox(bed.sandbox("pod")).await.unwrap();
-    println!("timing: {:?}", runtime.timing(&sandbox).unwrap());
+    println!(
+        "timing: {:?}",
+        runtime.start_timing(&sandbox).await.unwrap()
+    );
     write_empty(&runtime, &sandbox, "shared", 0, None).await;
     let writer = limits_hold(&bed, &runtime, &sandbox).await;
 

@@ -32,7 +32,8 @@ async fn a_pod_lives_and_leaves_nothing() {
         [format!("{}/32", status.address.unwrap())]
     );
     let phases: Vec<_> = runtime
-        .timing(&sandbox)
+        .start_timing(&sandbox)
+        .await
         .unwrap()
         .phases
         .into_iter()

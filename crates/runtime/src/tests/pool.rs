@@ -40,7 +40,7 @@ async fn a_sandbox_gets_a_vm_that_waits_and_another_follows() {
     config.cgroup_parent = Some("tenants/acme".into());
     let sandbox = runtime.run_sandbox(config.clone()).await.unwrap();
     assert!(waiting.contains(&sandbox), "it has the id of the VM");
-    let timing = runtime.timing(&sandbox).unwrap();
+    let timing = runtime.start_timing(&sandbox).await.unwrap();
     assert!(timing.from_pool && timing.from_template, "{timing:?}");
     let cgroup = format!("tenants/acme/{sandbox}");
     assert_eq!(world.vmm.standing(&sandbox), Some((false, Some(cgroup))));
@@ -91,7 +91,7 @@ async fn a_vm_that_has_ended_is_given_to_nobody() {
         world.vmm.end(&id, VmExit::Shutdown);
     }
     let (sandbox, _container) = running(&world, &runtime, "a").await;
-    let timing = runtime.timing(&sandbox).unwrap();
+    let timing = runtime.start_timing(&sandbox).await.unwrap();
     assert!(timing.from_template && !timing.from_pool, "{timing:?}");
     full(&runtime).await;
     assert_eq!(runtime.figures().await.pool.misses, 1);
@@ -107,7 +107,7 @@ async fn a_vm_that_cannot_be_used_is_no_reason_for_a_pod_to_fail() {
     let runtime = filled(&mut world, 1).await;
     world.refuse_plugs.store(1, Ordering::SeqCst);
     let (sandbox, _container) = running(&world, &runtime, "a").await;
-    let timing = runtime.timing(&sandbox).unwrap();
+    let timing = runtime.start_timing(&sandbox).await.unwrap();
     assert!(timing.from_template && !timing.from_pool, "{timing:?}");
     runtime.remove_sandbox(&sandbox).await.unwrap();
     runtime.drain().await;

@@ -25,7 +25,7 @@ async fn a_shape_in_use_gets_a_template() {
         let sandbox = runtime.run_sandbox(world.sandbox(name)).await.unwrap();
         assert_eq!(world.vmm.is_restored(&sandbox), Some(restored), "{name}");
         assert_eq!(
-            runtime.timing(&sandbox).unwrap().from_template,
+            runtime.start_timing(&sandbox).await.unwrap().from_template,
             restored,
             "{name}"
         );
