@@ -1,18 +1,21 @@
 //! Bodies of requests and answers.
 
 use std::{
+    io,
     pin::Pin,
     task::{Context, Poll},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
+use futures::{StreamExt, stream::BoxStream};
 use http::{HeaderValue, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hypernetes_apimachinery::Status;
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
-use crate::status::Result;
+use crate::{service::Slot, status::Result};
 
 /// An error of whatever carries a body.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -77,6 +80,24 @@ pub(crate) fn with_type(code: u16, media_type: &'static str, body: ApiBody) -> R
         HeaderValue::from_static("no-cache, private"),
     );
     response
+}
+
+/// An answer that is sent as it comes, until the server ends. It keeps the slot as long as it goes on.
+pub(crate) fn stream(
+    media_type: &'static str,
+    pieces: BoxStream<'static, io::Result<Bytes>>,
+    shutdown: CancellationToken,
+    slot: Slot,
+) -> Response<ApiBody> {
+    let frames = pieces
+        .map(move |piece| {
+            let _open = &slot;
+            piece
+                .map(Frame::data)
+                .map_err(|error| Box::new(error) as BoxError)
+        })
+        .take_until(shutdown.cancelled_owned());
+    with_type(200, media_type, StreamBody::new(frames).boxed_unsync())
 }
 
 /// The answer that a Status is.

@@ -3,10 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures::StreamExt;
 use http::{Request, Response};
-use http_body::Frame;
-use http_body_util::{BodyExt, StreamBody};
 use hyper::upgrade::OnUpgrade;
 use hypernetes_apimachinery::{Status, kinds, meta};
 use hypernetes_streaming::{
@@ -17,7 +14,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::{
-    body::{self, ApiBody, BoxError},
+    body::{self, ApiBody},
     engine::{Call, DeleteOptions, Deleted, Engine, Expected, decode_body, dry_run},
     query::Query,
     rbac::Action,
@@ -75,20 +72,11 @@ impl Pods<'_> {
             .await
             .map_err(|error| status::of_stream(&error, &self.call.info.name))?;
         let shutdown = self.engine.shutdown.clone();
-        let frames = log
-            .map(move |piece| {
-                // The stream is open as long as this closure lives.
-                let _open = &slot;
-                piece
-                    .map(Frame::data)
-                    .map_err(|error| Box::new(error) as BoxError)
-            })
-            .take_until(shutdown.cancelled_owned());
-        let frames = StreamBody::new(frames);
-        Ok(body::with_type(
-            200,
+        Ok(body::stream(
             "text/plain; charset=utf-8",
-            frames.boxed_unsync(),
+            log,
+            shutdown,
+            slot,
         ))
     }
 

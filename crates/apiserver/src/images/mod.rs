@@ -19,8 +19,7 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use http::Response;
-use http_body::Frame;
-use http_body_util::{BodyExt as _, BodyStream, StreamBody};
+use http_body_util::BodyStream;
 use hypernetes_apimachinery::{ResourceKind, Status, kinds, meta};
 use hypernetes_streaming::{ImageAllowance, ImageContent, NodeImages};
 use hypernetes_types::ImageReference;
@@ -29,7 +28,7 @@ use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{
-    body::{self, ApiBody, BoxError},
+    body::{self, ApiBody},
     engine::{Call, not_found},
     rbac::Action,
     server::Inner,
@@ -365,20 +364,7 @@ impl Images<'_> {
             .await
             .map_err(|error| of_failure(&error))?;
         let shutdown = self.inner.engine.shutdown.clone();
-        let frames = archive
-            .map(move |piece| {
-                let _open = &slot;
-                piece
-                    .map(Frame::data)
-                    .map_err(|error| Box::new(error) as BoxError)
-            })
-            .take_until(shutdown.cancelled_owned());
-        let frames = StreamBody::new(frames);
-        Ok(body::with_type(
-            200,
-            "application/x-tar",
-            frames.boxed_unsync(),
-        ))
+        Ok(body::stream("application/x-tar", archive, shutdown, slot))
     }
 
     async fn config(&self, node: &dyn NodeImages) -> Result<Response<ApiBody>> {
