@@ -16,6 +16,7 @@ mod console;
 mod cpus;
 mod disk;
 mod memory;
+mod migration;
 pub mod probe;
 mod qmp;
 mod restore;

@@ -1,21 +1,20 @@
 //! Suspend and resume: QEMU's migration into a file and out of it, all memory included.
 //!
-//! The VMM is handed one end of a pipe, and our process copies between the pipe and the file: the VMM's
-//! sandbox needs no file for it, and what a captured VMM writes is bounded.
+//! Our process copies between the pipe and the file: what a captured VMM writes is bounded.
 
 use std::{fs::File, io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::unix::pipe,
     task::spawn_blocking,
     time::{Instant, sleep, timeout},
 };
 
 use super::{
+    migration::{CHUNK, Transfer},
     qmp::QmpError,
-    restore::{CLOSE, Transfer},
+    restore::CLOSE,
     vm::QemuVm,
 };
 use crate::{
@@ -23,10 +22,6 @@ use crate::{
     suspended::{StateWriter, punch_empty_pages},
 };
 
-/// Name of the pipe in QEMU.
-const PIPE: &str = "suspend";
-/// What is moved at a time, and the most that a pipe holds without a privilege.
-const CHUNK: usize = 1 << 20;
 /// How long it may take at least, and bytes in a second that a disk takes and gives at least.
 const PATIENCE: Duration = Duration::from_secs(60);
 const RATE: u64 = 8 << 20;
@@ -71,21 +66,7 @@ impl QemuVm {
     }
 
     async fn write_state(&self, mut writer: StateWriter, action: &str) -> Result<(), VmmError> {
-        self.prepare_migration(Transfer::Everything)
-            .await
-            .map_err(self.failed(action))?;
-        let mut events = self.qmp.subscribe();
-        let (ours, theirs) = self.pipe()?;
-        let mut ours = pipe::Receiver::from_owned_fd(ours).map_err(self.file_failed())?;
-        let pass = json!({ "fdname": PIPE });
-        self.qmp
-            .execute_with_fd("getfd", pass, theirs)
-            .await
-            .map_err(self.failed(action))?;
-        self.qmp
-            .execute("migrate", json!({ "uri": format!("fd:{PIPE}") }))
-            .await
-            .map_err(self.failed(action))?;
+        let (mut ours, events) = self.migrate_out(Transfer::Everything, action).await?;
         let mut chunk = Vec::with_capacity(CHUNK);
         loop {
             let mut source = (&mut ours).take((CHUNK - chunk.len()) as u64);
@@ -105,9 +86,7 @@ impl QemuVm {
                 break;
             }
         }
-        self.migrated(&mut events)
-            .await
-            .map_err(self.failed(action))?;
+        self.migrated(events, action).await?;
         let maker = self.maker.clone();
         self.blocking(move || writer.finish(&maker)).await
     }
@@ -121,22 +100,7 @@ impl QemuVm {
     ) -> Result<(), VmmError> {
         let action = "resume the VM";
         let work = async {
-            self.prepare_migration(Transfer::Everything)
-                .await
-                .map_err(self.failed(action))?;
-            let mut events = self.qmp.subscribe();
-            let (theirs, ours) = self.pipe()?;
-            let mut ours = pipe::Sender::from_owned_fd(ours).map_err(self.file_failed())?;
-            let pass = json!({ "fdname": PIPE });
-            self.qmp
-                .execute_with_fd("getfd", pass, theirs)
-                .await
-                .map_err(self.failed(action))?;
-            let load = async {
-                let uri = json!({ "uri": format!("fd:{PIPE}") });
-                let loaded = self.qmp.execute("migrate-incoming", uri).await;
-                loaded.map(drop).map_err(self.failed(action))
-            };
+            let (mut ours, events) = self.migrate_in(Transfer::Everything, action).await?;
             let feed = async {
                 let mut reader = suspended.read().map_err(self.file_failed())?;
                 let mut chunk = vec![0; CHUNK];
@@ -160,10 +124,8 @@ impl QemuVm {
                 drop(ours);
                 Ok(reader)
             };
-            let ((), reader) = tokio::try_join!(load, feed)?;
-            self.migrated(&mut events)
-                .await
-                .map_err(self.failed(action))?;
+            let ((), reader) = tokio::try_join!(self.take_in(action), feed)?;
+            self.migrated(events, action).await?;
             self.blocking(move || {
                 reader.check()?;
                 let mut memory = memory.into_iter().map(File::from);
@@ -205,27 +167,6 @@ impl QemuVm {
             .await
             .map(drop)
             .map_err(self.failed(action))
-    }
-
-    /// Reader's and writer's end.
-    fn pipe(&self) -> Result<(OwnedFd, OwnedFd), VmmError> {
-        let pipe = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
-        let (reader, writer) = pipe.map_err(|e| self.file_failed()(e.into()))?;
-        // A smaller one is slower and no worse.
-        let resized = rustix::pipe::fcntl_setpipe_size(&reader, CHUNK);
-        if let Err(e) = resized {
-            tracing::debug!(error = %e, "the pipe stays small");
-        }
-        Ok((reader, writer))
-    }
-
-    fn file_failed(&self) -> impl FnOnce(io::Error) -> VmmError + use<> {
-        let path = self.record.run_dir.clone();
-        move |source| VmmError::Io {
-            action: "move the state of the VM of",
-            path,
-            source,
-        }
     }
 
     async fn blocking<T: Send + 'static>(
