@@ -258,17 +258,28 @@ impl ImageStore {
                 return Ok(layer);
             }
         }
-        let (sender, receiver) = mpsc::channel(CHANNEL);
         let expected = blob.clone();
-        let write = self.blocking(move |inner| {
-            let source = ChannelRead::new(receiver);
+        let write = move |inner: &Inner, source: ChannelRead| {
             let layer = inner.import_layer(source, &expected, diff_id, compression)?;
             inner.note_origin(&layer.diff_id, &asked)?;
             Ok(layer)
-        });
+        };
+        self.fetch_layer(repository, options, &blob, write).await
+    }
+
+    /// Fetches a layer for whoever writes it, which is done where it may block.
+    pub(super) async fn fetch_layer(
+        &self,
+        repository: &Repository,
+        options: &PullOptions,
+        blob: &Descriptor,
+        write: impl FnOnce(&Inner, ChannelRead) -> Result<Layer, ImageError> + Send + 'static,
+    ) -> Result<Layer, ImageError> {
+        let (sender, receiver) = mpsc::channel(CHANNEL);
+        let write = self.blocking(move |inner| write(inner, ChannelRead::new(receiver)));
         let limit = Duration::from_secs(120 + blob.size / (16 << 10));
         let fetch = async {
-            match tokio::time::timeout(limit, stream_blob(repository, options, &blob, sender)).await
+            match tokio::time::timeout(limit, stream_blob(repository, options, blob, sender)).await
             {
                 Ok(result) => result,
                 Err(_elapsed) => {
@@ -281,7 +292,7 @@ impl ImageStore {
         fetched?;
         let layer = written?;
         options.tell(PullEvent::LayerDone {
-            layer: blob.digest,
+            layer: blob.digest.clone(),
             cached: false,
         });
         Ok(layer)
@@ -320,7 +331,7 @@ pub(super) fn plan_layers(
 }
 
 /// Sends a blob's bytes to the disk writer; goes on where it was when the connection breaks.
-pub(super) async fn stream_blob(
+async fn stream_blob(
     repository: &Repository,
     options: &PullOptions,
     blob: &Descriptor,

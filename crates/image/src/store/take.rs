@@ -3,7 +3,6 @@
 use std::{
     io::{self, Read, Write},
     sync::Arc,
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -12,11 +11,11 @@ use hypernetes_types::{Digest, ImageReference};
 use tokio::sync::mpsc;
 
 use super::{
-    Content, ImageStore, KeepOptions,
+    Content, ImageStore, Inner, KeepOptions,
     content::Budget,
     disk,
     load::Loader,
-    pull::{CHANNEL, ChannelRead, PARALLEL, PullOptions, plan_layers, stream_blob},
+    pull::{CHANNEL, ChannelRead, PARALLEL, PullOptions, plan_layers},
 };
 use crate::{
     Image, ImageError, Layer, PullEvent,
@@ -119,31 +118,11 @@ impl ImageStore {
         if blob.size > budget.left() {
             return Err(budget.over());
         }
-        let (sender, receiver) = mpsc::channel(CHANNEL);
         let expected = blob.clone();
-        let write = self.blocking(move |inner| {
-            let source = ChannelRead::new(receiver);
+        let write = move |inner: &Inner, source: ChannelRead| {
             inner.import_kept(source, &expected, diff_id, compression, &budget)
-        });
-        let limit = Duration::from_secs(120 + blob.size / (16 << 10));
-        let fetch = async {
-            match tokio::time::timeout(limit, stream_blob(repository, options, &blob, sender)).await
-            {
-                Ok(result) => result,
-                Err(_elapsed) => {
-                    Err(repository.unavailable(format!("layer too slow: not within {limit:?}")))
-                }
-            }
         };
-        let (fetched, written) = tokio::join!(fetch, write);
-        // A network failure also ends the writer, with an error that would only confuse.
-        fetched?;
-        let layer = written?;
-        options.tell(PullEvent::LayerDone {
-            layer: blob.digest,
-            cached: false,
-        });
-        Ok(layer)
+        self.fetch_layer(repository, options, &blob, write).await
     }
 
     /// Takes in all images of an archive that arrives as a stream: an OCI layout or a docker-archive, as

@@ -266,7 +266,7 @@ impl Actor {
         let (opened, room) = opened.await?;
         let written = async {
             let limit = room.limit().map_err(|e| storage("find room for it", e))?;
-            Ok(vm.suspend(opened, limit).await?)
+            Ok::<_, RuntimeError>(vm.suspend(opened, limit).await?)
         };
         written.await.map_err(|error| room.explain(error))?;
         blocking(format!("name {}", file.display()), move || {
