@@ -8,10 +8,10 @@
 )]
 
 use std::{
-    fs::{self, File},
+    fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use hyper_util::rt::TokioIo;
 use hypernetes_cri::v1::{
     self, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
 };
-use hypernetes_testkit::{HostPicture, Registry, can_run_pods, eventually, release_dir};
+use hypernetes_testkit::{Node, Registry, can_run_pods, eventually};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_tungstenite::{
     client_async,
@@ -36,150 +36,19 @@ use tonic::{
 const PATIENCE: Duration = Duration::from_secs(120);
 const UID: &str = "0a1b2c3d-test";
 
-/// `hypernetes node` with directories of its own. Dropping it ends it and its VMs.
-struct Node {
-    temp: tempfile::TempDir,
-    run_dir: tempfile::TempDir,
-    child: Option<Child>,
-}
+const CIDR: &str = "10.89.0.0/24";
+const METRICS: &str = "metricsAddress: 127.0.0.1:0\n";
 
-impl Node {
-    fn start() -> Self {
-        Self::start_with(|_| String::new(), "")
-    }
-
-    /// With more lines in its configuration, and more below `vm`.
-    fn start_with(more: impl Fn(&Path) -> String, vm: &str) -> Self {
-        let temp = tempfile::tempdir().unwrap();
-        // Socket paths are limited to 107 bytes.
-        let run_dir = tempfile::Builder::new()
-            .prefix("hn-")
-            .tempdir_in("/run")
-            .unwrap();
-        let config = format!(
-            "socket: {0}/cri.sock\nrunDir: {0}\nkubeletDir: {1}/kubelet\n\
-             metricsAddress: 127.0.0.1:0\n\
-             network:\n  cidr: 10.89.0.0/24\nvm:\n  memoryMiB: 192\n  scratchMiB: 512\n{2}{3}",
-            run_dir.path().display(),
-            temp.path().display(),
-            vm,
-            more(temp.path()),
-        );
-        fs::write(temp.path().join("node.yaml"), config).unwrap();
-        let mut node = Self {
-            temp,
-            run_dir,
-            child: None,
-        };
-        node.spawn();
-        node
-    }
-
-    fn spawn(&mut self) {
-        let log = File::options()
-            .create(true)
-            .append(true)
-            .open(self.temp.path().join("node.log"))
-            .unwrap();
-        let child = Command::new(release_dir().join("hypernetes"))
-            .arg("--state-dir")
-            .arg(self.state())
-            .args(["--log", "info", "node", "--config"])
-            .arg(self.temp.path().join("node.yaml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.child = Some(child);
-        let socket = self.socket();
-        eventually("the socket is served", PATIENCE, || {
-            let ended = self.child.as_mut().unwrap().try_wait().unwrap();
-            assert!(ended.is_none(), "the node ended:\n{}", self.log_tail());
-            std::os::unix::net::UnixStream::connect(&socket)
-                .map(drop)
-                .map_err(|error| error.to_string())
-        });
-    }
-
-    /// SIGKILL, as a crash.
-    fn kill(&mut self) {
-        let mut child = self.child.take().unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-
-    fn stop(&mut self) {
-        let mut child = self.child.take().unwrap();
-        let pid = rustix::process::Pid::from_child(&child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        assert!(child.wait().unwrap().success(), "{}", self.log_tail());
-    }
-
-    fn state(&self) -> PathBuf {
-        self.temp.path().join("state")
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.run_dir.path().join("cri.sock")
-    }
-
-    fn log_tail(&self) -> String {
-        let log = fs::read_to_string(self.temp.path().join("node.log")).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(60)..].join("\n")
-    }
-
-    fn picture(&self) -> HostPicture {
-        let instance = fs::read_to_string(self.state().join("instance")).unwrap();
-        HostPicture::take(instance.trim(), self.run_dir.path())
-    }
-
-    /// Processes of VMs, by their records.
-    fn vmms(&self) -> Vec<rustix::process::Pid> {
-        let entries = fs::read_dir(self.run_dir.path().join("vm"));
-        let records = entries
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter_map(|entry| fs::read_to_string(entry.path().join("launch.json")).ok());
-        let pid = |record: String| {
-            let record: serde_json::Value = serde_json::from_str(&record).ok()?;
-            rustix::process::Pid::from_raw(i32::try_from(record["pid"].as_i64()?).ok()?)
-        };
-        records.filter_map(pid).collect()
-    }
-
-    async fn channel(&self) -> Channel {
-        let socket = self.socket();
-        let connector = tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        });
-        Endpoint::from_static("http://localhost")
-            .connect_with_connector(connector)
-            .await
-            .unwrap()
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("the node's last lines:\n{}", self.log_tail());
-        }
-        if let Some(mut child) = self.child.take() {
-            child.kill().ok();
-            child.wait().ok();
-        }
-        for pid in self.vmms() {
-            let exe = fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero()));
-            if exe.is_ok_and(|exe| exe.to_string_lossy().contains("qemu")) {
-                // It may have ended meanwhile.
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL).ok();
-            }
-        }
-    }
+async fn channel(node: &Node) -> Channel {
+    let socket = node.socket();
+    let connector = tower::service_fn(move |_| {
+        let socket = socket.clone();
+        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    Endpoint::from_static("http://localhost")
+        .connect_with_connector(connector)
+        .await
+        .unwrap()
 }
 
 /// The bind mount that a kubelet makes for a `subPath`, for as long as the value lives.
@@ -316,7 +185,7 @@ struct Client {
 
 impl Client {
     async fn of(node: &Node) -> Self {
-        let channel = node.channel().await;
+        let channel = channel(node).await;
         Self {
             runtime: RuntimeServiceClient::new(channel.clone()),
             images: ImageServiceClient::new(channel),
@@ -445,9 +314,9 @@ async fn a_pod_lives_through_the_runtime_interface() {
         return;
     }
     let registry = Registry::start();
-    let mut node = Node::start();
-    let kubelet = node.temp.path().join("kubelet");
-    let logs = node.temp.path().join("logs");
+    let mut node = Node::start(CIDR, METRICS);
+    let kubelet = node.kubelet_dir();
+    let logs = node.dir().join("logs");
     prepare(&kubelet);
     let mut client = Client::of(&node).await;
 
@@ -687,7 +556,7 @@ async fn a_pod_lives_through_the_runtime_interface() {
         pod_sandbox_id: pod.clone(),
     };
     client.runtime.stop_pod_sandbox(request).await.unwrap();
-    assert!(node.picture().is_clean(), "{:?}", node.picture());
+    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
     let request = v1::RemovePodSandboxRequest {
         pod_sandbox_id: pod,
     };
@@ -710,7 +579,7 @@ async fn a_pod_lives_through_the_runtime_interface() {
     assert!(images.is_empty(), "{images:?}");
     drop(client);
     node.stop();
-    assert!(node.picture().is_clean(), "{:?}", node.picture());
+    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
     let left = fs::read_dir(node.state().join("runtime/sandboxes"));
     assert_eq!(left.map_or(0, Iterator::count), 0);
 }
@@ -754,10 +623,10 @@ impl Drop for LoopDevice {
 
 /// Memory of the VMM that is resident, in MiB.
 fn resident(node: &Node) -> u64 {
-    let [vmm] = node.vmms()[..] else {
+    let [vmm] = node.vmm_processes()[..] else {
         panic!("not one VM");
     };
-    let path = format!("/proc/{}/smaps_rollup", vmm.as_raw_nonzero());
+    let path = format!("/proc/{vmm}/smaps_rollup");
     let text = fs::read_to_string(path).unwrap();
     let line = text.lines().find(|line| line.starts_with("Rss:")).unwrap();
     let kib = line.split_whitespace().nth(1).unwrap();
@@ -766,7 +635,7 @@ fn resident(node: &Node) -> u64 {
 
 /// Processes of the server of the only VM's host directories: the one that waits, the one that serves.
 fn servers(node: &Node) -> Vec<i64> {
-    let vm = fs::read_dir(node.run_dir.path().join("vm")).unwrap();
+    let vm = fs::read_dir(node.run_dir().join("vm")).unwrap();
     let record = vm
         .flatten()
         .find_map(|entry| fs::read_to_string(entry.path().join("server.json")).ok());
@@ -792,21 +661,21 @@ async fn a_pod_is_given_images_directories_and_a_larger_vm() {
         .as_ref()
         .map_or("/dev/none", |disk| &disk.path)
         .to_owned();
-    let shared = |temp: &Path| {
-        format!(
-            "hostPaths:\n  shared:\n    - path: {0}/data\n    - {{path: {0}/fixed, readOnly: true}}\n  devices: [{device}]\n",
-            temp.display()
-        )
-    };
-    let mut node = Node::start_with(shared, "  resizeVCPUs: 2\n  resizeMemoryMiB: 1024\n");
-    let temp = node.temp.path().to_owned();
+    let mut node = Node::prepare(None, CIDR);
+    let temp = node.dir().to_owned();
+    let shared = format!(
+        "hostPaths:\n  shared:\n    - path: {0}/data\n    - {{path: {0}/fixed, readOnly: true}}\n  devices: [{device}]\n",
+        temp.display()
+    );
+    node.configure_vm("  resizeVCPUs: 2\n  resizeMemoryMiB: 1024\n", &shared);
+    node.spawn();
     let at = |name: &str| temp.join(name).to_str().unwrap().to_owned();
     for name in ["data", "fixed", "outside"] {
         fs::create_dir(at(name)).unwrap();
         fs::write(Path::new(&at(name)).join("file"), name).unwrap();
     }
     symlink(at("outside"), at("data/way-out")).unwrap();
-    let (kubelet, logs) = (node.temp.path().join("kubelet"), at("logs"));
+    let (kubelet, logs) = (node.kubelet_dir(), at("logs"));
     let logs = Path::new(&logs);
     prepare(&kubelet);
     let mut client = Client::of(&node).await;
@@ -1038,7 +907,7 @@ async fn a_pod_is_given_images_directories_and_a_larger_vm() {
         pod_sandbox_id: pod,
     };
     client.runtime.remove_pod_sandbox(request).await.unwrap();
-    assert!(node.picture().is_clean(), "{:?}", node.picture());
+    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
     drop(client);
     node.stop();
 }
@@ -1154,9 +1023,9 @@ async fn a_pod_is_confined_and_measured() {
         return;
     }
     let registry = Registry::start();
-    let mut node = Node::start();
-    let kubelet = node.temp.path().join("kubelet");
-    let logs = node.temp.path().join("logs");
+    let mut node = Node::start(CIDR, METRICS);
+    let kubelet = node.kubelet_dir();
+    let logs = node.dir().join("logs");
     prepare(&kubelet);
     fs::create_dir_all(kubelet.join("seccomp")).unwrap();
     fs::write(
@@ -1268,7 +1137,7 @@ async fn a_pod_is_confined_and_measured() {
     }
 
     // The node's own metrics are where its log says.
-    let log = fs::read_to_string(node.temp.path().join("node.log")).unwrap();
+    let log = fs::read_to_string(node.dir().join("node.log")).unwrap();
     let address = log.lines().find(|line| line.contains("metrics are served"));
     let address = address.unwrap().rsplit("127.0.0.1:").next().unwrap();
     let port: String = address.chars().take_while(char::is_ascii_digit).collect();
@@ -1296,5 +1165,5 @@ async fn a_pod_is_confined_and_measured() {
     client.runtime.remove_pod_sandbox(request).await.unwrap();
     drop((client, events));
     node.stop();
-    assert!(node.picture().is_clean(), "{:?}", node.picture());
+    assert!(node.host_picture().is_clean(), "{:?}", node.host_picture());
 }

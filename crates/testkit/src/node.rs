@@ -32,33 +32,43 @@ impl Node {
 
     /// Starts one in a network namespace below `/run/netns`.
     pub fn start_in(namespace: Option<&str>, cidr: &str, settings: &str) -> Self {
+        let mut node = Self::prepare(namespace, cidr);
+        node.configure(settings);
+        node.spawn();
+        node
+    }
+
+    /// Makes the directories of one that is to be configured and spawned.
+    pub fn prepare(namespace: Option<&str>, cidr: &str) -> Self {
         let temp = TempDir::new().unwrap();
         // Socket paths are limited to 107 bytes.
         let run_dir = tempfile::Builder::new()
             .prefix("hn-")
             .tempdir_in("/run")
             .unwrap();
-        let mut node = Self {
+        Self {
             temp,
             run_dir,
             namespace: namespace.map(str::to_owned),
             cidr: cidr.to_owned(),
             child: None,
-        };
-        node.configure(settings);
-        node.spawn();
-        node
+        }
     }
 
     /// Replaces the further lines of its configuration, for the next start.
     pub fn configure(&self, settings: &str) {
+        self.configure_vm("", settings);
+    }
+
+    /// As [`configure`](Self::configure), with further lines below `vm`.
+    pub fn configure_vm(&self, vm: &str, settings: &str) {
         let network = match self.cidr.as_str() {
             "" => String::new(),
             cidr => format!("network:\n  cidr: {cidr}\n"),
         };
         let config = format!(
             "socket: {0}/cri.sock\nrunDir: {0}\nkubeletDir: {1}/kubelet\n\
-             vm:\n  memoryMiB: 192\n  scratchMiB: 2048\n{network}{settings}",
+             vm:\n  memoryMiB: 192\n  scratchMiB: 2048\n{vm}{network}{settings}",
             self.run_dir.path().display(),
             self.temp.path().display(),
         );
@@ -158,6 +168,11 @@ impl Node {
     /// Directory of the test's own files.
     pub fn dir(&self) -> &Path {
         self.temp.path()
+    }
+
+    /// Directory of sockets and VMs.
+    pub fn run_dir(&self) -> &Path {
+        self.run_dir.path()
     }
 
     /// The state directory.
