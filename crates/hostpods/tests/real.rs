@@ -17,7 +17,6 @@ use std::{
     collections::BTreeMap,
     fs,
     future::Future,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     sync::Arc,
@@ -35,6 +34,7 @@ use hypernetes_runtime::{
     SandboxState, Seccomp, SecurityConfig, Session, TtySize,
 };
 use hypernetes_store::{Durability, Op, Store, StoreConfig, Value};
+use hypernetes_testkit::{busybox_archive, run};
 use hypernetes_types::{ContainerId, SandboxId};
 use tokio::time::{sleep, timeout};
 
@@ -130,88 +130,6 @@ fn missing() -> Result<Programs, String> {
     Programs::find(Path::new(&oci), Path::new("conmon")).map_err(|error| error.to_string())
 }
 
-fn run(command: &mut Command) -> String {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
-}
-
-/// A docker-archive with busybox and its libraries in two layers.
-fn archive(dir: &Path) -> PathBuf {
-    let (root, etc) = (dir.join("root"), dir.join("second"));
-    for path in ["bin", "tmp", "proc", "sys", "dev"] {
-        fs::create_dir_all(root.join(path)).unwrap();
-    }
-    fs::create_dir_all(etc.join("etc")).unwrap();
-    let busybox = run(Command::new("sh").args(["-c", "command -v busybox"]));
-    fs::copy(&busybox, root.join("bin/busybox")).unwrap();
-    for applet in run(Command::new(&busybox).arg("--list"))
-        .lines()
-        .filter(|name| *name != "busybox")
-    {
-        symlink("busybox", root.join("bin").join(applet)).unwrap();
-    }
-    // A static busybox has no libraries, and ldd fails on it.
-    let libraries = Command::new("ldd")
-        .arg(&busybox)
-        .output()
-        .map(|output| output.stdout)
-        .unwrap_or_default();
-    for library in String::from_utf8_lossy(&libraries)
-        .split_whitespace()
-        .filter(|word| word.starts_with('/'))
-    {
-        let place = root.join(library.trim_start_matches('/'));
-        fs::create_dir_all(place.parent().unwrap()).unwrap();
-        fs::copy(library, place).unwrap();
-    }
-    let users = "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/tmp:/bin/sh\n";
-    fs::write(etc.join("etc/passwd"), users).unwrap();
-    fs::write(
-        etc.join("etc/group"),
-        "root:x:0:\nweb:x:34:\nlogs:x:50:web\n",
-    )
-    .unwrap();
-    let image = dir.join("image");
-    fs::create_dir_all(&image).unwrap();
-    let mut diff_ids = Vec::new();
-    for (source, name) in [(&root, "one.tar"), (&etc, "two.tar")] {
-        let tar = image.join(name);
-        run(Command::new("tar")
-            .args(["--owner=0", "--group=0", "-C"])
-            .arg(source)
-            .arg("-cf")
-            .arg(&tar)
-            .arg("."));
-        let sum = run(Command::new("sha256sum").arg(&tar));
-        diff_ids.push(format!("sha256:{}", sum.split_whitespace().next().unwrap()));
-    }
-    let config = serde_json::json!({
-        "architecture": "amd64", "os": "linux",
-        "config": { "Env": ["PATH=/bin"], "User": "web", "Cmd": ["sh"], "StopSignal": "SIGUSR1" },
-        "rootfs": { "type": "layers", "diff_ids": diff_ids },
-    });
-    fs::write(image.join("config.json"), config.to_string()).unwrap();
-    let manifest = serde_json::json!([
-        { "Config": "config.json", "RepoTags": ["busybox:test"], "Layers": ["one.tar", "two.tar"] }
-    ]);
-    fs::write(image.join("manifest.json"), manifest.to_string()).unwrap();
-    let archive = dir.join("image.tar");
-    run(Command::new("tar")
-        .arg("-C")
-        .arg(&image)
-        .arg("-cf")
-        .arg(&archive)
-        .arg("."));
-    archive
-}
-
 async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, look: impl Fn() -> F) -> T {
     let found = timeout(PATIENCE, async {
         loop {
@@ -234,7 +152,10 @@ impl Bed {
     async fn new(programs: &Programs) -> Self {
         let temp = tempfile::tempdir().unwrap();
         let images = ImageStore::open(temp.path().join("images"), Default::default()).unwrap();
-        images.load(&archive(temp.path())).await.unwrap();
+        let passwd = "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/tmp:/bin/sh\n";
+        let group = "root:x:0:\nweb:x:34:\nlogs:x:50:web\n";
+        let archive = busybox_archive(temp.path(), passwd, group, "SIGUSR1");
+        images.load(&archive).await.unwrap();
         let mut bed = Self::at(temp.path(), programs.clone());
         bed._temp = Some(temp);
         bed

@@ -20,7 +20,6 @@ mod pinned;
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     sync::Arc,
@@ -37,6 +36,7 @@ use hypernetes_runtime::{
     VolumeKind,
 };
 use hypernetes_store::{Store, StoreConfig};
+use hypernetes_testkit::{busybox_archive, stdout};
 use hypernetes_types::{ContainerId, SandboxId};
 use hypernetes_vmm::qemu::{QemuConfig, QemuDriver};
 
@@ -102,91 +102,8 @@ fn missing() -> Option<String> {
         .then(|| "VMMs get users of their own: needs root".to_owned())
 }
 
-fn run(command: &mut Command) -> String {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
-}
-
 fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
-
-/// A docker-archive with busybox and its libraries in two layers.
-fn archive(dir: &Path) -> PathBuf {
-    let (root, etc) = (dir.join("root"), dir.join("second"));
-    for path in ["bin", "tmp", "proc", "sys", "dev"] {
-        fs::create_dir_all(root.join(path)).unwrap();
-    }
-    fs::create_dir_all(etc.join("etc")).unwrap();
-    let busybox = run(Command::new("sh").args(["-c", "command -v busybox"]));
-    fs::copy(&busybox, root.join("bin/busybox")).unwrap();
-    for applet in run(Command::new(&busybox).arg("--list"))
-        .lines()
-        .filter(|name| *name != "busybox")
-    {
-        symlink("busybox", root.join("bin").join(applet)).unwrap();
-    }
-    // A static busybox has no libraries, and ldd fails on it.
-    let libraries = Command::new("ldd")
-        .arg(&busybox)
-        .output()
-        .map(|output| output.stdout)
-        .unwrap_or_default();
-    for library in String::from_utf8_lossy(&libraries)
-        .split_whitespace()
-        .filter(|word| word.starts_with('/'))
-    {
-        let place = root.join(library.trim_start_matches('/'));
-        fs::create_dir_all(place.parent().unwrap()).unwrap();
-        fs::copy(library, place).unwrap();
-    }
-    fs::write(
-        etc.join("etc/passwd"),
-        "root:x:0:0::/root:/bin/sh\nweb:x:33:33::/tmp:/bin/sh\n",
-    )
-    .unwrap();
-    fs::write(etc.join("etc/group"), "root:x:0:\nweb:x:33:\n").unwrap();
-    let image = dir.join("image");
-    fs::create_dir_all(&image).unwrap();
-    let mut diff_ids = Vec::new();
-    for (source, name) in [(&root, "one.tar"), (&etc, "two.tar")] {
-        let tar = image.join(name);
-        run(Command::new("tar")
-            .arg("--owner=0")
-            .arg("--group=0")
-            .arg("-C")
-            .arg(source)
-            .arg("-cf")
-            .arg(&tar)
-            .arg("."));
-        let sum = run(Command::new("sha256sum").arg(&tar));
-        diff_ids.push(format!("sha256:{}", sum.split_whitespace().next().unwrap()));
-    }
-    let config = serde_json::json!({
-        "architecture": "amd64", "os": "linux",
-        "config": { "Env": ["PATH=/bin"], "User": "web", "Cmd": ["sh"], "StopSignal": "SIGKILL" },
-        "rootfs": { "type": "layers", "diff_ids": diff_ids },
-    });
-    fs::write(image.join("config.json"), config.to_string()).unwrap();
-    let manifest = serde_json::json!([
-        { "Config": "config.json", "RepoTags": ["busybox:test"], "Layers": ["one.tar", "two.tar"] }
-    ]);
-    fs::write(image.join("manifest.json"), manifest.to_string()).unwrap();
-    let archive = dir.join("image.tar");
-    run(Command::new("tar")
-        .arg("-C")
-        .arg(&image)
-        .arg("-cf")
-        .arg(&archive)
-        .arg("."));
-    archive
 }
 
 struct Bed {
@@ -198,10 +115,10 @@ impl Bed {
     async fn new() -> Self {
         let temp = tempfile::tempdir().unwrap();
         let state = temp.path().join("state");
-        let kernel = run(&mut Command::new(workspace().join("kernel/build")));
+        let kernel = stdout(&mut Command::new(workspace().join("kernel/build")));
         let hyperstart = std::env::var_os("HYPERNETES_HYPERSTART").map_or_else(
             || {
-                run(&mut Command::new(
+                stdout(&mut Command::new(
                     workspace().join("crates/hyperstart/build-guest"),
                 ))
                 .into()
@@ -213,7 +130,10 @@ impl Bed {
         kernels.add_built(&name, Path::new(&kernel)).unwrap();
         kernels.set_default(&name).unwrap();
         let images = ImageStore::open(state.join("images"), Default::default()).unwrap();
-        images.load(&archive(temp.path())).await.unwrap();
+        let passwd = "root:x:0:0::/root:/bin/sh\nweb:x:33:33::/tmp:/bin/sh\n";
+        let group = "root:x:0:\nweb:x:33:\n";
+        let archive = busybox_archive(temp.path(), passwd, group, "SIGKILL");
+        images.load(&archive).await.unwrap();
         let vmm = QemuDriver::detect(QemuConfig::new(state.join("vmm")))
             .await
             .unwrap();

@@ -11,6 +11,7 @@
     reason = "test code: failures panic, and waiting for another process means looking again"
 )]
 
+mod archive;
 mod daemon;
 mod host;
 mod node;
@@ -24,6 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub use archive::busybox_archive;
 pub use daemon::{Daemon, DaemonOptions};
 pub use host::HostPicture;
 pub use node::Node;
