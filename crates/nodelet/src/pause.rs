@@ -6,26 +6,14 @@
 use hypernetes_runtime::{ContainerState, ContainerStatus};
 use hypernetes_telemetry::chain;
 use hypernetes_types::{ContainerId, kinds::PAUSED_CONDITION};
-use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::{
     events::Level,
     plan::{Action, Plan, Slot, View, Waiting},
     steps::{Node, Outcome},
-    wishes,
+    wishes::{self, Unfulfilled},
 };
-
-/// How long after a failure it is tried again.
-pub(crate) const RETRY: SignedDuration = SignedDuration::from_secs(10);
-
-/// A pause, or its end, that did not come about.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct PauseTrouble {
-    pub(crate) paused: bool,
-    pub(crate) message: String,
-    pub(crate) since: Timestamp,
-}
 
 /// Containers of the running VM that are not yet as the annotation says. One that is being started
 /// or ended is left alone.
@@ -54,12 +42,9 @@ pub(crate) fn plan(view: &View<'_>, plan: &mut Plan) {
         return;
     }
     let trouble = view.memory.pause.as_ref();
-    if let Some(trouble) = trouble.filter(|trouble| trouble.paused == paused) {
-        let again = trouble.since.checked_add(RETRY).unwrap_or(view.now);
-        if again > view.now {
-            plan.wake_at(again);
-            return;
-        }
+    if let Some(again) = trouble.and_then(|trouble| trouble.waits_until(view.now)) {
+        plan.wake_at(again);
+        return;
     }
     let containers = containers.iter();
     plan.actions.push(Action::SetPaused {
@@ -88,7 +73,6 @@ pub(crate) fn condition(view: &View<'_>) -> Option<(&'static str, (bool, &'stati
         return None;
     }
     let trouble = view.memory.pause.as_ref();
-    let trouble = trouble.filter(|trouble| trouble.paused == paused);
     let said = match (trouble, paused, differing(view, paused).is_empty()) {
         (Some(trouble), ..) => (some, "Error", trouble.message.clone()),
         (None, true, true) => (true, "", String::new()),
@@ -127,11 +111,7 @@ impl Node {
                         "FailedUnpause"
                     };
                     said(Level::Warning, reason, format!("Error: {message}"));
-                    return Outcome::Paused(Err(PauseTrouble {
-                        paused,
-                        message,
-                        since: Timestamp::now(),
-                    }));
+                    return Outcome::Paused(Err(Unfulfilled::new(paused, message)));
                 }
             }
         }
@@ -156,26 +136,13 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
-    use hypernetes_runtime::SandboxState;
-    use serde_json::json;
+    use hypernetes_types::kinds::PAUSED_ANNOTATION;
 
     use super::*;
-    use crate::plan::{
-        plan as plan_pod,
-        tests::{World, at},
-    };
+    use crate::plan::tests::{World, at};
 
     fn world(annotation: &str) -> World {
-        let mut world = World::new(json!({}))
-            .sandbox(SandboxState::Ready, None)
-            .container("c", ContainerState::Running, None);
-        let annotations = world.pod.metadata.annotations.get_or_insert_default();
-        annotations.insert("hypernetes.io/paused".into(), annotation.into());
-        world
-    }
-
-    fn actions(world: &World) -> Vec<Action> {
-        plan_pod(&world.view()).actions
+        World::running().annotate(PAUSED_ANNOTATION, annotation)
     }
 
     fn said(world: &World) -> Option<(bool, &'static str)> {
@@ -192,45 +159,45 @@ mod tests {
                 paused,
             }]
         };
-        assert_eq!(actions(&world), wanted(true));
+        assert_eq!(world.plan().actions, wanted(true));
         assert_eq!(said(&world), Some((false, "Pausing")));
         world.containers[0].paused = true;
-        assert_eq!(actions(&world), []);
+        assert_eq!(world.plan().actions, []);
         assert_eq!(said(&world), Some((true, "")));
         world.pod.metadata.annotations = None;
-        assert_eq!(actions(&world), wanted(false));
+        assert_eq!(world.plan().actions, wanted(false));
         assert_eq!(said(&world), Some((true, "Unpausing")));
         world.containers[0].paused = false;
-        assert_eq!((actions(&world), said(&world)), (vec![], None));
+        assert_eq!((world.plan().actions, said(&world)), (vec![], None));
     }
 
     #[test]
     fn what_is_busy_or_has_just_failed_waits() {
         let mut world = world("true");
         world.busy.insert(Slot::Container("c".into()));
-        assert_eq!(actions(&world), []);
+        assert_eq!(world.plan().actions, []);
         world.busy.clear();
-        world.memory.pause = Some(PauseTrouble {
-            paused: true,
+        world.memory.pause = Some(Unfulfilled {
+            wanted: true,
             message: "no".into(),
             since: at(-1),
         });
-        let planned = plan_pod(&world.view());
+        let planned = world.plan();
         assert_eq!((planned.actions, planned.wake), (vec![], Some(at(9))));
         assert_eq!(said(&world), Some((false, "Error")));
         world.now = at(10);
-        assert_eq!(actions(&world).len(), 1);
+        assert_eq!(world.plan().actions.len(), 1);
     }
 
     #[test]
     fn nothing_starts_in_a_paused_pod() {
         let mut world = world("true");
         world.containers.clear();
-        let planned = plan_pod(&world.view());
+        let planned = world.plan();
         assert_eq!(planned.actions, []);
         assert_eq!(planned.waiting["c"], waiting());
         world.pod.metadata.annotations = None;
-        assert_eq!(actions(&world).len(), 1);
+        assert_eq!(world.plan().actions.len(), 1);
     }
 
     #[test]
@@ -239,7 +206,7 @@ mod tests {
         world.containers[0].paused = true;
         world.gone = true;
         assert!(matches!(
-            actions(&world)[..],
+            world.plan().actions[..],
             [Action::StopContainers { .. }]
         ));
     }

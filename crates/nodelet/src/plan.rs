@@ -22,13 +22,12 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
 use crate::{
     backoff::Backoff,
-    clone,
-    pause::{self, PauseTrouble},
+    clone, pause,
     prober::{self, Health, ProbeKind},
     resize::ResizeState,
     roles::{self, Role},
-    suspend::{self, SuspendTrouble},
-    wishes,
+    suspend,
+    wishes::{self, Unfulfilled},
 };
 
 /// How long `ErrImagePull` stands before it reads `ImagePullBackOff`.
@@ -146,9 +145,9 @@ pub(crate) struct Memory {
     /// What came of the last resize.
     pub(crate) resize: Option<ResizeState>,
     /// Why the last pause, or its end, did not come about.
-    pub(crate) pause: Option<PauseTrouble>,
+    pub(crate) pause: Option<Unfulfilled>,
     /// Why the last suspend, or the last resume, did not come about.
-    pub(crate) suspend: Option<SuspendTrouble>,
+    pub(crate) suspend: Option<Unfulfilled>,
     /// Why the pod could not be cloned that this one is a clone of.
     pub(crate) clone_trouble: Option<String>,
 }
@@ -161,9 +160,8 @@ impl Memory {
     /// Trouble with what nobody asks for any more does not hold up what is asked for next.
     pub(crate) fn forget_trouble(&mut self, pod: &Pod) {
         let (paused, suspended) = (wishes::is_paused(pod), wishes::is_suspended(pod));
-        self.pause.take_if(|trouble| trouble.paused != paused);
-        self.suspend
-            .take_if(|trouble| trouble.suspended != suspended);
+        self.pause.take_if(|trouble| trouble.wanted != paused);
+        self.suspend.take_if(|trouble| trouble.wanted != suspended);
     }
 }
 

@@ -26,7 +26,6 @@ use crate::{
     fields::PodFacts,
     handler::Subject,
     network::{self, Names},
-    pause::PauseTrouble,
     pull,
     resize::ResizeState,
     resources::Capacity,
@@ -34,11 +33,10 @@ use crate::{
     services::Services,
     sources::Sources,
     stop::{Ending, Hooks},
-    suspend::SuspendTrouble,
     timing,
     tokens::Tokens,
     volumes::{self, Built},
-    wishes,
+    wishes::{self, Unfulfilled},
 };
 
 /// Reason of events about how long something took.
@@ -88,9 +86,9 @@ pub(crate) enum Outcome {
     /// The containers have what they ask for; these run again for it.
     Resized(Result<Vec<(String, ContainerId)>, ResizeState>),
     /// The containers stand still or go on, as they should.
-    Paused(Result<(), PauseTrouble>),
+    Paused(Result<(), Unfulfilled>),
     /// The VM is on the disk or goes on, as it should.
-    Suspended(Result<(), SuspendTrouble>),
+    Suspended(Result<(), Unfulfilled>),
     /// The container runs.
     Started(String),
     /// The container does not run; why.

@@ -6,31 +6,14 @@
 use hypernetes_runtime::SandboxStatus;
 use hypernetes_telemetry::chain;
 use hypernetes_types::{SandboxId, kinds::SUSPENDED_CONDITION};
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::{
     events::Level,
-    pause::RETRY,
     plan::{Action, Plan, Slot, View, Waiting},
     steps::{Node, Outcome},
-    wishes,
+    wishes::{self, Unfulfilled},
 };
-
-/// A suspend, or a resume, that did not come about.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct SuspendTrouble {
-    pub(crate) suspended: bool,
-    pub(crate) message: String,
-    pub(crate) since: Timestamp,
-}
-
-/// The trouble with what is wanted.
-fn trouble<'a>(view: &'a View<'_>) -> Option<&'a SuspendTrouble> {
-    let wanted = wishes::is_suspended(view.pod);
-    let trouble = view.memory.suspend.as_ref();
-    trouble.filter(|trouble| trouble.suspended == wanted)
-}
 
 /// Has the VM go to the disk or come back. `true`: nothing else is to be done with the pod.
 pub(crate) fn plan(view: &View<'_>, sandbox: &SandboxStatus, plan: &mut Plan) -> bool {
@@ -42,12 +25,10 @@ pub(crate) fn plan(view: &View<'_>, sandbox: &SandboxStatus, plan: &mut Plan) ->
         // A container that is being started or ended comes first: it would be refused.
         return true;
     }
-    if let Some(trouble) = trouble(view) {
-        let again = trouble.since.checked_add(RETRY).unwrap_or(view.now);
-        if again > view.now {
-            plan.wake_at(again);
-            return true;
-        }
+    let trouble = view.memory.suspend.as_ref();
+    if let Some(again) = trouble.and_then(|trouble| trouble.waits_until(view.now)) {
+        plan.wake_at(again);
+        return true;
     }
     plan.actions.push(Action::SetSuspended {
         sandbox: sandbox.id.clone(),
@@ -72,7 +53,7 @@ pub(crate) fn condition(view: &View<'_>) -> Option<(&'static str, (bool, &'stati
         return None;
     }
     let is = sandbox.suspended;
-    let said = match (trouble(view), wanted, is) {
+    let said = match (view.memory.suspend.as_ref(), wanted, is) {
         (Some(trouble), ..) if wanted != is => (is, "Error", trouble.message.clone()),
         (_, true, true) => (true, "", String::new()),
         (_, true, false) => (false, "Suspending", String::new()),
@@ -110,36 +91,20 @@ impl Node {
             false => "FailedResume",
         };
         said(Level::Warning, reason, format!("Error: {message}"));
-        Outcome::Suspended(Err(SuspendTrouble {
-            suspended,
-            message,
-            since: Timestamp::now(),
-        }))
+        Outcome::Suspended(Err(Unfulfilled::new(suspended, message)))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use hypernetes_runtime::{ContainerState, SandboxState};
-    use serde_json::json;
+    use hypernetes_runtime::ContainerState;
+    use hypernetes_types::kinds::{PAUSED_ANNOTATION, SUSPENDED_ANNOTATION};
 
     use super::*;
-    use crate::plan::{
-        plan as plan_pod,
-        tests::{World, at},
-    };
+    use crate::plan::tests::{World, at};
 
     fn world(annotation: &str) -> World {
-        let mut world = World::new(json!({}))
-            .sandbox(SandboxState::Ready, None)
-            .container("c", ContainerState::Running, None);
-        let annotations = world.pod.metadata.annotations.get_or_insert_default();
-        annotations.insert("hypernetes.io/suspended".into(), annotation.into());
-        world
-    }
-
-    fn actions(world: &World) -> Vec<Action> {
-        plan_pod(&world.view()).actions
+        World::running().annotate(SUSPENDED_ANNOTATION, annotation)
     }
 
     fn said(world: &World) -> Option<(bool, &'static str)> {
@@ -156,53 +121,54 @@ mod tests {
                 suspended,
             }]
         };
-        assert_eq!(actions(&world), wanted(true));
+        assert_eq!(world.plan().actions, wanted(true));
         assert_eq!(said(&world), Some((false, "Suspending")));
         world.sandboxes[0].suspended = true;
-        assert_eq!(actions(&world), []);
+        assert_eq!(world.plan().actions, []);
         assert_eq!(said(&world), Some((true, "")));
         world.pod.metadata.annotations = None;
-        assert_eq!(actions(&world), wanted(false));
+        assert_eq!(world.plan().actions, wanted(false));
         assert_eq!(said(&world), Some((true, "Resuming")));
         world.sandboxes[0].suspended = false;
-        assert_eq!((actions(&world), said(&world)), (vec![], None));
+        assert_eq!((world.plan().actions, said(&world)), (vec![], None));
     }
 
     #[test]
     fn what_is_busy_or_has_just_failed_waits() {
         let mut world = world("true");
         world.busy.insert(Slot::Container("c".into()));
-        assert_eq!(actions(&world), []);
+        assert_eq!(world.plan().actions, []);
         world.busy.clear();
-        world.memory.suspend = Some(SuspendTrouble {
-            suspended: true,
+        world.memory.suspend = Some(Unfulfilled {
+            wanted: true,
             message: "no".into(),
             since: at(-1),
         });
-        let planned = plan_pod(&world.view());
+        let planned = world.plan();
         assert_eq!((planned.actions, planned.wake), (vec![], Some(at(9))));
         assert_eq!(said(&world), Some((false, "Error")));
         world.now = at(10);
-        assert_eq!(actions(&world).len(), 1);
+        assert_eq!(world.plan().actions.len(), 1);
         // Trouble with the one is none with the other.
         world.sandboxes[0].suspended = true;
         world.pod.metadata.annotations = None;
         world.now = at(0);
-        assert_eq!(actions(&world).len(), 1);
+        world.memory.forget_trouble(&world.pod);
+        assert_eq!(world.plan().actions.len(), 1);
     }
 
     #[test]
     fn whoever_asks_again_does_not_wait_for_what_failed_before() {
         let mut world = world("false");
         world.sandboxes[0].suspended = true;
-        world.memory.suspend = Some(SuspendTrouble {
-            suspended: false,
+        world.memory.suspend = Some(Unfulfilled {
+            wanted: false,
             message: "no".into(),
             since: at(-1),
         });
         world.memory.forget_trouble(&world.pod);
         assert_eq!(
-            (actions(&world), said(&world)),
+            (world.plan().actions, said(&world)),
             (vec![], Some((true, "Error")))
         );
         // Given up, and asked for once more.
@@ -210,12 +176,11 @@ mod tests {
             ("true", Some((true, ""))),
             ("false", Some((true, "Resuming"))),
         ] {
-            let annotations = world.pod.metadata.annotations.get_or_insert_default();
-            annotations.insert("hypernetes.io/suspended".into(), wish.into());
+            world = world.annotate(SUSPENDED_ANNOTATION, wish);
             world.memory.forget_trouble(&world.pod);
             assert_eq!(said(&world), wanted);
         }
-        assert_eq!(actions(&world).len(), 1);
+        assert_eq!(world.plan().actions.len(), 1);
     }
 
     #[test]
@@ -223,13 +188,12 @@ mod tests {
         let mut world = world("true");
         world.sandboxes[0].suspended = true;
         world.containers[0].state = ContainerState::Exited;
-        let planned = plan_pod(&world.view());
+        let planned = world.plan();
         assert_eq!(planned.actions, []);
         // A pause has to wait until it goes on.
         world.containers[0].state = ContainerState::Running;
-        let annotations = world.pod.metadata.annotations.get_or_insert_default();
-        annotations.insert("hypernetes.io/paused".into(), "true".into());
-        assert_eq!(actions(&world), []);
+        let world = world.annotate(PAUSED_ANNOTATION, "true");
+        assert_eq!(world.plan().actions, []);
     }
 
     #[test]
@@ -237,7 +201,7 @@ mod tests {
         let mut world = world("true");
         world.sandboxes[0].suspended = true;
         world.containers.clear();
-        let planned = plan_pod(&world.view());
+        let planned = world.plan();
         assert_eq!(planned.actions, []);
     }
 
@@ -246,9 +210,12 @@ mod tests {
         let mut world = world("true");
         world.sandboxes[0].suspended = true;
         world.gone = true;
-        assert!(matches!(actions(&world)[..], [Action::RemoveSandboxes]));
+        assert!(matches!(
+            world.plan().actions[..],
+            [Action::RemoveSandboxes]
+        ));
         world.gone = false;
         world.memory.failed = Some(("DeadlineExceeded".into(), String::new()));
-        assert!(matches!(actions(&world)[..], [Action::StopSandbox(_)]));
+        assert!(matches!(world.plan().actions[..], [Action::StopSandbox(_)]));
     }
 }

@@ -14,8 +14,11 @@
 //! A value that is not a number, or not `true`, is as if it were not there.
 
 use hypernetes_types::kinds::{CLONE_ANNOTATION, PAUSED_ANNOTATION, SUSPENDED_ANNOTATION};
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 
+/// How long after a failure it is tried again.
+const RETRY: SignedDuration = SignedDuration::from_secs(10);
 const MAX_RESTARTS: &str = "hypernetes.io/max-restarts";
 const TIMING: &str = "hypernetes.io/timing";
 const STOP_GRACE: &str = "hypernetes.io/stop-grace-seconds";
@@ -54,6 +57,32 @@ pub(crate) fn is_suspended(pod: &Pod) -> bool {
 pub(crate) fn clone_of(pod: &Pod) -> Option<&str> {
     let annotations = pod.metadata.annotations.as_ref()?;
     annotations.get(CLONE_ANNOTATION).map(String::as_str)
+}
+
+/// What a pod's annotation asks for, or no longer asks for, and did not come about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Unfulfilled {
+    /// What was wanted.
+    pub(crate) wanted: bool,
+    pub(crate) message: String,
+    pub(crate) since: Timestamp,
+}
+
+impl Unfulfilled {
+    pub(crate) fn new(wanted: bool, message: String) -> Self {
+        let since = Timestamp::now();
+        Self {
+            wanted,
+            message,
+            since,
+        }
+    }
+
+    /// When it is tried again, unless it is time.
+    pub(crate) fn waits_until(&self, now: Timestamp) -> Option<Timestamp> {
+        let again = self.since.checked_add(RETRY).unwrap_or(now);
+        (again > now).then_some(again)
+    }
 }
 
 fn is_true(pod: &Pod, key: &str) -> bool {

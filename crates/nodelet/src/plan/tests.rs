@@ -47,6 +47,19 @@ impl World {
         }
     }
 
+    /// One container, which runs.
+    pub(crate) fn running() -> Self {
+        Self::new(json!({}))
+            .sandbox(SandboxState::Ready, None)
+            .container("c", ContainerState::Running, None)
+    }
+
+    pub(crate) fn annotate(mut self, key: &str, value: &str) -> Self {
+        let annotations = self.pod.metadata.annotations.get_or_insert_default();
+        annotations.insert(key.into(), value.into());
+        self
+    }
+
     /// Adds a sandbox; a ready one has its volumes.
     pub(crate) fn sandbox(mut self, state: SandboxState, failure: Option<&str>) -> Self {
         let attempt = u32::try_from(self.sandboxes.len()).unwrap();
