@@ -1,10 +1,11 @@
 use hypernetes_runtime::{
-    ContainerConfig, DnsConfig, Failure, ResourceConfig, SandboxConfig, SandboxMetadata,
-    SecurityConfig,
+    ContainerConfig, ContainerStatus, DnsConfig, Failure, ResourceConfig, SandboxConfig,
+    SandboxMetadata, SecurityConfig,
 };
 use serde_json::{Value, json};
 
 use super::*;
+use crate::prober::ProbeKind;
 
 pub(crate) const NOW: i64 = 1_800_000_000;
 
