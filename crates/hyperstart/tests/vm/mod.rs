@@ -196,7 +196,7 @@ impl Vm {
                 "-accel",
                 "tcg,tb-size=32",
                 "-cpu",
-                "max,-cx16",
+                "max,-cx16,-erms,-fsrm",
             ])
             .arg("-kernel")
             .arg(kernel().unwrap())

@@ -158,7 +158,9 @@ impl MachineArgs {
             // it is full, all of it is lost and made again, which takes as long as the first time.
             // cx16: QEMU 7.2 gets the flags of cmpxchg16b wrong when an interrupt follows; the
             // kernel's allocator then crashes at random.
-            Accelerator::Tcg => ("tcg,tb-size=64", "max,-cx16"),
+            // erms, fsrm: kernel and C library would copy and clear memory by `rep movsb`, which is emulated a
+            // byte at a time; without them they take eight bytes, or a vector.
+            Accelerator::Tcg => ("tcg,tb-size=64", "max,-cx16,-erms,-fsrm"),
         };
         let memory = self.memory.arg(self.memory_mib);
         let mut args = strings(["-M", &machine, "-accel", accelerator, "-cpu", cpu]);
@@ -229,6 +231,9 @@ impl Boot {
             // On a loaded host the check that the timer's interrupt arrives comes too late, and the
             // kernel panics: "IO-APIC + timer doesn't work".
             line.push_str(" no_timer_check");
+            // What the kernel does against speculation is written for a processor: translated, a
+            // retpoline is an indirect jump like any other, and only slower.
+            line.push_str(" mitigations=off");
             if let Some(khz) = self.tsc_khz {
                 // Calibration against the emulated PIT fails on a loaded host, and the guest crawls.
                 line.push_str(&format!(" tsc_early_khz={khz} tsc=reliable"));
@@ -461,7 +466,7 @@ mod tests {
         -accel
         tcg,tb-size=64
         -cpu
-        max,-cx16
+        max,-cx16,-erms,-fsrm
         -smp
         2
         -m
@@ -475,7 +480,7 @@ mod tests {
         -initrd
         /proc/self/fd/5
         -append
-        console=ttyS0 quiet panic=-1 reboot=t no_timer_check tsc_early_khz=2600000 tsc=reliable x=1
+        console=ttyS0 quiet panic=-1 reboot=t no_timer_check mitigations=off tsc_early_khz=2600000 tsc=reliable x=1
         -chardev
         socket,id=qmp,fd=7,server=on,wait=off
         -mon
