@@ -8,19 +8,15 @@
     reason = "helpers of a test fail by panic and report by print"
 )]
 
-use std::{
-    io::Write as _,
-    path::Path,
-    process::Stdio,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+mod tenant;
+
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use hypernetes_testkit::{
-    Daemon, DaemonOptions, Registry, can_run_pods, eventually, must_pass_as_tenant, run, stdout,
+    Daemon, DaemonOptions, Registry, can_run_pods, eventually, must_pass_as_tenant, run,
 };
 use serde_json::{Value, json};
-
-const PATIENCE: Duration = Duration::from_secs(120);
+use tenant::{PATIENCE, Tenant};
 
 #[test]
 fn containers_are_cloned_by_hyper() {
@@ -29,87 +25,9 @@ fn containers_are_cloned_by_hyper() {
     }
 }
 
-/// One tenant's view of a daemon.
-struct Tenant<'a> {
-    daemon: &'a Daemon,
-    kubeconfig: &'a Path,
-}
-
-impl Tenant<'_> {
-    fn get(&self, args: &[&str]) -> String {
-        stdout(&mut self.daemon.kubectl_as(self.kubeconfig, args))
-    }
-
-    fn create(&self, object: &Value) {
-        let mut command = self
-            .daemon
-            .kubectl_as(self.kubeconfig, &["create", "-f", "-"]);
-        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
-        let mut stdin = child.stdin.take().unwrap();
-        stdin.write_all(object.to_string().as_bytes()).unwrap();
-        drop(stdin);
-        assert!(child.wait().unwrap().success());
-    }
-
-    fn pod(&self, name: &str) -> Value {
-        serde_json::from_str(&self.get(&["get", "pod", name, "-o", "json"])).unwrap()
-    }
-
-    /// A clone, by what the API has of its source.
-    fn clone_pod(&self, source: &str, name: &str, change: impl Fn(&mut Value)) {
-        let mut spec = self.pod(source)["spec"].clone();
-        spec.as_object_mut().unwrap().remove("nodeName");
-        change(&mut spec);
-        self.create(&json!({
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name, "annotations": {"hypernetes.io/clone-of": source}},
-            "spec": spec,
-        }));
-    }
-
-    fn ready(&self, name: &str) {
-        let pod = format!("pod/{name}");
-        self.get(&["wait", "--for=condition=Ready", &pod, "--timeout=240s"]);
-    }
-
-    fn exec(&self, pod: &str, program: &str) -> String {
-        self.get(&["exec", pod, "--", "sh", "-c", program])
-    }
-
-    fn log(&self, pod: &str) -> Vec<u64> {
-        let text = self.get(&["logs", pod]);
-        text.lines().map(|line| line.parse().unwrap()).collect()
-    }
-
-    /// Numbers, each once, and ever more of them.
-    fn counts(&self, pod: &str) -> u64 {
-        let before = self.log(pod).len();
-        eventually("it counts on", PATIENCE, || {
-            let now = self.log(pod).len();
-            (now > before + 5)
-                .then_some(())
-                .ok_or(format!("{now} after {before}"))
-        });
-        let all = self.log(pod);
-        let expected: Vec<u64> = (all[0]..).take(all.len()).collect();
-        assert_eq!(
-            all, expected,
-            "no number of {pod} is missing and none comes twice"
-        );
-        all[0]
-    }
-
-    fn waiting(&self, pod: &str) -> Value {
-        eventually("why it waits", PATIENCE, || {
-            let now = self.pod(pod);
-            let waiting = &now["status"]["containerStatuses"][0]["state"]["waiting"];
-            match waiting["reason"] == "CloneError" {
-                true => Ok(waiting["message"].clone()),
-                false => Err(now["status"].to_string()),
-            }
-        })
-    }
+fn clone_pod(tenant: &Tenant<'_>, source: &str, name: &str, change: impl Fn(&mut Value)) {
+    let spec = tenant.pod(source)["spec"].clone();
+    tenant.clone_of(("hypernetes.io/clone-of", source), spec, name, change);
 }
 
 #[test]
@@ -146,7 +64,7 @@ fn a_clone_has_an_identity_of_its_own_and_its_source_is_unharmed() {
         tenant.ready("web");
         before = tenant.pod("web")["status"].clone();
         // What does not fit is said by name, and the source is not touched.
-        tenant.clone_pod("web", "other", |spec| {
+        clone_pod(&tenant, "web", "other", |spec| {
             spec["containers"][0]["command"][2] = json!("id");
         });
         let said = tenant.waiting("other");
@@ -155,7 +73,7 @@ fn a_clone_has_an_identity_of_its_own_and_its_source_is_unharmed() {
             "spec.containers[0].command[2]: must be as in pod web, which is cloned"
         );
         tenant.get(&["delete", "pod", "other", "--timeout=60s"]);
-        tenant.clone_pod("web", "copy", |_| {});
+        clone_pod(&tenant, "web", "copy", |_| {});
         tenant.ready("copy");
         first = tenant.counts("copy");
         assert!(first > 1, "it did not begin anew");
@@ -272,7 +190,7 @@ fn a_daemon_that_is_killed_during_a_clone_makes_it_again() {
             kubeconfig: &acme,
         };
         tenant.ready("web");
-        tenant.clone_pod("web", "copy", |_| {});
+        clone_pod(&tenant, "web", "copy", |_| {});
         let copying = || {
             let files = daemon.pod_files();
             let begun = files

@@ -69,6 +69,10 @@ pub fn usage(kind: &ResourceKind, object: &Value) -> Amounts {
     let mut out = Amounts::new();
     let one = Quantity::from_units(1);
     out.insert(format!("count/{}", kind.qualified_resource()), one);
+    if is_snapshots(kind) {
+        let size = quantity(&object["spec"]["sizeLimit"]);
+        out.insert("requests.storage".into(), size.unwrap_or_default());
+    }
     if !kind.group.is_empty() {
         return out;
     }
@@ -112,6 +116,10 @@ pub fn usage(kind: &ResourceKind, object: &Value) -> Amounts {
         _ => {}
     }
     out
+}
+
+fn is_snapshots(kind: &ResourceKind) -> bool {
+    kind.group == hypernetes_types::kinds::GROUP && kind.plural == "podsnapshots"
 }
 
 /// What a claim counts: what it asks for, and no less than what it has. One that asked for more in
@@ -236,7 +244,7 @@ fn in_scope(pod: &Value, scope: &str, operator: &str, values: &Value) -> bool {
 pub fn bounds_kind(hard: &Amounts, kind: &ResourceKind) -> bool {
     let count = format!("count/{}", kind.qualified_resource());
     hard.keys().any(|name| {
-        if *name == count {
+        if *name == count || is_snapshots(kind) && name == "requests.storage" {
             return true;
         }
         if !kind.group.is_empty() || name.starts_with("count/") {
@@ -315,6 +323,21 @@ mod tests {
 
     fn container(cpu: &str) -> Value {
         json!({"name": "c", "resources": {"requests": {"cpu": cpu}}})
+    }
+
+    #[test]
+    fn a_snapshot_counts_as_storage() {
+        let snapshots = crate::kinds::by_kind("hypernetes.io", "v1alpha1", "PodSnapshot").unwrap();
+        let snapshot = json!({"spec": {"podName": "a", "sizeLimit": "1Gi"}});
+        assert_eq!(
+            text(&usage(snapshots, &snapshot)),
+            "count/podsnapshots.hypernetes.io=1,requests.storage=1073741824"
+        );
+        for name in ["requests.storage", "count/podsnapshots.hypernetes.io"] {
+            let hard = amounts(&json!({name: "1"}));
+            assert!(bounds_kind(&hard, snapshots), "{name}");
+        }
+        assert!(!bounds_kind(&amounts(&json!({"pods": "1"})), snapshots));
     }
 
     #[test]

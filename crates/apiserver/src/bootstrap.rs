@@ -273,6 +273,11 @@ fn tenant_rules(role: TenantRole) -> Value {
         rule("events.k8s.io", &["events"], &READ),
         rule("coordination.k8s.io", &["leases"], &READ),
         rule("hypernetes.io", &["networks", "networks/status"], &READ),
+        rule(
+            "hypernetes.io",
+            &["podsnapshots", "podsnapshots/status"],
+            &READ,
+        ),
         rule(IMAGES, &["images"], &READ),
         rule(IMAGES, &["images/config"], &["get"]),
     ];
@@ -318,6 +323,7 @@ fn tenant_rules(role: TenantRole) -> Value {
             rule("autoscaling", &only_objects(&AUTOSCALERS), &WRITE),
             rule("policy", &only_objects(&BUDGETS), &WRITE),
             rule("coordination.k8s.io", &["leases"], &WRITE),
+            rule("hypernetes.io", &["podsnapshots"], &WRITE),
         ]);
     }
     if role >= TenantRole::Admin {

@@ -496,8 +496,14 @@ async fn a_clone_takes_the_right_to_look_into_its_source() {
     let cluster = two_tenants().await;
     let admin = cluster.admin();
     let rbac = "/apis/rbac.authorization.k8s.io/v1/namespaces/globex";
-    for (name, resource) in [("maker", "pods"), ("looker", "pods/exec")] {
-        let rules = json!([{"apiGroups": [""], "resources": [resource], "verbs": ["create"]}]);
+    let own = "hypernetes.io";
+    for (name, group, resource) in [
+        ("maker", "", "pods"),
+        ("looker", "", "pods/exec"),
+        ("keeper", own, "podsnapshots"),
+    ] {
+        let rules =
+            json!([{"apiGroups": [group], "resources": [resource], "verbs": ["create", "get"]}]);
         let role = json!({"metadata": {"name": name}, "rules": rules});
         admin
             .create(&format!("{rbac}/roles"), &role)
@@ -523,7 +529,30 @@ async fn a_clone_takes_the_right_to_look_into_its_source() {
     let refused = user.create(path, &clone("one")).await;
     assert_eq!(refused.code, 403, "{}", refused.text);
     assert!(refused.text.contains("pods/exec"), "{}", refused.text);
+    // Nor by way of a snapshot.
+    let snapshots = "/apis/hypernetes.io/v1alpha1/namespaces/globex/podsnapshots";
+    let snapshot = |name: &str| json!({"metadata": {"name": name}, "spec": {"podName": "there"}});
+    let of_snapshot = |name: &str, snapshot: &str| {
+        let mut clone = pod(name);
+        clone["metadata"]["annotations"] = json!({"hypernetes.io/clone-of-snapshot": snapshot});
+        clone
+    };
+    admin.create(snapshots, &snapshot("s")).await.expect(201);
+    bind("keeper").await;
+    for refused in [
+        user.create(path, &of_snapshot("two", "s")).await,
+        user.create(snapshots, &snapshot("mine")).await,
+    ] {
+        assert_eq!(refused.code, 403, "{}", refused.text);
+        assert!(refused.text.contains("pods/exec"), "{}", refused.text);
+    }
     bind("looker").await;
+    user.create(snapshots, &snapshot("mine")).await.expect(201);
+    user.create(path, &of_snapshot("two", "mine"))
+        .await
+        .expect(201);
+    let missing = user.create(path, &of_snapshot("three", "absent")).await;
+    assert_eq!(missing.code, 404, "{}", missing.text);
     user.create(path, &clone("one")).await.expect(201);
     // Not even for one who may: the controllers may everything, for whoever wrote the template.
     let mut owned = clone("two");

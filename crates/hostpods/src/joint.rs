@@ -5,11 +5,12 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use hypernetes_image::{Credentials, Image, ImageError};
 use hypernetes_runtime::{
-    CloneConfig, Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage,
-    ExecConfig, HostDevice, NodeFigures, PodRuntime, PullProgress, RuntimeError, RuntimeEvent,
-    SandboxConfig, SandboxStats, SandboxStatus, SandboxUpdate, Session, Timing, VolumeConfig,
+    CloneConfig, CloneSource, Connection, ContainerConfig, ContainerStatus, ContainerUpdate,
+    DiskUsage, ExecConfig, HostDevice, NodeFigures, PodRuntime, PullProgress, RuntimeError,
+    RuntimeEvent, SandboxConfig, SandboxStats, SandboxStatus, SandboxUpdate, Session,
+    SnapshotConfig, SnapshotStatus, Timing, VolumeConfig,
 };
-use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId, SnapshotId};
 use hypernetes_vmm::HostShare;
 use tokio::sync::broadcast::{self, error::RecvError};
 
@@ -97,8 +98,24 @@ impl PodRuntime for JointRuntime {
         config: SandboxConfig,
         clone: CloneConfig,
     ) -> Result<SandboxId, RuntimeError> {
-        let of = self.of_sandbox(&clone.source);
+        let of = match &clone.source {
+            CloneSource::Sandbox(id) => self.of_sandbox(id),
+            CloneSource::Snapshot(_) => self.vms.as_ref(),
+        };
         of.clone_sandbox(config, clone).await
+    }
+
+    async fn take_snapshot(&self, config: SnapshotConfig) -> Result<SnapshotStatus, RuntimeError> {
+        let of = self.of_sandbox(&config.source);
+        of.take_snapshot(config).await
+    }
+
+    async fn list_snapshots(&self) -> Vec<SnapshotStatus> {
+        self.vms.list_snapshots().await
+    }
+
+    async fn remove_snapshot(&self, id: &SnapshotId) -> Result<(), RuntimeError> {
+        self.vms.remove_snapshot(id).await
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {

@@ -10,9 +10,10 @@ use clap_complete::{
 
 use crate::{
     cli::{Cli, Shell},
-    cluster::Target,
+    cluster::{Cluster, Target},
     error::{Failure, Result},
     terminal,
+    verbs::snapshot,
 };
 
 /// How long a shell waits for names.
@@ -20,6 +21,28 @@ const LIMIT: Duration = Duration::from_secs(2);
 
 /// Names of the namespace's containers, as completions. None if the cluster cannot be asked.
 pub(crate) fn containers() -> Vec<CompletionCandidate> {
+    candidates(async |cluster| {
+        let containers = cluster.containers().await?.into_iter();
+        let now = jiff::Timestamp::now();
+        let named = containers.map(|container| {
+            let help = format!("{} {}", container.image(), container.status_text(now));
+            CompletionCandidate::new(container.name).help(Some(help.into()))
+        });
+        Ok(named.collect())
+    })
+}
+
+/// Names of the namespace's snapshots, as completions. None if the cluster cannot be asked.
+pub(crate) fn snapshots() -> Vec<CompletionCandidate> {
+    candidates(async |cluster| {
+        let names = snapshot::names(cluster).await?.into_iter();
+        Ok(names.map(CompletionCandidate::new).collect())
+    })
+}
+
+fn candidates(
+    ask: impl AsyncFnOnce(&Cluster) -> Result<Vec<CompletionCandidate>>,
+) -> Vec<CompletionCandidate> {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -31,19 +54,7 @@ pub(crate) fn containers() -> Vec<CompletionCandidate> {
         context: std::env::var("HYPER_CONTEXT").ok(),
         namespace: std::env::var("HYPER_NAMESPACE").ok(),
     };
-    let names = async {
-        let containers = target.connect().await?.containers().await?;
-        let now = jiff::Timestamp::now();
-        Ok::<_, Failure>(
-            containers
-                .into_iter()
-                .map(|container| {
-                    let help = format!("{} {}", container.image(), container.status_text(now));
-                    CompletionCandidate::new(container.name).help(Some(help.into()))
-                })
-                .collect(),
-        )
-    };
+    let names = async { ask(&target.connect().await?).await };
     runtime
         .block_on(async { tokio::time::timeout(LIMIT, names).await })
         .ok()

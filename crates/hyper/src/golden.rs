@@ -15,6 +15,7 @@ const FILES: &[&str] = &[
     "../../tests/scenarios/pause.txt",
     "../../tests/scenarios/suspend.txt",
     "../../tests/scenarios/clone.txt",
+    "../../tests/scenarios/snapshot.txt",
 ];
 
 /// Verbs that only say that they are refused: their arguments are not looked at.

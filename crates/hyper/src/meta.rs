@@ -40,6 +40,8 @@ pub(crate) const SUSPENDED: &str = "hypernetes.io/suspended";
 pub(crate) const SUSPENDED_CONDITION: &str = "hypernetes.io/Suspended";
 /// Annotation that the node honours: the pod that this one goes on from.
 pub(crate) const CLONE_OF: &str = "hypernetes.io/clone-of";
+/// The snapshot that a pod goes on from.
+pub(crate) const CLONE_OF_SNAPSHOT: &str = "hypernetes.io/clone-of-snapshot";
 /// Annotation that the node honours: kernel of the pod.
 pub(crate) const KERNEL: &str = "hypernetes.io/kernel";
 /// Annotation that the node honours: network of the pod.

@@ -286,10 +286,10 @@ fn each_flag_of_hyper_is_dockers_or_known_to_be_its_own() {
         ) {
             continue;
         }
-        // docker's compose is a plug-in; completion and manual pages are docker's in another form.
+        // docker's compose is a plug-in, snapshots are of microVMs' memory; completion and manual pages are docker's in another form.
         if matches!(
             canonical.split(' ').next(),
-            Some("compose" | "up" | "down" | "completion" | "man")
+            Some("compose" | "up" | "down" | "completion" | "man" | "snapshot")
         ) {
             continue;
         }

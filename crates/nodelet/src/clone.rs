@@ -1,11 +1,12 @@
-//! A pod that goes on from another one of its namespace, as its annotation `hypernetes.io/clone-of` says.
+//! A pod that goes on from another one of its namespace, as its annotation `hypernetes.io/clone-of` says, or from
+//! a snapshot, as `hypernetes.io/clone-of-snapshot` says.
 //!
 //! Only its first VM does: once that has ended, the pod starts as any. What it asks for must be what the source
 //! asked for, because the processes that it goes on with are the source's.
 
 use hypernetes_runtime::{
-    CloneConfig, ContainerConfig, ContainerState, ContainerStatus, SandboxConfig, SandboxState,
-    VolumeConfig,
+    CloneConfig, CloneSource, ContainerConfig, ContainerState, ContainerStatus, SandboxConfig,
+    SandboxState, VolumeConfig,
 };
 use hypernetes_telemetry::chain;
 use hypernetes_types::SandboxId;
@@ -18,6 +19,7 @@ use crate::{
     plan::{Plan, View, Waiting},
     roles,
     steps::Node,
+    wishes::CloneOf,
 };
 
 /// Fields of a pod's spec that its processes were made by.
@@ -55,23 +57,30 @@ pub(crate) fn tell(view: &View<'_>, plan: &mut Plan) {
 }
 
 impl Node {
-    /// Has the pod's VM go on from that of another pod, with the pod's own files in its volumes.
+    /// Has the pod's VM go on from that of another pod or of a snapshot, with the pod's own files in its volumes.
     pub(crate) async fn clone_sandbox(
         &self,
         pod: &Pod,
-        source: &str,
+        of: CloneOf<'_>,
         config: SandboxConfig,
         volumes: &[VolumeConfig],
     ) -> Result<SandboxId, String> {
-        let (source_id, containers) = self.source(pod, source).await?;
+        let (source, containers) = match of {
+            CloneOf::Pod(name) => self.source(pod, name).await?,
+            CloneOf::Snapshot(name) => {
+                let kept = self.snapshot(pod, name).await?;
+                let containers = configs(pod, kept.containers.iter());
+                (CloneSource::Snapshot(kept.id), containers)
+            }
+        };
         let clone = CloneConfig {
-            source: source_id,
+            source,
             containers,
             volumes: volumes.to_vec(),
         };
         let cloned = self.runtime.clone_sandbox(config, clone).await;
         let sandbox = cloned.map_err(|error| chain(&error).to_string())?;
-        let said = format!("Cloned the virtual machine of pod {source}");
+        let said = format!("Cloned the virtual machine of {of}");
         self.events.pod(pod, None, Level::Normal, "Cloned", said);
         Ok(sandbox)
     }
@@ -81,48 +90,63 @@ impl Node {
         &self,
         pod: &Pod,
         name: &str,
-    ) -> Result<(SandboxId, Vec<ContainerConfig>), String> {
+    ) -> Result<(CloneSource, Vec<ContainerConfig>), String> {
         let namespace = pod.metadata.namespace.clone().unwrap_or_default();
         let pods = Api::<Pod>::namespaced(self.client.clone(), &namespace);
         let found = pods.get_opt(name).await;
         let found = found.map_err(|error| format!("cannot read pod {name}: {}", chain(&error)))?;
         let source = found.ok_or_else(|| format!("pods \"{name}\" not found"))?;
         check(pod, &source)?;
+        let (sandbox, records) = self.running(&source).await?;
+        let records = records.iter().filter(|it| it.sandbox == sandbox);
+        let configs = configs(pod, records.filter(was_started).map(|it| &it.config));
+        Ok((CloneSource::Sandbox(sandbox), configs))
+    }
+
+    /// The VM of a pod, if it is on this node, and the containers that it has had.
+    pub(crate) async fn running(
+        &self,
+        source: &Pod,
+    ) -> Result<(SandboxId, Vec<ContainerStatus>), String> {
         let uid = source.metadata.uid.clone().unwrap_or_default();
         let (sandboxes, records) = self.records(&uid).await;
         let sandbox = sandboxes
             .last()
-            .filter(|sandbox| sandbox.state == SandboxState::Ready)
-            .ok_or_else(|| format!("pod {name} has no virtual machine that runs on this node"))?;
-        Ok((sandbox.id.clone(), configs(pod, &sandbox.id, &records)))
+            .filter(|sandbox| sandbox.state == SandboxState::Ready);
+        let sandbox = sandbox.ok_or_else(|| {
+            let name = source.metadata.name.as_deref().unwrap_or_default();
+            format!("pod {name} has no virtual machine that runs on this node")
+        })?;
+        Ok((sandbox.id.clone(), records))
     }
 }
 
+fn was_started(record: &&ContainerStatus) -> bool {
+    matches!(
+        record.state,
+        ContainerState::Running | ContainerState::Unknown | ContainerState::Exited
+    )
+}
+
 /// The newest container of each name, as the first of the new pod's.
-fn configs(pod: &Pod, sandbox: &SandboxId, records: &[ContainerStatus]) -> Vec<ContainerConfig> {
-    let mut newest: Vec<&ContainerStatus> = Vec::new();
-    for record in records.iter().filter(|record| record.sandbox == *sandbox) {
-        let name = &record.config.name;
-        let known = roles::find(pod, name).is_some();
-        let started = matches!(
-            record.state,
-            ContainerState::Running | ContainerState::Unknown | ContainerState::Exited
-        );
-        if !known || !started {
-            continue;
-        }
-        match newest.iter_mut().find(|other| other.config.name == *name) {
-            Some(other) if other.config.attempt < record.config.attempt => *other = record,
+fn configs<'a>(
+    pod: &Pod,
+    of_source: impl Iterator<Item = &'a ContainerConfig>,
+) -> Vec<ContainerConfig> {
+    let mut newest: Vec<&ContainerConfig> = Vec::new();
+    for config in of_source.filter(|it| roles::find(pod, &it.name).is_some()) {
+        match newest.iter_mut().find(|other| other.name == config.name) {
+            Some(other) if other.attempt < config.attempt => *other = config,
             Some(_) => {}
-            None => newest.push(record),
+            None => newest.push(config),
         }
     }
     newest
         .into_iter()
-        .map(|record| ContainerConfig {
+        .map(|config| ContainerConfig {
             attempt: 0,
-            log_path: std::path::Path::new(&record.config.name).join("0.log"),
-            ..record.config.clone()
+            log_path: std::path::Path::new(&config.name).join("0.log"),
+            ..config.clone()
         })
         .collect()
 }
@@ -136,22 +160,27 @@ fn check(pod: &Pod, source: &Pod) -> Result<(), String> {
     if source.metadata.deletion_timestamp.is_some() {
         return Err(format!("pod {name} is being deleted"));
     }
-    let (Some(wanted), Some(spec)) = (&pod.spec, &source.spec) else {
-        return Err(format!("pod {name} has no spec"));
-    };
-    let (wanted, spec) = (value(wanted), value(spec));
+    let spec = source.spec.as_ref().map(value);
+    let spec = spec.ok_or_else(|| format!("pod {name} has no spec"))?;
+    check_same(pod, CloneOf::Pod(name), &spec)?;
+    match only_once(&spec) {
+        Some(path) => Err(format!("{path}: cannot be cloned with pod {name}")),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a pod whose processes would be others than it asks for.
+pub(crate) fn check_same(pod: &Pod, of: CloneOf<'_>, spec: &Value) -> Result<(), String> {
+    let wanted = pod.spec.as_ref().map(value).unwrap_or_default();
     for field in SAME {
         if let Some(path) = difference(&format!("spec.{field}"), &wanted[field], &spec[field]) {
-            return Err(format!("{path}: must be as in pod {name}, which is cloned"));
+            return Err(format!("{path}: must be as in {of}, which is cloned"));
         }
-    }
-    if let Some(path) = only_once(&spec) {
-        return Err(format!("{path}: cannot be cloned with pod {name}"));
     }
     Ok(())
 }
 
-fn value(spec: &PodSpec) -> Value {
+pub(crate) fn value(spec: &PodSpec) -> Value {
     serde_json::to_value(spec).unwrap_or_default()
 }
 
@@ -177,7 +206,7 @@ fn difference(path: &str, one: &Value, other: &Value) -> Option<String> {
 }
 
 /// The path of the first thing that only one pod can have.
-fn only_once(spec: &Value) -> Option<String> {
+pub(crate) fn only_once(spec: &Value) -> Option<String> {
     let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
     for (index, volume) in list(&spec["volumes"]).iter().enumerate() {
         if let Some(kind) = SHARED.iter().find(|kind| !volume[**kind].is_null()) {

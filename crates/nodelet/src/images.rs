@@ -385,6 +385,10 @@ async fn sweep(
             in_use.extend(mount.image.parse::<Digest>());
         }
     }
+    for snapshot in runtime.list_snapshots().await {
+        let ids = snapshot.image_ids.iter();
+        in_use.extend(ids.flat_map(|id| id.parse::<Digest>()));
+    }
     let (gone, waiting) = quiet
         .release(named, in_use)
         .await

@@ -34,6 +34,7 @@ mod roles;
 mod sandbox;
 mod scheduler;
 mod services;
+mod snapshots;
 mod sources;
 mod status;
 mod steps;
@@ -262,6 +263,8 @@ impl Nodelet {
         parts.spawn(named("services", Box::pin(tell_services)));
         let keep_alive = node::keep_alive(self.client, self.config, capacity, since, stop.clone());
         parts.spawn(named("heartbeat", Box::pin(keep_alive)));
+        let snapshots = snapshots::run(node.clone(), stop.clone());
+        parts.spawn(named("keeper of snapshots", Box::pin(snapshots)));
         let grow = claims::grow(node.clone(), stop.clone());
         parts.spawn(named("keeper of volumes", Box::pin(grow)));
         parts.spawn(named(

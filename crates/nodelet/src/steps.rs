@@ -184,7 +184,7 @@ impl Node {
                     volumes: content,
                 },
                 Err(message) => {
-                    let said = format!("Failed to clone pod {source}: {message}");
+                    let said = format!("Failed to clone {source}: {message}");
                     self.events
                         .pod(pod, None, Level::Warning, "FailedClone", said);
                     Outcome::CloneFailed(message)

@@ -9,11 +9,15 @@
 //! | `hypernetes.io/suspended` | with `true` the VM is on the disk instead of in memory, and no container is started |
 //!
 //! And what is read once, when the pod's first VM starts: `hypernetes.io/clone-of` names the pod of the same
-//! namespace that it goes on from.
+//! namespace that it goes on from, `hypernetes.io/clone-of-snapshot` the PodSnapshot.
 //!
 //! A value that is not a number, or not `true`, is as if it were not there.
 
-use hypernetes_types::kinds::{CLONE_ANNOTATION, PAUSED_ANNOTATION, SUSPENDED_ANNOTATION};
+use std::fmt;
+
+use hypernetes_types::kinds::{
+    CLONE_ANNOTATION, CLONE_SNAPSHOT_ANNOTATION, PAUSED_ANNOTATION, SUSPENDED_ANNOTATION,
+};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 
@@ -53,10 +57,30 @@ pub(crate) fn is_suspended(pod: &Pod) -> bool {
     is_true(pod, SUSPENDED_ANNOTATION)
 }
 
-/// The pod that this one is a clone of.
-pub(crate) fn clone_of(pod: &Pod) -> Option<&str> {
+/// What a pod goes on from, by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CloneOf<'a> {
+    Pod(&'a str),
+    Snapshot(&'a str),
+}
+
+impl fmt::Display for CloneOf<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod(name) => write!(f, "pod {name}"),
+            Self::Snapshot(name) => write!(f, "snapshot {name}"),
+        }
+    }
+}
+
+/// What this pod is a clone of.
+pub(crate) fn clone_of(pod: &Pod) -> Option<CloneOf<'_>> {
     let annotations = pod.metadata.annotations.as_ref()?;
-    annotations.get(CLONE_ANNOTATION).map(String::as_str)
+    let pod = annotations.get(CLONE_ANNOTATION).map(|it| CloneOf::Pod(it));
+    pod.or_else(|| {
+        let snapshot = annotations.get(CLONE_SNAPSHOT_ANNOTATION)?;
+        Some(CloneOf::Snapshot(snapshot))
+    })
 }
 
 /// What a pod's annotation asks for, or no longer asks for, and did not come about.

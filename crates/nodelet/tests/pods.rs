@@ -17,6 +17,8 @@ mod ends;
 mod kubelet;
 #[path = "pods/placement.rs"]
 mod placement;
+#[path = "pods/snapshot.rs"]
+mod snapshot;
 
 use std::{path::Path, sync::Arc, time::Duration};
 

@@ -1,8 +1,8 @@
 //! Labels, annotations and finalizers that are the project's own, and the labels of namespaces.
 
 use hypernetes_types::kinds::{
-    CLONE_ANNOTATION, GROUP, KERNEL_ANNOTATION, NETWORK_LABEL, PAUSED_ANNOTATION,
-    SUSPENDED_ANNOTATION, TENANT_LABEL,
+    CLONE_ANNOTATION, CLONE_SNAPSHOT_ANNOTATION, GROUP, KERNEL_ANNOTATION, NETWORK_LABEL,
+    PAUSED_ANNOTATION, SUSPENDED_ANNOTATION, TENANT_LABEL,
 };
 use serde_json::Value;
 
@@ -36,6 +36,14 @@ const WISHES: [&str; 5] = [
     SUSPENDED_ANNOTATION,
 ];
 
+/// Annotations of a pod that the node reads when it starts.
+const FOR_THE_START: [&str; 4] = [
+    KERNEL_ANNOTATION,
+    POD_NETWORK_ANNOTATION,
+    CLONE_ANNOTATION,
+    CLONE_SNAPSHOT_ANNOTATION,
+];
+
 /// A pod is paused or it is not, and it is suspended or it is not.
 pub(crate) fn check_paused(object: &Value, causes: &mut Vec<FieldError>) {
     let annotations = object
@@ -52,25 +60,38 @@ pub(crate) fn check_paused(object: &Value, causes: &mut Vec<FieldError>) {
     }
 }
 
-/// A clone names a pod of its own namespace.
+/// Whether it can be the name of an object: a DNS subdomain.
+fn is_name(name: &str) -> bool {
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+    let plain = |c: char| edge(Some(c)) || matches!(c, '-' | '.');
+    name.len() <= 253
+        && name.chars().all(plain)
+        && name
+            .split('.')
+            .all(|part| edge(part.chars().next()) && edge(part.chars().next_back()))
+}
+
+/// A clone names a pod or a snapshot of its own namespace.
 pub(crate) fn check_clone(object: &Value, causes: &mut Vec<FieldError>) {
     let annotations = object
         .get("metadata")
         .and_then(|meta| meta.get("annotations"));
-    let value = annotations.and_then(|all| all.get(CLONE_ANNOTATION));
-    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
-    let is_name = |name: &str| {
-        let plain = |c: char| edge(Some(c)) || matches!(c, '-' | '.');
-        name.len() <= 253
-            && name.chars().all(plain)
-            && name
-                .split('.')
-                .all(|part| edge(part.chars().next()) && edge(part.chars().next_back()))
-    };
-    if value.is_some_and(|value| !value.as_str().is_some_and(is_name)) {
+    let get = |key: &str| annotations.and_then(|all| all.get(key));
+    for (key, what) in [
+        (CLONE_ANNOTATION, "a pod"),
+        (CLONE_SNAPSHOT_ANNOTATION, "a PodSnapshot"),
+    ] {
+        if get(key).is_some_and(|value| !value.as_str().is_some_and(is_name)) {
+            causes.push(FieldError::new(
+                format!("metadata.annotations[{key}]"),
+                format!("must be the name of {what}: lower case alphanumeric characters, '-' or '.', and an alphanumeric character at start and end"),
+            ));
+        }
+    }
+    if get(CLONE_ANNOTATION).is_some() && get(CLONE_SNAPSHOT_ANNOTATION).is_some() {
         causes.push(FieldError::new(
-            format!("metadata.annotations[{CLONE_ANNOTATION}]"),
-            "must be the name of a pod: lower case alphanumeric characters, '-' or '.', and an alphanumeric character at start and end",
+            format!("metadata.annotations[{CLONE_SNAPSHOT_ANNOTATION}]"),
+            format!("may not be set beside {CLONE_ANNOTATION}: a pod goes on from one of them"),
         ));
     }
 }
@@ -140,7 +161,7 @@ pub(crate) fn check_reserved(
         if pod && WISHES.contains(&key) {
             continue;
         }
-        if pod && [KERNEL_ANNOTATION, POD_NETWORK_ANNOTATION, CLONE_ANNOTATION].contains(&key) {
+        if pod && FOR_THE_START.contains(&key) {
             if request.operation == Operation::Update {
                 causes.push(FieldError::new(
                     format!("metadata.annotations[{key}]"),
@@ -152,7 +173,7 @@ pub(crate) fn check_reserved(
         causes.push(FieldError::new(
             format!("metadata.annotations[{key}]"),
             if pod {
-                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts, stop-grace-seconds, timing, paused, suspended and clone-of"
+                "is not known: a pod may carry hypernetes.io/kernel, network, max-restarts, stop-grace-seconds, timing, paused, suspended, clone-of and clone-of-snapshot"
             } else {
                 "annotations under hypernetes.io/ are set by controllers only"
             },

@@ -325,8 +325,17 @@ fn is_true_or_false(key: &str) {
 }
 
 #[test]
-fn a_clone_names_a_pod_and_stays_its_clone() {
-    let key = "hypernetes.io/clone-of";
+fn a_clone_names_a_pod_or_a_snapshot_and_stays_its_clone() {
+    for key in ["hypernetes.io/clone-of", "hypernetes.io/clone-of-snapshot"] {
+        names_what_it_is_a_clone_of(key);
+    }
+    let meta = json!({"annotations": {"hypernetes.io/clone-of": "a", "hypernetes.io/clone-of-snapshot": "b"}});
+    let both = Case::create("", "Pod", json!({"metadata": meta, "spec": {}}));
+    let field = "metadata.annotations[hypernetes.io/clone-of-snapshot]";
+    assert_eq!(both.by_operator().fields(), [field]);
+}
+
+fn names_what_it_is_a_clone_of(key: &str) {
     let pod = |value: Value| {
         let meta = json!({"annotations": {key: value}});
         Case::create("", "Pod", json!({"metadata": meta, "spec": {}}))

@@ -59,9 +59,9 @@ use crate::{
 /// Requests that may wait for one sandbox.
 const QUEUE: usize = 64;
 
-pub(crate) use clone::ClonePlan;
+pub(crate) use clone::{CloneFrom, ClonePlan};
 pub(crate) use containers::unknown_to_guest;
-pub(crate) use copy::Copied;
+pub(crate) use copy::{Copied, CopyDirectory, CopyPlan, MEMORY, check_same};
 pub(crate) use release::KILLED;
 #[cfg(test)]
 pub(crate) use suspend::GO_ON_ATTEMPTS;
@@ -89,8 +89,8 @@ pub(crate) enum Request {
         reply: Reply<()>,
     },
     SetPaused(ContainerId, bool, Reply<()>),
-    /// Copies the VM for this sandbox, which is to be so.
-    CopyFor(SandboxId, Box<SandboxConfig>, Reply<Copied>),
+    /// Copies the VM for another sandbox or a snapshot.
+    CopyFor(CopyPlan, Reply<Copied>),
     Suspend(Reply<()>),
     Resume(Reply<()>),
     RemoveContainer(ContainerId, Reply<()>),
@@ -400,9 +400,9 @@ impl Actor {
             Request::SetPaused(id, paused, reply) => {
                 drop(reply.send(self.set_paused(&id, paused).await));
             }
-            Request::CopyFor(target, wanted, reply) => {
-                // What a clone that has gone does not take goes with the answer.
-                drop(reply.send(Box::pin(self.copy_for(&target, &wanted)).await));
+            Request::CopyFor(plan, reply) => {
+                // What nobody takes, because whoever asked has gone, goes with the answer.
+                drop(reply.send(Box::pin(self.copy_for(&plan)).await));
             }
             Request::Suspend(reply) => drop(reply.send(Box::pin(self.suspend()).await)),
             Request::Resume(reply) => drop(reply.send(Box::pin(self.resume()).await)),
@@ -544,13 +544,13 @@ pub(crate) fn not_found(kind: &'static str, id: impl std::fmt::Display) -> Runti
     }
 }
 
-/// Refuses a sandbox that cannot be cloned, or not now.
-pub(crate) fn check_source(source: &Handle) -> Result<(), RuntimeError> {
+/// Refuses a sandbox that cannot be copied, or not now.
+pub(crate) fn check_source(action: &'static str, source: &Handle) -> Result<(), RuntimeError> {
     let snapshot = source.snapshot.borrow();
     match snapshot.record.phase {
         Phase::Ready | Phase::Suspended if !snapshot.gone => Ok(()),
         phase => Err(RuntimeError::State {
-            action: "clone",
+            action,
             kind: "sandbox",
             id: source.id.to_string(),
             state: format!("{phase:?}").to_lowercase(),

@@ -5,7 +5,9 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 use async_trait::async_trait;
 use bytes::Bytes;
 use hypernetes_network::HostPort;
-use hypernetes_types::{ContainerId, CpuSet, ImageReference, KernelName, NetworkId, SandboxId};
+use hypernetes_types::{
+    ContainerId, CpuSet, ImageReference, KernelName, NetworkId, SandboxId, SnapshotId,
+};
 use hypernetes_vmm::{HostShare, VmExtras};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -717,13 +719,61 @@ pub struct ContainerUpdate {
 /// What a sandbox is that goes on from another one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CloneConfig {
-    /// The sandbox that is copied, of the same namespace and of the same shape.
-    pub source: SandboxId,
+    /// What is copied, of the same namespace and of the same shape.
+    pub source: CloneSource,
     /// The containers of the clone: each goes on from the newest one of its name, if there is one that has
     /// been started. Image, program, mounts and privileges are the source's, whatever stands here.
     pub containers: Vec<ContainerConfig>,
     /// Volumes of files, which are written before anything goes on; others have what the source's have.
     pub volumes: Vec<VolumeConfig>,
+}
+
+/// What a sandbox can go on from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CloneSource {
+    /// A sandbox that is up or suspended.
+    Sandbox(SandboxId),
+    /// A snapshot.
+    Snapshot(SnapshotId),
+}
+
+impl std::fmt::Display for CloneSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sandbox(id) => id.fmt(f),
+            Self::Snapshot(id) => id.fmt(f),
+        }
+    }
+}
+
+/// What a snapshot shall be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotConfig {
+    /// Chosen by whoever asks: asked for again, the same snapshot is meant.
+    pub id: SnapshotId,
+    /// The sandbox that is copied, which is up or suspended.
+    pub source: SandboxId,
+    /// Bytes that it may take on the disk.
+    pub size_limit: u64,
+}
+
+/// A snapshot as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotStatus {
+    /// Which.
+    pub id: SnapshotId,
+    /// Whose copy it is.
+    pub source: SandboxMetadata,
+    /// Whether it is whole; else it is being made or removed, or was when the runtime ended.
+    pub ready: bool,
+    /// Bytes that it takes on the disk; 0 if it is not whole.
+    pub size_bytes: u64,
+    /// When the source stood still for it; 0 if it is not whole.
+    pub taken_unix_nanos: i64,
+    /// Containers that had been started in it.
+    pub containers: Vec<ContainerConfig>,
+    /// Images that it goes on from, by their ids: they must not be removed.
+    pub image_ids: Vec<String>,
 }
 
 /// Progress of an image pull.
@@ -736,8 +786,8 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
     /// sandbox, waiting for one that is still starting. On error nothing is left but a record
     /// that the next start or `remove_sandbox` clears.
     async fn run_sandbox(&self, config: SandboxConfig) -> Result<SandboxId, RuntimeError>;
-    /// As [`PodRuntime::run_sandbox`], but the VM goes on from a copy of another sandbox that is up or suspended, with an
-    /// identity of its own: host name, addresses, clock, entropy, ids of its containers. The source stands
+    /// As [`PodRuntime::run_sandbox`], but the VM goes on from a copy of another sandbox that is up or suspended, or of a
+    /// snapshot, with an identity of its own: host name, addresses, clock, entropy, ids of its containers. A sandbox stands
     /// still while it is copied, its sessions end, and it goes on whatever comes of the clone.
     async fn clone_sandbox(
         &self,
@@ -749,6 +799,24 @@ pub trait PodRuntime: Send + Sync + std::fmt::Debug {
             field: "source".to_owned(),
             rule: format!("{} is no VM and cannot be cloned", clone.source),
         })
+    }
+    /// Keeps a copy of a sandbox, memory and disks, that outlives it and any restart, until it is removed. The sandbox
+    /// stands still while it is copied, its sessions end, and it goes on whatever comes of it. On an error nothing is
+    /// kept. Dropped half-way, what was made goes with the next call for the same id, or with its removal.
+    async fn take_snapshot(&self, config: SnapshotConfig) -> Result<SnapshotStatus, RuntimeError> {
+        Err(RuntimeError::Invalid {
+            field: "source".to_owned(),
+            rule: format!("{} is no VM and has no snapshots", config.source),
+        })
+    }
+    /// All snapshots.
+    async fn list_snapshots(&self) -> Vec<SnapshotStatus> {
+        Vec::new()
+    }
+    /// Removes a snapshot, once no clone copies it any more.
+    async fn remove_snapshot(&self, id: &SnapshotId) -> Result<(), RuntimeError> {
+        let _ = id;
+        Ok(())
     }
     /// Ends all containers, powers the VM off, releases the network. Logs and statuses stay.
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError>;

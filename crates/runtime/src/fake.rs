@@ -16,16 +16,17 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use hypernetes_image::{Credentials, Image, ImageConfig, ImageError};
-use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId, SnapshotId};
 use hypernetes_vmm::HostShare;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 
 use crate::{
-    CloneConfig, Connection, ContainerConfig, ContainerDetail, ContainerState, ContainerStats,
-    ContainerStatus, ContainerUpdate, ContainerUser, DeviceStats, DiskUsage, ExecConfig, Failure,
-    FilesystemUsage, HostDevice, InterfaceStats, NodeFigures, Output, PodRuntime, Pressure,
-    PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState, SandboxStats,
-    SandboxStatus, SandboxUpdate, Session, StartFigures, VolumeConfig,
+    CloneConfig, CloneSource, Connection, ContainerConfig, ContainerDetail, ContainerState,
+    ContainerStats, ContainerStatus, ContainerUpdate, ContainerUser, DeviceStats, DiskUsage,
+    ExecConfig, Failure, FilesystemUsage, HostDevice, InterfaceStats, NodeFigures, Output,
+    PodRuntime, Pressure, PullProgress, RuntimeError, RuntimeEvent, SandboxConfig, SandboxState,
+    SandboxStats, SandboxStatus, SandboxUpdate, Session, SnapshotConfig, SnapshotStatus,
+    StartFigures, VolumeConfig,
     actor::not_found,
     logs::{
         fanout::Fanout,
@@ -49,6 +50,8 @@ pub struct FakeRuntime {
 struct State {
     sandboxes: BTreeMap<SandboxId, FakeSandbox>,
     containers: BTreeMap<ContainerId, FakeContainer>,
+    /// With the names of the containers that had exited.
+    snapshots: BTreeMap<SnapshotId, (SnapshotStatus, Vec<String>)>,
     images: HashMap<String, Image>,
     pulls: HashMap<String, Image>,
     failures: HashMap<&'static str, Vec<RuntimeError>>,
@@ -98,6 +101,7 @@ impl FakeRuntime {
             failures: HashMap::new(),
             calls: Vec::new(),
             exec: Arc::new(|_, _, stdin| (stdin.to_vec(), Vec::new(), 0)),
+            snapshots: BTreeMap::new(),
             obedient: true,
         };
         Self {
@@ -304,6 +308,15 @@ impl FakeRuntime {
             .collect()
     }
 
+    /// Names of the sandbox's containers that have exited.
+    fn had_exited(&self, sandbox: &SandboxId) -> Vec<String> {
+        let state = self.lock();
+        let all = state.containers.values().map(|it| &it.status);
+        all.filter(|it| it.sandbox == *sandbox && it.state == ContainerState::Exited)
+            .map(|it| it.config.name.clone())
+            .collect()
+    }
+
     fn running(&self, id: &ContainerId, action: &'static str) -> Result<Arc<Fanout>, RuntimeError> {
         let state = self.lock();
         let container = state
@@ -438,19 +451,23 @@ impl PodRuntime for FakeRuntime {
         config: SandboxConfig,
         clone: CloneConfig,
     ) -> Result<SandboxId, RuntimeError> {
-        self.enter("clone_sandbox", clone.source.as_str())?;
-        self.ready(&clone.source, "clone")?;
+        self.enter("clone_sandbox", &clone.source.to_string())?;
+        let had = match &clone.source {
+            CloneSource::Sandbox(source) => {
+                self.ready(source, "clone")?;
+                self.had_exited(source)
+            }
+            CloneSource::Snapshot(source) => {
+                let state = self.lock();
+                let kept = state.snapshots.get(source);
+                kept.ok_or_else(|| not_found("snapshot", source))?.1.clone()
+            }
+        };
         let id = self.run_sandbox(config).await?;
         for config in clone.containers {
             let name = config.name.clone();
             let container = self.create_container(&id, config).await?;
-            let exited = self.containers_of(&clone.source).into_iter().any(|source| {
-                let state = self.lock();
-                let source = state.containers.get(&source).map(|it| &it.status);
-                source
-                    .is_some_and(|it| it.config.name == name && it.state == ContainerState::Exited)
-            });
-            match exited {
+            match had.contains(&name) {
                 true => self.exit(&container, 0),
                 false => self.start_container(&container).await?,
             }
@@ -459,6 +476,39 @@ impl PodRuntime for FakeRuntime {
             self.write_volume(&id, volume).await?;
         }
         Ok(id)
+    }
+
+    async fn take_snapshot(&self, config: SnapshotConfig) -> Result<SnapshotStatus, RuntimeError> {
+        self.enter("take_snapshot", config.id.as_str())?;
+        self.ready(&config.source, "take a snapshot")?;
+        let exited = self.had_exited(&config.source);
+        let mut state = self.lock();
+        let sandbox = state.sandboxes.get(&config.source);
+        let sandbox = sandbox.ok_or_else(|| not_found("sandbox", &config.source))?;
+        let all = state.containers.values().map(|it| &it.status);
+        let own = all.filter(|it| it.sandbox == config.source);
+        let status = SnapshotStatus {
+            id: config.id.clone(),
+            source: sandbox.status.config.metadata.clone(),
+            ready: true,
+            size_bytes: 4096,
+            taken_unix_nanos: now_nanos(),
+            containers: own.clone().map(|it| it.config.clone()).collect(),
+            image_ids: own.map(|it| it.image_id.clone()).collect(),
+        };
+        state.snapshots.insert(config.id, (status.clone(), exited));
+        Ok(status)
+    }
+
+    async fn list_snapshots(&self) -> Vec<SnapshotStatus> {
+        let state = self.lock();
+        state.snapshots.values().map(|it| it.0.clone()).collect()
+    }
+
+    async fn remove_snapshot(&self, id: &SnapshotId) -> Result<(), RuntimeError> {
+        self.enter("remove_snapshot", id.as_str())?;
+        self.lock().snapshots.remove(id);
+        Ok(())
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {

@@ -44,6 +44,7 @@ mod seccomp;
 mod seccomp_file;
 mod sessions;
 mod shared;
+mod snapshots;
 mod stats;
 mod templates;
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use hypernetes_agent_api::{AgentClient, FEATURE_GUEST_EXEC, v1};
-use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId};
+use hypernetes_types::{ContainerId, Digest, ImageReference, SandboxId, SnapshotId};
 use hypernetes_vmm::{HostShare, VmExtras, VmRecord};
 use tokio::{
     sync::{broadcast, oneshot},
@@ -17,11 +17,12 @@ use tokio::{
 };
 
 use crate::{
-    actor::{self, ClonePlan, Handle, Request, Start, not_found},
+    actor::{self, CloneFrom, ClonePlan, Handle, Request, Start, not_found},
     api::{
-        CloneConfig, Connection, ContainerConfig, ContainerStatus, ContainerUpdate, DiskUsage,
-        ExecConfig, HostDevice, PodRuntime, PullProgress, RuntimeEvent, SandboxConfig,
-        SandboxState, SandboxStats, SandboxStatus, SandboxUpdate, Session, VolumeConfig,
+        CloneConfig, CloneSource, Connection, ContainerConfig, ContainerStatus, ContainerUpdate,
+        DiskUsage, ExecConfig, HostDevice, PodRuntime, PullProgress, RuntimeEvent, SandboxConfig,
+        SandboxState, SandboxStats, SandboxStatus, SandboxUpdate, Session, SnapshotConfig,
+        SnapshotStatus, VolumeConfig,
     },
     config::RuntimeConfig,
     container,
@@ -152,6 +153,9 @@ impl NodeRuntime {
                     .filter_map(|id| id.parse::<Digest>().ok()),
             );
         }
+        let kept = self.shared.snapshots.list();
+        let kept = kept.iter().flat_map(|snapshot| &snapshot.image_ids);
+        ids.extend(kept.filter_map(|id| id.parse::<Digest>().ok()));
         ids
     }
 
@@ -199,12 +203,18 @@ impl NodeRuntime {
             return Ok((handle.clone(), None));
         }
         let find = |clone: &CloneConfig| {
-            let source = sandboxes.get(&clone.source).cloned();
-            let source = source.ok_or_else(|| not_found("sandbox", &clone.source))?;
-            // One that is still starting might be waiting for this one.
-            actor::check_source(&source)?;
+            let from = match &clone.source {
+                CloneSource::Sandbox(id) => {
+                    let source = sandboxes.get(id).cloned();
+                    let source = source.ok_or_else(|| not_found("sandbox", id))?;
+                    // One that is still starting might be waiting for this one.
+                    actor::check_source("clone", &source)?;
+                    CloneFrom::Sandbox(source)
+                }
+                CloneSource::Snapshot(id) => CloneFrom::Snapshot(id.clone()),
+            };
             Ok::<_, RuntimeError>(ClonePlan {
-                source,
+                from,
                 config: clone.clone(),
             })
         };
@@ -486,6 +496,20 @@ impl PodRuntime for NodeRuntime {
         clone: CloneConfig,
     ) -> Result<SandboxId, RuntimeError> {
         self.bring_up(config, Some(clone)).await
+    }
+
+    async fn take_snapshot(&self, config: SnapshotConfig) -> Result<SnapshotStatus, RuntimeError> {
+        let source = self.handle(&config.source)?;
+        actor::check_source("take a snapshot", &source)?;
+        self.shared.snapshots.take(&source, &config).await
+    }
+
+    async fn list_snapshots(&self) -> Vec<SnapshotStatus> {
+        self.shared.snapshots.list()
+    }
+
+    async fn remove_snapshot(&self, id: &SnapshotId) -> Result<(), RuntimeError> {
+        self.shared.snapshots.remove(id).await
     }
 
     async fn stop_sandbox(&self, id: &SandboxId) -> Result<(), RuntimeError> {

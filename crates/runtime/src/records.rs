@@ -1,11 +1,11 @@
 //! What is stored of sandboxes and containers, and where.
 //!
-//! `/node/sandboxes/<id>` and `/node/containers/<id>`, JSON with a version. Only the task that owns
-//! a sandbox writes its records.
+//! `/node/sandboxes/<id>`, `/node/containers/<id>` and `/node/snapshots/<id>`, JSON with a version. Only the
+//! task that owns a sandbox writes its records, and [`snapshots`](crate::snapshots) those of snapshots.
 
 use hypernetes_network::Lease;
 use hypernetes_store::{Durability, Op, Store, Value};
-use hypernetes_types::{ContainerId, Digest, SandboxId};
+use hypernetes_types::{ContainerId, Digest, SandboxId, SnapshotId};
 use hypernetes_vmm::VmRecord;
 use hypernetes_volume::{VolumeId, VolumeMode};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -19,7 +19,8 @@ use crate::{
 
 const SANDBOXES: &str = "/node/sandboxes/";
 const CONTAINERS: &str = "/node/containers/";
-/// Of both kinds of record. Raised when an older runtime could misread a newer record.
+const SNAPSHOTS: &str = "/node/snapshots/";
+/// Of sandboxes and containers. Raised when an older runtime could misread a newer record.
 const VERSION: u32 = 1;
 /// Of a sandbox with disks for volumes, which an older runtime would unplug.
 const VERSION_WITH_DISKS: u32 = 2;
@@ -34,7 +35,9 @@ const VERSION_WITH_VOLUMES: u32 = 5;
 const VERSION_WITH_SUSPENSION: u32 = 6;
 /// Of a sandbox whose containers stand still while its VM is copied: an older runtime would leave them so.
 const VERSION_WITH_FROZEN: u32 = 7;
-pub(crate) const NEWEST_VERSION: u32 = VERSION_WITH_FROZEN;
+/// Of every snapshot. Raised too when a record of a container is, which a snapshot has in it.
+const VERSION_WITH_SNAPSHOTS: u32 = 8;
+pub(crate) const NEWEST_VERSION: u32 = VERSION_WITH_SNAPSHOTS;
 
 /// A sandbox on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,6 +85,50 @@ pub(crate) struct Suspension {
     /// Its containers stood still: a clone may go on from it.
     #[serde(default)]
     pub(crate) still: bool,
+}
+
+/// What a VM that was copied goes on with, beside the copied files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CopiedState {
+    pub(crate) suspension: Suspension,
+    pub(crate) size: Option<VmSize>,
+    pub(crate) lease: Option<Lease>,
+    pub(crate) disks: Vec<VolumeDisk>,
+    pub(crate) containers: Vec<ContainerRecord>,
+    /// Those that stand still only because they were copied.
+    pub(crate) frozen: Vec<ContainerId>,
+}
+
+/// A snapshot on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SnapshotRecord {
+    pub(crate) version: u32,
+    pub(crate) id: SnapshotId,
+    /// What its source was.
+    pub(crate) config: SandboxConfig,
+    /// None while it is being made, and once it is being removed.
+    pub(crate) content: Option<SnapshotContent>,
+}
+
+/// What is in a snapshot that is whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SnapshotContent {
+    pub(crate) state: CopiedState,
+    /// What its files take on the disk.
+    pub(crate) size_bytes: u64,
+    pub(crate) taken_unix_nanos: i64,
+}
+
+impl SnapshotRecord {
+    /// One that is to be made.
+    pub(crate) fn new(id: SnapshotId, config: SandboxConfig) -> Self {
+        Self {
+            version: VERSION_WITH_SNAPSHOTS,
+            id,
+            config,
+            content: None,
+        }
+    }
 }
 
 /// What a VM has after it was resized.
@@ -362,6 +409,21 @@ impl Records {
         self.write("delete a sandbox record", ops).await
     }
 
+    pub(crate) async fn put_snapshot(&self, record: &SnapshotRecord) -> Result<(), RuntimeError> {
+        let key = format!("{SNAPSHOTS}{}", record.id);
+        self.write("store a snapshot record", vec![put(key, record)?])
+            .await
+    }
+
+    pub(crate) async fn delete_snapshot(&self, id: &SnapshotId) -> Result<(), RuntimeError> {
+        let ops = vec![Op::Delete(format!("{SNAPSHOTS}{id}"))];
+        self.write("delete a snapshot record", ops).await
+    }
+
+    pub(crate) fn snapshots(&self) -> Result<Vec<SnapshotRecord>, RuntimeError> {
+        self.read(SNAPSHOTS)
+    }
+
     pub(crate) fn sandboxes(&self) -> Result<Vec<SandboxRecord>, RuntimeError> {
         self.read(SANDBOXES)
     }
@@ -501,7 +563,7 @@ mod tests {
     #[tokio::test]
     async fn another_release_s_records_are_not_guessed_at() {
         let store = Store::in_memory(StoreConfig::default()).unwrap();
-        let value = Value::Bytes(r#"{"version":8}"#.into());
+        let value = Value::Bytes(r#"{"version":9}"#.into());
         store
             .txn(
                 vec![],

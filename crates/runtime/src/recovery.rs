@@ -11,7 +11,8 @@
 //! | `Stopping` | stopped to the end; a VM that has volumes which outlive it is asked to write them back |
 //! | `Removing` | removed to the end |
 //!
-//! Then everything in the runtime's directories that no record names goes, and volumes that are attached to
+//! Snapshots that were being made or removed are removed. Then everything in the runtime's directories that no record
+//! names goes, and volumes that are attached to
 //! sandboxes which do not have them are detached. Adopted guests are given
 //! a moment to answer, so that their containers are known when callers first ask; a guest that does
 //! not answer holds up nobody for longer.
@@ -24,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use hypernetes_types::SandboxId;
+use hypernetes_types::{SandboxId, SnapshotId};
 use hypernetes_vmm::{Vm, VmmError};
 use tokio::time::{sleep, timeout};
 
@@ -72,6 +73,7 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
             .push(record);
     }
     let mut report = RecoveryReport::default();
+    report.failures.extend(shared.snapshots.recover().await?);
     for record in &records {
         shared.reserve_uid(record.uid);
     }
@@ -96,7 +98,7 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
             },
             _ => record,
         };
-        // Of clones that did not become ready.
+        // Of clones that did not become ready, and of snapshots.
         if let Err(error) = remove_directory(shared.copies(&id)).await {
             let error = hypernetes_telemetry::chain(&error).to_string();
             report.failures.push(format!("sandbox {id}: {error}"));
@@ -161,6 +163,7 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
         .map(|(id, (handle, _))| (id, handle))
         .collect();
     remove_orphans(shared, &known, &mut report).await;
+    remove_orphan_snapshots(shared, &mut report).await;
     detach_gone(shared, &known, &mut report).await;
     await_guests(&adopted, shared.config.deadlines.readopt).await;
     Ok((known, report))
@@ -346,6 +349,25 @@ async fn remove_orphans(
                 report.failures.push(format!("{}: {error}", path.display()));
             }
         }
+    }
+}
+
+/// Removes directories that belong to no snapshot.
+async fn remove_orphan_snapshots(shared: &Shared, report: &mut RecoveryReport) {
+    let removed = async {
+        for path in directories(shared.snapshots.root()).await? {
+            let name = path.file_name().and_then(|name| name.to_str());
+            let id = name.and_then(|name| name.parse::<SnapshotId>().ok());
+            if id.is_some_and(|id| !shared.snapshots.knows(&id)) {
+                remove_directory(path).await?;
+                report.orphans += 1;
+            }
+        }
+        Ok::<_, RuntimeError>(())
+    };
+    if let Err(error) = removed.await {
+        let error = hypernetes_telemetry::chain(&error).to_string();
+        report.failures.push(format!("snapshots: {error}"));
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
     io,
     os::{
         fd::AsFd,
-        unix::fs::{FileExt, OpenOptionsExt},
+        unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
     process::Stdio,
@@ -105,6 +105,32 @@ impl ScratchDisks {
         slot: u32,
     ) -> Result<File, RuntimeError> {
         open_again(self.directory(sandbox).join(volume_disk(slot))).await
+    }
+
+    /// Bytes of the host's that a sandbox's disk, or that of one of its volumes, takes.
+    pub(crate) async fn allocated(
+        &self,
+        sandbox: &SandboxId,
+        volume: Option<u32>,
+    ) -> Result<u64, RuntimeError> {
+        let name = volume.map_or_else(|| DISK.to_owned(), volume_disk);
+        let path = self.directory(sandbox).join(name);
+        let failed = format!("look at disk {}", path.display());
+        blocking(failed, move || Ok(path.metadata()?.blocks() * 512)).await
+    }
+
+    /// Refuses what the file system of the sandboxes' files has no room for now.
+    pub(crate) async fn check_room(&self, bytes: u64) -> Result<(), RuntimeError> {
+        let root = self.sandboxes.clone();
+        let failed = format!("find room for {bytes} bytes in {}", root.display());
+        blocking(failed, move || {
+            let fs = rustix::fs::statvfs(&root)?;
+            match fs.f_bavail.saturating_mul(fs.f_frsize) >= bytes {
+                true => Ok(()),
+                false => Err(io::ErrorKind::StorageFull.into()),
+            }
+        })
+        .await
     }
 
     /// Copies a sandbox's disk, or that of one of its volumes, into a directory. Nobody may be writing it.
@@ -352,8 +378,6 @@ pub(crate) fn copy_sparse(from: &Path, to: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     #[tokio::test]

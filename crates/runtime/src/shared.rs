@@ -21,6 +21,7 @@ use crate::{
     records::{ContainerRecord, Records, SandboxRecord, VmSize},
     rehearsal, sandbox,
     scratch::ScratchDisks,
+    snapshots::Snapshots,
     templates::Templates,
     timing::Timing,
 };
@@ -34,6 +35,7 @@ pub(crate) struct Shared {
     pub(crate) config: RuntimeConfig,
     pub(crate) records: Records,
     pub(crate) scratch: ScratchDisks,
+    pub(crate) snapshots: Snapshots,
     pub(crate) templates: Templates,
     pub(crate) pool: Pool,
     pub(crate) rehearsal: rehearsal::Layer,
@@ -54,8 +56,10 @@ struct Index {
 
 impl Shared {
     pub(crate) fn new(config: RuntimeConfig) -> Self {
+        let records = Records::new(config.store.clone());
         Self {
-            records: Records::new(config.store.clone()),
+            snapshots: Snapshots::new(&config.state_dir, records.clone()),
+            records,
             scratch: ScratchDisks::new(&config.state_dir, config.defaults.mkfs.clone()),
             templates: Templates::new(config.templates),
             pool: Pool::new(config.templates.pool),
@@ -93,7 +97,7 @@ impl Shared {
         self.scratch.directory(sandbox).join("logs")
     }
 
-    /// Where copies of a sandbox are until their clones take them.
+    /// Where copies of a sandbox are until the clone or the snapshot takes them that they are for.
     pub(crate) fn copies(&self, sandbox: &SandboxId) -> PathBuf {
         self.scratch.directory(sandbox).join("copies")
     }

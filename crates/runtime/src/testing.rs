@@ -402,7 +402,7 @@ impl World {
         }
         let left: Vec<_> = self.store.list("/node/", None, None, None).unwrap().entries;
         assert!(left.is_empty(), "{left:?}");
-        for directory in ["run", "state/sandboxes", "logs"] {
+        for directory in ["run", "state/sandboxes", "state/snapshots", "logs"] {
             let entries = std::fs::read_dir(self.temp.path().join(directory));
             let left: Vec<_> = entries
                 .into_iter()

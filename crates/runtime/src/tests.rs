@@ -9,6 +9,7 @@ mod lifecycle;
 mod pause;
 mod pool;
 mod schedules;
+mod snapshots;
 mod streams;
 mod suspend;
 mod templates;

@@ -107,6 +107,10 @@ id!(
     ContainerId, "container id", is_hex, HEX_RULE
 );
 id!(
+    /// One snapshot of a pod on this node: 32 hexadecimal digits, those of the uid of who owns it.
+    SnapshotId, "snapshot id", is_hex, HEX_RULE
+);
+id!(
     /// One process started in a running container beside its first one.
     ExecId, "exec id", is_hex, HEX_RULE
 );
@@ -133,7 +137,7 @@ macro_rules! random {
         }
     )*};
 }
-random!(SandboxId, ContainerId, ExecId);
+random!(SandboxId, ContainerId, SnapshotId, ExecId);
 
 impl SandboxId {
     /// The first 10 digits, for names that the kernel limits to 15 bytes (links).

@@ -1,6 +1,6 @@
 //! Names of the project's own API: group, labels, annotations.
 
-/// API group of `Tenant` and `Network`.
+/// API group of `Tenant`, `Network` and `PodSnapshot`.
 pub const GROUP: &str = "hypernetes.io";
 /// Version of the API group.
 pub const VERSION: &str = "v1alpha1";
@@ -20,6 +20,8 @@ pub const SUSPENDED_ANNOTATION: &str = "hypernetes.io/suspended";
 pub const SUSPENDED_CONDITION: &str = "hypernetes.io/Suspended";
 /// Annotation of a pod: the pod of the same namespace that its VM goes on from, when it starts first.
 pub const CLONE_ANNOTATION: &str = "hypernetes.io/clone-of";
+/// Annotation of a pod: the `PodSnapshot` of the same namespace that its VM goes on from, when it starts first.
+pub const CLONE_SNAPSHOT_ANNOTATION: &str = "hypernetes.io/clone-of-snapshot";
 /// Finalizer of everything that owns something outside the API.
 pub const CLEANUP_FINALIZER: &str = "hypernetes.io/cleanup";
 /// Prefix of the groups that a tenant's members are in: `hypernetes:tenant:<tenant>:<role>`.

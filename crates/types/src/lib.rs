@@ -13,7 +13,9 @@ mod reference;
 
 pub use cpu_set::{CpuSet, CpuSetError};
 pub use digest::{Digest, DigestError};
-pub use id::{ContainerId, ExecId, IdError, KernelName, NetworkId, SandboxId, TenantName};
+pub use id::{
+    ContainerId, ExecId, IdError, KernelName, NetworkId, SandboxId, SnapshotId, TenantName,
+};
 pub use page_size::{PageSize, PageSizeError};
 pub use quantity::{Quantity, QuantityError};
 pub use reference::{ImageReference, ReferenceError};

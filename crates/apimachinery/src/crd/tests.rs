@@ -8,7 +8,7 @@ use crate::strict::FieldValidation;
 #[test]
 fn our_own_definitions_are_right() {
     let definitions = own_definitions();
-    assert_eq!(definitions.len(), 2);
+    assert_eq!(definitions.len(), 3);
     for definition in &definitions {
         let found: Vec<String> = validate_definition(&prepared(definition))
             .iter()
@@ -17,7 +17,7 @@ fn our_own_definitions_are_right() {
         assert!(found.is_empty(), "{found:#?}");
     }
     let kinds: Vec<&str> = own_kinds().iter().map(|custom| custom.kind.kind).collect();
-    assert_eq!(kinds, ["Tenant", "Network"]);
+    assert_eq!(kinds, ["Tenant", "Network", "PodSnapshot"]);
 }
 
 fn prepared(definition: &Value) -> Value {
@@ -88,6 +88,38 @@ fn the_rules_of_networks_hold_in_cel() {
         problems("Network", &changed, Some(&fine)),
         ["spec.subnets: Invalid value: \"object\": field is immutable"]
     );
+}
+
+#[test]
+fn the_rules_of_snapshots_hold_in_cel() {
+    let fine = json!({"podName": "web", "sizeLimit": "512Mi"});
+    assert!(problems("PodSnapshot", &fine, None).is_empty());
+    for (spec, field) in [
+        (json!({}), "spec.podName"),
+        (json!({"podName": ""}), "spec.podName"),
+        (
+            json!({"podName": "web", "sizeLimit": "0"}),
+            "spec.sizeLimit",
+        ),
+        (
+            json!({"podName": "web", "sizeLimit": "much"}),
+            "spec.sizeLimit",
+        ),
+    ] {
+        let found = problems("PodSnapshot", &spec, None);
+        assert!(
+            found.iter().any(|it| it.starts_with(field)),
+            "{spec}: {found:#?}"
+        );
+    }
+    for (field, value) in [("podName", "other"), ("sizeLimit", "1Gi")] {
+        let mut changed = fine.clone();
+        changed[field] = json!(value);
+        assert_eq!(
+            problems("PodSnapshot", &changed, Some(&fine)),
+            ["spec: Invalid value: \"object\": field is immutable"]
+        );
+    }
 }
 
 #[test]

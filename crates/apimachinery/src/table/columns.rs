@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde_json::{Map, Value};
 
-use crate::{kinds::ResourceKind, meta};
+use crate::{Quantity, kinds::ResourceKind, meta, quota::show};
 
 use super::{Column, age, age::since, legacy, or, pod, service, storage, text, workloads};
 
@@ -59,6 +59,7 @@ pub(super) fn of(kind: &ResourceKind) -> &'static [Column] {
         (crate::kinds::images::GROUP, "Image") => super::images::IMAGES,
         ("hypernetes.io", "Tenant") => TENANTS,
         ("hypernetes.io", "Network") => NETWORKS,
+        ("hypernetes.io", "PodSnapshot") => SNAPSHOTS,
         _ => workloads::of(kind)
             .or_else(|| legacy::of(kind))
             .or_else(|| storage::of(kind))
@@ -442,6 +443,25 @@ fn subnets(network: &Value, field: &str) -> Value {
         .collect();
     or(&texts.join(","), "<none>").into()
 }
+
+static SNAPSHOTS: &[Column] = &[
+    NAME,
+    string("Pod", |snapshot, _| {
+        text(snapshot, &["spec", "podName"]).into()
+    }),
+    string("Size", |snapshot, _| {
+        match snapshot["status"]["sizeBytes"].as_i64() {
+            Some(bytes) => show("storage", Quantity::from_units(bytes >> 20 << 20)),
+            None => "<none>".to_owned(),
+        }
+        .into()
+    }),
+    string("Limit", |snapshot, _| {
+        text(snapshot, &["spec", "sizeLimit"]).into()
+    }),
+    string("Ready", |snapshot, _| ready(snapshot)),
+    AGE,
+];
 
 static NETWORKS: &[Column] = &[
     NAME,

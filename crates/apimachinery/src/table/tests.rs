@@ -227,6 +227,12 @@ fn our_kinds() {
         cells("hypernetes.io/v1alpha1", "Tenant", tenant),
         ["x", "10.0.0.0/16", "1", "True", "60m", ""]
     );
+    let snapshot = json!({"metadata": {}, "spec": {"podName": "web", "sizeLimit": "1Gi"},
+        "status": {"sizeBytes": 12_345_678}});
+    assert_eq!(
+        cells("hypernetes.io/v1alpha1", "PodSnapshot", snapshot),
+        ["x", "web", "11Mi", "1Gi", "Unknown", "60m"]
+    );
     let network = json!({"metadata": {}, "spec": {"external": {"snat": true},
         "subnets": [{"cidr": "10.0.0.0/16", "gateway": "10.0.0.1"}]}, "status": {"ipsUsed": 1, "ipsTotal": 9}});
     assert_eq!(

@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use hypernetes_apimachinery::{
+    crd::own_kinds,
     kinds,
     quota::{self, Amounts},
 };
@@ -31,6 +32,8 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     let api: Api<Seen> = Api::all_with(cluster.client(), &pods().resource());
     let (claims_store, claims_own) = (controller.store(), kind.clone());
     let claims_api: Api<Seen> = Api::all_with(cluster.client(), &claims().resource());
+    let (kept_store, kept_own) = (controller.store(), kind.clone());
+    let kept_api: Api<Seen> = Api::all_with(cluster.client(), &snapshots().resource());
     let controller = controller
         .watches_with(api, pods().resource(), watching(), move |pod| {
             of_namespace(&store, &pod.namespace().unwrap_or_default(), &own)
@@ -38,6 +41,10 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
         .watches_with(claims_api, claims().resource(), watching(), move |claim| {
             let namespace = claim.namespace().unwrap_or_default();
             of_namespace(&claims_store, &namespace, &claims_own)
+        })
+        .watches_with(kept_api, snapshots().resource(), watching(), move |kept| {
+            let namespace = kept.namespace().unwrap_or_default();
+            of_namespace(&kept_store, &namespace, &kept_own)
         });
     serve(
         cluster,
@@ -49,6 +56,11 @@ pub(super) async fn run(cluster: &Arc<Cluster>, stop: &CancellationToken) {
     .await;
 }
 
+fn snapshots() -> Kind {
+    use hypernetes_types::kinds::{GROUP, VERSION};
+    Kind::new(GROUP, VERSION, "PodSnapshot", "podsnapshots")
+}
+
 async fn reconcile(cluster: &Cluster, quota: Value) -> Result<Action, ReconcileError> {
     let hard = quota::amounts(&quota["spec"]["hard"]);
     let mut used = Amounts::new();
@@ -56,7 +68,8 @@ async fn reconcile(cluster: &Cluster, quota: Value) -> Result<Action, ReconcileE
         used.insert(name.clone(), hypernetes_apimachinery::Quantity::default());
     }
     let mut unwatched = false;
-    for kind in kinds::all() {
+    let own = own_kinds().iter().map(|custom| custom.kind);
+    for kind in kinds::all().iter().chain(own) {
         // Only kinds that the quota bounds are counted.
         let counted = quota::bounds_kind(&hard, kind);
         if !kind.namespaced || !kind.is_stored() || !counted {

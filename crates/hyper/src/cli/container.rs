@@ -217,10 +217,14 @@ pub(crate) struct Rename {
 
 #[derive(Debug, Args)]
 pub(crate) struct CloneOptions {
+    /// Go on from a snapshot; then the name of the new one is the only argument
+    #[arg(long, value_name = "SNAPSHOT", add = ArgValueCandidates::new(completion::snapshots))]
+    pub(crate) snapshot: Option<String>,
     /// Running or suspended container, or pod
-    #[arg(add = ArgValueCandidates::new(completion::containers))]
-    pub(crate) container: String,
+    #[arg(required_unless_present = "snapshot", add = ArgValueCandidates::new(completion::containers))]
+    pub(crate) container: Option<String>,
     /// Name of the new one [default: made of the other's]
+    #[arg(conflicts_with = "snapshot")]
     pub(crate) new_name: Option<String>,
 }
 

@@ -1,8 +1,10 @@
 //! Images, volumes, networks, contexts, registries, the system.
 
 use clap::{ArgAction, Args, Subcommand};
+use clap_complete::ArgValueCandidates;
 
 use super::Prune;
+use crate::completion;
 
 #[derive(Debug, Args)]
 pub(crate) struct Format {
@@ -140,6 +142,44 @@ pub(crate) enum NetworkCommand {
     /// Not supported
     #[command(hide = true)]
     Disconnect(AnyArguments),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// List snapshots
+    #[command(aliases = ["list"])]
+    Ls(ListOptions),
+    /// Keep a container as it is, with its memory and files; `clone --snapshot` goes on from there
+    Create {
+        /// How much it may take on the node's disk, such as 512Mi [default: 1Gi]
+        #[arg(long, value_name = "SIZE")]
+        size_limit: Option<String>,
+        /// Running or suspended container, or pod
+        #[arg(add = ArgValueCandidates::new(completion::containers))]
+        container: String,
+        /// Name of the snapshot [default: made of the container's]
+        #[arg(value_name = "SNAPSHOT")]
+        name: Option<String>,
+    },
+    /// Details of snapshots as JSON
+    Inspect {
+        /// json or a Go template
+        #[arg(short, long)]
+        format: Option<String>,
+        /// Names
+        #[arg(required = true, value_name = "SNAPSHOT", add = ArgValueCandidates::new(completion::snapshots))]
+        names: Vec<String>,
+    },
+    /// Remove snapshots
+    #[command(aliases = ["remove"])]
+    Rm {
+        /// Do not mind those that are not there
+        #[arg(short, long)]
+        force: bool,
+        /// Names
+        #[arg(required = true, value_name = "SNAPSHOT", add = ArgValueCandidates::new(completion::snapshots))]
+        names: Vec<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

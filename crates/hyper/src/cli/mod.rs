@@ -16,8 +16,8 @@ pub(crate) use container::{
     Restart, Start, Stats, Stop, Top, Wait,
 };
 pub(crate) use groups::{
-    ContextCommand, Format, ListOptions, Login, Logout, NetworkCommand, SystemCommand,
-    VolumeCommand,
+    ContextCommand, Format, ListOptions, Login, Logout, NetworkCommand, SnapshotCommand,
+    SystemCommand, VolumeCommand,
 };
 pub(crate) use images::{
     History, ImageCommand, ImageGroup, Images, InspectImages, Load, PruneImages, Pull, Push,
@@ -86,6 +86,9 @@ pub(crate) enum Command {
     /// Networks
     #[command(subcommand)]
     Network(NetworkCommand),
+    /// Containers that are kept as they were
+    #[command(subcommand, hide = true)]
+    Snapshot(SnapshotCommand),
     /// Clusters: contexts of the kubeconfig
     #[command(subcommand)]
     Context(ContextCommand),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-use super::{launch, publish, watch};
+use super::{launch, publish, snapshot, watch};
 use crate::{
     cli::CloneOptions,
     cluster::{self, Cluster},
@@ -23,7 +23,9 @@ const OF_CONTROLLERS: [&str; 4] = [
     "apps.kubernetes.io/pod-index",
 ];
 /// What a pod says of its own run, not of what runs in it.
-const OF_THE_RUN: [&str; 6] = [
+const OF_THE_RUN: [&str; 8] = [
+    meta::CLONE_OF,
+    meta::CLONE_OF_SNAPSHOT,
     meta::PAUSED,
     meta::SUSPENDED,
     meta::STOP_GRACE,
@@ -32,36 +34,53 @@ const OF_THE_RUN: [&str; 6] = [
     "kubectl.kubernetes.io/last-applied-configuration",
 ];
 
+/// What is cloned.
+struct Source {
+    pod: Pod,
+    /// As errors call it.
+    what: String,
+    /// Annotation by which the node knows it, and its value.
+    mark: (&'static str, String),
+    new_name: Option<String>,
+}
+
 /// `clone`.
 pub(crate) async fn run(cluster: &Cluster, options: &CloneOptions) -> Result<()> {
     let all = cluster.containers().await?;
-    let source = find(&all, &options.container)?;
-    match source.state() {
-        State::Running | State::Paused | State::Suspended => {}
-        State::Created | State::Restarting | State::Removing | State::Exited | State::Dead => {
-            return Err(Failure::daemon(format_args!(
-                "container {} is not running",
-                source.id
-            )));
+    let source = match (&options.snapshot, &options.container) {
+        (Some(snapshot), new_name) => {
+            let pod = snapshot::template(cluster, snapshot).await?;
+            Source {
+                pod,
+                what: format!("snapshot {snapshot}"),
+                mark: (meta::CLONE_OF_SNAPSHOT, snapshot.clone()),
+                new_name: new_name.clone(),
+            }
         }
-    }
-    if !cluster.is_hypernetes().await? {
-        return Err(Failure::refused(
-            "clone",
-            "the cluster's nodes cannot do it; `hyper run` starts the image anew",
-        ));
-    }
-    let name = match &options.new_name {
+        (None, container) => {
+            let container = find_live(&all, container.as_deref().unwrap_or_default())?;
+            Source {
+                what: format!("container {}", container.id),
+                mark: (meta::CLONE_OF, container.pod_name().to_owned()),
+                pod: container.pod,
+                new_name: options.new_name.clone(),
+            }
+        }
+    };
+    check_cluster(cluster, "clone").await?;
+    let name = match &source.new_name {
         Some(name) => name.trim_start_matches('/').to_owned(),
-        None => format!("{}-{}", names::of_pod(source.pod_name()), names::suffix()),
+        None => {
+            let pod = source.pod.metadata.name.as_deref().unwrap_or_default();
+            format!("{}-{}", names::of_pod(pod), names::suffix())
+        }
     };
     names::check(&name)?;
     let made_by_hyper = label(&source.pod, meta::NAME).is_some();
     let id = names::new_id();
-    let pod = match made_by_hyper {
-        true => clone_of(&source.pod, &name, Some(&id))?,
-        false => clone_of(&source.pod, &name, None)?,
-    };
+    let own = made_by_hyper.then_some(id.as_str());
+    let (key, value) = &source.mark;
+    let pod = clone_of(&source.pod, (key, value), &name, own)?;
     if let Some(other) = all.iter().find(|other| other.name == name) {
         return Err(launch::conflict_with(other, &name));
     }
@@ -77,10 +96,32 @@ pub(crate) async fn run(cluster: &Cluster, options: &CloneOptions) -> Result<()>
         watch::Started::No(_, message) => {
             cluster.remove(&container, Some(0)).await?;
             Err(Failure::daemon(format_args!(
-                "Cannot clone container {}: {message}",
-                source.id
+                "Cannot clone {}: {message}",
+                source.what
             )))
         }
+    }
+}
+
+/// Refuses a verb that only nodes of Hypernetes can do.
+pub(super) async fn check_cluster(cluster: &Cluster, verb: &str) -> Result<()> {
+    match cluster.is_hypernetes().await? {
+        true => Ok(()),
+        false => Err(Failure::refused(
+            verb,
+            "the cluster's nodes cannot do it; `hyper run` starts the image anew",
+        )),
+    }
+}
+
+/// A container that runs, stands still or is suspended.
+pub(super) fn find_live(all: &[Container], wanted: &str) -> Result<Container> {
+    let source = find(all, wanted)?;
+    match source.state() {
+        State::Running | State::Paused | State::Suspended => Ok(source),
+        State::Created | State::Restarting | State::Removing | State::Exited | State::Dead => Err(
+            Failure::daemon(format_args!("container {} is not running", source.id)),
+        ),
     }
 }
 
@@ -95,7 +136,7 @@ fn label<'a>(pod: &'a Pod, key: &str) -> Option<&'a String> {
 }
 
 /// The pod of the clone, with the id of the container that it is, if it is to be one of hyper's.
-fn clone_of(source: &Pod, name: &str, id: Option<&str>) -> Result<Value> {
+fn clone_of(source: &Pod, mark: (&str, &str), name: &str, id: Option<&str>) -> Result<Value> {
     let whole = serde_json::to_value(source).map_err(Failure::plain)?;
     let owners = source.metadata.owner_references.iter().flatten();
     let mut labels: BTreeMap<String, String> = match owners
@@ -109,8 +150,7 @@ fn clone_of(source: &Pod, name: &str, id: Option<&str>) -> Result<Value> {
     labels.retain(|key, _| !OF_CONTROLLERS.contains(&key.as_str()));
     let mut annotations = source.metadata.annotations.clone().unwrap_or_default();
     annotations.retain(|key, _| !OF_THE_RUN.contains(&key.as_str()));
-    let pod_name = source.metadata.name.clone().unwrap_or_default();
-    annotations.insert(meta::CLONE_OF.to_owned(), pod_name);
+    annotations.insert(mark.0.to_owned(), mark.1.to_owned());
     let mut spec = whole["spec"].clone();
     if let Some(fields) = spec.as_object_mut() {
         for field in [
@@ -150,7 +190,7 @@ mod tests {
     fn pod(more: &Value) -> Pod {
         let mut pod = json!({
             "metadata": {"name": "web-1", "labels": {"app": "web", "pod-template-hash": "x"},
-                "annotations": {"a": "b", meta::PAUSED: "true", meta::PORTS: "[]"}},
+                "annotations": {"a": "b", meta::PAUSED: "true", meta::PORTS: "[]", meta::CLONE_OF_SNAPSHOT: "s"}},
             "spec": {"nodeName": "n", "hostname": "h", "restartPolicy": "Never",
                 "containers": [{"name": "c", "image": "x"}]}});
         let meta = pod["metadata"].as_object_mut().unwrap();
@@ -160,7 +200,7 @@ mod tests {
 
     #[test]
     fn a_clone_has_what_runs_and_not_who_it_is() {
-        let clone = clone_of(&pod(&json!({})), "copy", None).unwrap();
+        let clone = clone_of(&pod(&json!({})), (meta::CLONE_OF, "web-1"), "copy", None).unwrap();
         assert_eq!(
             clone,
             json!({"apiVersion": "v1", "kind": "Pod",
@@ -169,7 +209,13 @@ mod tests {
                 "spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}})
         );
         let id = "0123456789abcdef";
-        let clone = clone_of(&pod(&json!({})), "My_copy", Some(id)).unwrap();
+        let clone = clone_of(
+            &pod(&json!({})),
+            (meta::CLONE_OF, "web-1"),
+            "My_copy",
+            Some(id),
+        )
+        .unwrap();
         assert_eq!(clone["metadata"]["name"], "my-copy");
         assert_eq!(clone["metadata"]["labels"][meta::NAME], "My_copy");
         assert_eq!(clone["metadata"]["annotations"][meta::ID], id);
@@ -180,7 +226,8 @@ mod tests {
     fn a_controller_does_not_find_the_clone_of_its_pod() {
         let owner = json!([{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "u",
             "controller": true}]);
-        let clone = clone_of(&pod(&json!({"ownerReferences": owner})), "copy", None).unwrap();
+        let pod = pod(&json!({"ownerReferences": owner}));
+        let clone = clone_of(&pod, (meta::CLONE_OF, "web-1"), "copy", None).unwrap();
         assert_eq!(clone["metadata"]["labels"], json!({}));
         assert!(clone["metadata"]["ownerReferences"].is_null());
     }

@@ -17,6 +17,7 @@ pub(crate) mod pause;
 mod publish;
 mod registry;
 mod run;
+pub(crate) mod snapshot;
 mod stats;
 mod system;
 mod volume;
@@ -63,6 +64,7 @@ pub(crate) async fn run(cli: Cli) -> Result<()> {
         }
         Command::Volume(command) => volume::run(&target.connect().await?, command).await,
         Command::Network(command) => network::run(&target.connect().await?, command).await,
+        Command::Snapshot(command) => snapshot::run(&target.connect().await?, command).await,
         Command::Context(command) => context::run(&target, command),
         Command::Login(options) => registry::login(&target.connect().await?, &options).await,
         Command::Logout(options) => registry::logout(&target.connect().await?, &options).await,

@@ -1,7 +1,7 @@
-//! A sandbox that does not boot, but goes on from the copy of another one.
+//! A sandbox that does not boot, but goes on from the copy of another one, or of a snapshot.
 //!
 //! ```text
-//! record Starting ─ have the source copied ─ take the copy ─ record the containers ─ start a VM, record it
+//! record Starting ─ have the source or the snapshot copied ─ take the copy ─ record the containers ─ start a VM, record it
 //!     ─ remove memory.vm ─ let the VM go on ─ make the guest a pod of its own ─ record Ready
 //!     ─ with the session: let the containers go on
 //! ```
@@ -11,11 +11,15 @@ use std::{collections::BTreeMap, fs::File, sync::Arc};
 
 use hypernetes_agent_api::{AgentClient, FEATURE_CLONE, v1};
 use hypernetes_network::Lease;
-use hypernetes_types::ContainerId;
+use hypernetes_types::{ContainerId, SnapshotId};
 use hypernetes_vmm::{Origin, Suspended};
 use tracing::{Instrument, info_span};
 
-use super::{Actor, Handle, Member, Request, containers::unknown_to_guest, copy::Copied};
+use super::{
+    Actor, Handle, Member, Request,
+    containers::unknown_to_guest,
+    copy::{Copied, CopyDirectory, CopyPlan},
+};
 use crate::{
     api::{CloneConfig, ContainerConfig, VolumeKind},
     container::Phase,
@@ -24,7 +28,7 @@ use crate::{
     identity::{configure_request, random},
     link::Link,
     logs::{file::LogFile, format::now_nanos},
-    records::ContainerRecord,
+    records::{ContainerRecord, SandboxRecord},
     scratch::blocking,
     timing::Stopwatch,
 };
@@ -32,8 +36,15 @@ use crate::{
 /// Where a sandbox goes on from.
 #[derive(Debug)]
 pub(crate) struct ClonePlan {
-    pub(crate) source: Handle,
+    pub(crate) from: CloneFrom,
     pub(crate) config: CloneConfig,
+}
+
+/// Who has what is copied.
+#[derive(Debug)]
+pub(crate) enum CloneFrom {
+    Sandbox(Handle),
+    Snapshot(SnapshotId),
 }
 
 /// A container of the source, and what it is in the clone.
@@ -44,13 +55,9 @@ struct Renamed {
 
 impl Actor {
     pub(super) async fn bring_up_clone(&mut self, plan: ClonePlan) -> Result<(), RuntimeError> {
-        let ClonePlan { source, config } = plan;
+        let ClonePlan { from, config } = plan;
         let watch = Stopwatch::start();
-        let (id, wanted) = (self.record.id.clone(), self.record.config.clone());
-        let copied = source
-            .ask(|reply| Request::CopyFor(id, Box::new(wanted), reply))
-            .instrument(info_span!("copy"));
-        let copied = copied.await?;
+        let copied = self.copy_from(&from).instrument(info_span!("copy")).await?;
         self.timing.phases.push(("copy", watch.elapsed()));
 
         let watch = Stopwatch::start();
@@ -86,6 +93,25 @@ impl Actor {
         self.begin_logs().await
     }
 
+    async fn copy_from(&self, from: &CloneFrom) -> Result<Copied, RuntimeError> {
+        let SandboxRecord { id, config, .. } = &self.record;
+        match from {
+            CloneFrom::Sandbox(source) => {
+                let plan = CopyPlan {
+                    target: id.to_string(),
+                    wanted: Some(Box::new(config.clone())),
+                    limit: None,
+                };
+                source.ask(|reply| Request::CopyFor(plan, reply)).await
+            }
+            CloneFrom::Snapshot(snapshot) => {
+                let directory = CopyDirectory(self.shared.copies(id).join(snapshot.as_str()));
+                let snapshots = &self.shared.snapshots;
+                snapshots.copy_for(snapshot, config, directory).await
+            }
+        }
+    }
+
     /// Makes the copy this sandbox's own, and its containers.
     async fn take_copy(
         &mut self,
@@ -111,6 +137,7 @@ impl Actor {
             std::fs::remove_dir(&from)
         })
         .await?;
+        let copied = copied.state;
         self.record.size = copied.size;
         self.record.set_disks(copied.disks);
         self.record.set_suspension(Some(copied.suspension));

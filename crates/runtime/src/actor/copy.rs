@@ -16,8 +16,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use hypernetes_agent_api::{AgentClient, FEATURE_CLONE, FEATURE_PAUSE, v1};
-use hypernetes_network::Lease;
-use hypernetes_types::{ContainerId, SandboxId};
+use hypernetes_types::ContainerId;
 use hypernetes_vmm::Vm;
 use tokio::time::Instant;
 
@@ -30,27 +29,33 @@ use crate::{
     container::Phase,
     error::RuntimeError,
     identity::SCRATCH_SLOT,
-    records::{ContainerRecord, Suspension, VmSize, VolumeDisk},
+    records::{ContainerRecord, CopiedState, Suspension, VmSize},
     sandbox::Phase as SandboxPhase,
     scratch::{blocking, copy_sparse, remove_directory},
+    usage,
 };
 
-const ACTION: &str = "clone the sandbox";
+const ACTION: &str = "copy the sandbox";
 /// As in the directory of a sandbox that is suspended.
-const MEMORY: &str = "memory.vm";
+pub(crate) const MEMORY: &str = "memory.vm";
+
+/// What a copy is for.
+#[derive(Debug)]
+pub(crate) struct CopyPlan {
+    /// The id of a clone or of a snapshot.
+    pub(crate) target: String,
+    /// What the clone is to be. A snapshot has the source's shape.
+    pub(crate) wanted: Option<Box<SandboxConfig>>,
+    /// Bytes that it may take on the disk.
+    pub(crate) limit: Option<u64>,
+}
 
 /// What a clone goes on from.
 #[derive(Debug)]
 pub(crate) struct Copied {
-    /// Memory and disks, by the names that a sandbox's own have. The clone's, to be moved.
+    /// Memory and disks, by the names that a sandbox's own have. Whoever asked moves them.
     pub(crate) directory: CopyDirectory,
-    pub(crate) suspension: Suspension,
-    pub(crate) size: Option<VmSize>,
-    pub(crate) lease: Option<Lease>,
-    pub(crate) disks: Vec<VolumeDisk>,
-    pub(crate) containers: Vec<ContainerRecord>,
-    /// Those that stand still only because they were copied.
-    pub(crate) frozen: Vec<ContainerId>,
+    pub(crate) state: CopiedState,
 }
 
 /// A directory that goes with whoever has it.
@@ -62,7 +67,7 @@ impl Drop for CopyDirectory {
         match std::fs::remove_dir_all(&self.0) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 let path = self.0.display();
-                tracing::error!(%path, %error, "cannot remove what was copied for a clone");
+                tracing::error!(%path, %error, "cannot remove what was copied of a sandbox");
             }
             _ => {}
         }
@@ -70,14 +75,10 @@ impl Drop for CopyDirectory {
 }
 
 impl Actor {
-    /// Copies the VM for another sandbox. It goes on, whatever comes of it.
-    pub(super) async fn copy_for(
-        &mut self,
-        target: &SandboxId,
-        wanted: &SandboxConfig,
-    ) -> Result<Copied, RuntimeError> {
+    /// Copies the VM for another sandbox or a snapshot. It goes on, whatever comes of it.
+    pub(super) async fn copy_for(&mut self, plan: &CopyPlan) -> Result<Copied, RuntimeError> {
         if self.record.phase == SandboxPhase::Suspended {
-            return self.copy_suspended(target, wanted).await;
+            return self.copy_suspended(plan).await;
         }
         let vm = self.ready_vm(ACTION)?;
         // Of an earlier copy, whose session has not begun yet.
@@ -91,10 +92,14 @@ impl Actor {
                 state,
             });
         }
-        self.check_clonable(wanted)?;
+        self.check_clonable(plan.wanted.as_deref())?;
         self.unplug_unused().await?;
         self.settle_endings().await;
         let frozen = self.to_freeze()?;
+        if let Some(limit) = plan.limit {
+            let slots: Vec<u32> = self.plugged.iter().copied().collect();
+            self.check_room(limit, self.most_state(), &slots).await?;
+        }
         let client = self.client(ACTION).await?;
         if !client.has(FEATURE_PAUSE) || !client.has(FEATURE_CLONE) {
             return Err(unknown_to_guest("clone"));
@@ -107,7 +112,7 @@ impl Actor {
         self.publish();
         let stopping = self.stopping.clone();
         let copied = tokio::select! {
-            copied = self.freeze_and_copy(&vm, &client, target, frozen) => copied,
+            copied = self.freeze_and_copy(&vm, &client, plan, frozen) => copied,
             () = stopping.cancelled() => Err(self.refused(ACTION)),
         };
         drop(client);
@@ -119,7 +124,7 @@ impl Actor {
     }
 
     /// Refuses what two pods cannot both have, and a clone that is another VM than its source.
-    fn check_clonable(&self, wanted: &SandboxConfig) -> Result<(), RuntimeError> {
+    fn check_clonable(&self, wanted: Option<&SandboxConfig>) -> Result<(), RuntimeError> {
         let own = &self.record.config;
         self.check_suspendable()?;
         if !self.record.attached.is_empty() {
@@ -130,10 +135,7 @@ impl Actor {
             let rule = "must be false: directories of the host cannot be cloned";
             return Err(invalid("extras.shares", rule));
         }
-        if !own.host_ports.is_empty() || !wanted.host_ports.is_empty() {
-            let rule = "must be empty: a port of the node leads to one pod";
-            return Err(invalid("host_ports", rule));
-        }
+        check_ports(own)?;
         let huge = |record: &ContainerRecord| !record.config.resources.huge_pages.is_empty();
         if self.members.values().any(|member| huge(&member.record)) {
             return Err(invalid(
@@ -141,32 +143,7 @@ impl Actor {
                 "must be empty in a pod that is cloned",
             ));
         }
-        let same = |field: &str, same: bool| match same {
-            true => Ok(()),
-            false => Err(invalid(
-                field,
-                "must be as that of the sandbox that is cloned",
-            )),
-        };
-        same(
-            "metadata.namespace",
-            own.metadata.namespace == wanted.metadata.namespace,
-        )?;
-        same("vcpus", own.vcpus == wanted.vcpus)?;
-        same("memory_mib", own.memory_mib == wanted.memory_mib)?;
-        same("extras", own.extras == wanted.extras)?;
-        same("scratch_mib", own.scratch_mib == wanted.scratch_mib)?;
-        same("kernel", own.kernel == wanted.kernel)?;
-        same("network", own.network == wanted.network)?;
-        same("sysctls", own.sysctls == wanted.sysctls)?;
-        same(
-            "user_namespace",
-            own.user_namespace == wanted.user_namespace,
-        )?;
-        same(
-            "share_process_namespace",
-            own.share_process_namespace == wanted.share_process_namespace,
-        )
+        wanted.map_or(Ok(()), |wanted| check_same(own, wanted))
     }
 
     /// The containers that run. One that is on its way somewhere has to be there first.
@@ -215,16 +192,17 @@ impl Actor {
         &mut self,
         vm: &Arc<dyn Vm>,
         client: &AgentClient,
-        target: &SandboxId,
+        plan: &CopyPlan,
         frozen: Vec<ContainerId>,
     ) -> Result<Copied, RuntimeError> {
         self.freeze(vm, client, &frozen).await?;
         self.end_sessions();
         let VmSize { vcpus, memory_mib } = self.first_size();
         let slots: Vec<u32> = self.plugged.iter().copied().collect();
-        let directory = self.copy_directory(target).await?;
+        let directory = self.copy_directory(&plan.target).await?;
         self.write_memory(vm, directory.0.join(MEMORY)).await?;
         self.copy_disks(&slots, &directory.0).await?;
+        check_size(&directory, plan.limit).await?;
         let suspension = Suspension {
             vcpus,
             memory_mib,
@@ -235,12 +213,8 @@ impl Actor {
     }
 
     /// Copies the files of a VM that is suspended. It stays so.
-    async fn copy_suspended(
-        &self,
-        target: &SandboxId,
-        wanted: &SandboxConfig,
-    ) -> Result<Copied, RuntimeError> {
-        self.check_clonable(wanted)?;
+    async fn copy_suspended(&self, plan: &CopyPlan) -> Result<Copied, RuntimeError> {
+        self.check_clonable(plan.wanted.as_deref())?;
         let still = |it: &Suspension| it.still;
         let suspension = self.record.suspension.clone().filter(still);
         let (Some(suspension), Some(frozen)) = (suspension, self.record.frozen.clone()) else {
@@ -252,19 +226,38 @@ impl Actor {
                 state: state.to_owned(),
             });
         };
-        let directory = self.copy_directory(target).await?;
-        let (from, to) = (
-            self.shared.suspended_file(&self.record.id),
-            directory.0.join(MEMORY),
-        );
+        let file = self.shared.suspended_file(&self.record.id);
+        if let Some(limit) = plan.limit {
+            let look = file.clone();
+            let action = format!("look at {}", look.display());
+            let memory = blocking(action, move || Ok(look.metadata()?.len())).await?;
+            self.check_room(limit, memory, &suspension.slots).await?;
+        }
+        let directory = self.copy_directory(&plan.target).await?;
+        let (from, to) = (file, directory.0.join(MEMORY));
         let action = format!("copy {}", from.display());
         blocking(action, move || copy_sparse(&from, &to).map(drop)).await?;
         self.copy_disks(&suspension.slots, &directory.0).await?;
+        check_size(&directory, plan.limit).await?;
         Ok(self.copied(directory, suspension, frozen))
     }
 
-    async fn copy_directory(&self, target: &SandboxId) -> Result<CopyDirectory, RuntimeError> {
-        let directory = self.shared.copies(&self.record.id).join(target.as_str());
+    /// Refuses a copy that could not be kept, before anything stands still for it: `memory` bytes at most, and the
+    /// disks that the guest writes.
+    async fn check_room(&self, limit: u64, memory: u64, slots: &[u32]) -> Result<(), RuntimeError> {
+        let (scratch, id) = (&self.shared.scratch, &self.record.id);
+        let mut disks = 0;
+        for volume in self.written_disks(slots) {
+            disks += scratch.allocated(id, volume).await?;
+        }
+        if disks > limit {
+            return Err(too_large(limit, disks));
+        }
+        scratch.check_room(memory.saturating_add(disks)).await
+    }
+
+    async fn copy_directory(&self, target: &str) -> Result<CopyDirectory, RuntimeError> {
+        let directory = self.shared.copies(&self.record.id).join(target);
         remove_directory(directory.clone()).await?;
         Ok(CopyDirectory(directory))
     }
@@ -278,29 +271,35 @@ impl Actor {
         let records = self.members.values().map(|member| member.record.clone());
         Copied {
             directory,
-            suspension,
-            size: self.record.size,
-            lease: self.record.lease.clone(),
-            disks: self.record.disks.clone(),
-            containers: records.collect(),
-            frozen,
+            state: CopiedState {
+                suspension,
+                size: self.record.size,
+                lease: self.record.lease.clone(),
+                disks: self.record.disks.clone(),
+                containers: records.collect(),
+                frozen,
+            },
         }
     }
 
     /// Copies the disks that the guest writes. The VM stands still.
     async fn copy_disks(&self, slots: &[u32], to: &std::path::Path) -> Result<(), RuntimeError> {
-        let (scratch, id) = (&self.shared.scratch, &self.record.id);
-        for &slot in slots {
-            let volume = || self.record.disks.iter().any(|disk| disk.slot == slot);
-            let volume = match slot {
-                SCRATCH_SLOT => None,
-                _ if volume() => Some(slot),
-                // A layer, which nobody writes.
-                _ => continue,
-            };
-            scratch.copy(id, volume, to).await?;
+        for volume in self.written_disks(slots) {
+            let scratch = &self.shared.scratch;
+            scratch.copy(&self.record.id, volume, to).await?;
         }
         Ok(())
+    }
+
+    /// The disks in these slots that the guest writes: the pod's own, or that of the volume in a slot. Nobody writes
+    /// layers.
+    fn written_disks(&self, slots: &[u32]) -> Vec<Option<u32>> {
+        let has = |slot| self.record.disks.iter().any(|disk| disk.slot == slot);
+        let written = slots.iter().filter_map(|&slot| match slot {
+            SCRATCH_SLOT => Some(None),
+            _ => has(slot).then_some(Some(slot)),
+        });
+        written.collect()
     }
 
     /// The VM goes on. Its containers stand still until they are thawed.
@@ -380,4 +379,58 @@ impl Actor {
         }
         self.publish_sandbox();
     }
+}
+
+/// Refuses a clone that would not be the VM that was copied.
+pub(crate) fn check_same(own: &SandboxConfig, wanted: &SandboxConfig) -> Result<(), RuntimeError> {
+    check_ports(wanted)?;
+    let same = |field: &str, same: bool| match same {
+        true => Ok(()),
+        false => Err(invalid(
+            field,
+            "must be as that of the sandbox that is cloned",
+        )),
+    };
+    same(
+        "metadata.namespace",
+        own.metadata.namespace == wanted.metadata.namespace,
+    )?;
+    same("vcpus", own.vcpus == wanted.vcpus)?;
+    same("memory_mib", own.memory_mib == wanted.memory_mib)?;
+    same("extras", own.extras == wanted.extras)?;
+    same("scratch_mib", own.scratch_mib == wanted.scratch_mib)?;
+    same("kernel", own.kernel == wanted.kernel)?;
+    same("network", own.network == wanted.network)?;
+    same("sysctls", own.sysctls == wanted.sysctls)?;
+    same(
+        "user_namespace",
+        own.user_namespace == wanted.user_namespace,
+    )?;
+    same(
+        "share_process_namespace",
+        own.share_process_namespace == wanted.share_process_namespace,
+    )
+}
+
+fn check_ports(config: &SandboxConfig) -> Result<(), RuntimeError> {
+    if config.host_ports.is_empty() {
+        return Ok(());
+    }
+    let rule = "must be empty: a port of the node leads to one pod";
+    Err(invalid("host_ports", rule))
+}
+
+/// Has what a copy takes on the disk, if that is not more than it may.
+async fn check_size(directory: &CopyDirectory, limit: Option<u64>) -> Result<(), RuntimeError> {
+    let Some(limit) = limit else { return Ok(()) };
+    let size = usage::of_tree(directory.0.clone()).await?.used_bytes;
+    match size <= limit {
+        true => Ok(()),
+        false => Err(too_large(limit, size)),
+    }
+}
+
+fn too_large(limit: u64, size: u64) -> RuntimeError {
+    let rule = format!("is {limit} bytes, and what is to be kept takes {size}");
+    invalid("size_limit", rule)
 }

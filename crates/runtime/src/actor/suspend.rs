@@ -278,7 +278,7 @@ impl Actor {
     }
 
     /// What a VM of this size can be in a file: each page with its address, and its devices.
-    fn most_state(&self) -> u64 {
+    pub(super) fn most_state(&self) -> u64 {
         let size = self.first_size();
         let most = self.record.config.extras.max_memory_mib;
         // Memory comes in blocks of 128 MiB.

@@ -12,20 +12,20 @@ use crate::{
     *,
 };
 
-fn directory(world: &World, sandbox: &SandboxId) -> PathBuf {
+pub(super) fn directory(world: &World, sandbox: &SandboxId) -> PathBuf {
     let place = world.temp.path().join("state/sandboxes");
     place.join(sandbox.as_str())
 }
 
 fn of(source: &SandboxId) -> CloneConfig {
     CloneConfig {
-        source: source.clone(),
+        source: CloneSource::Sandbox(source.clone()),
         containers: vec![container_config("c")],
         volumes: Vec::new(),
     }
 }
 
-async fn answers(runtime: &NodeRuntime, container: &ContainerId) {
+pub(super) async fn answers(runtime: &NodeRuntime, container: &ContainerId) {
     let config = ExecConfig {
         command: vec!["true".into()],
         ..Default::default()
@@ -34,14 +34,14 @@ async fn answers(runtime: &NodeRuntime, container: &ContainerId) {
     assert_eq!(session.exit.await.unwrap().unwrap(), 0);
 }
 
-async fn only_container(runtime: &NodeRuntime, sandbox: &SandboxId) -> ContainerStatus {
+pub(super) async fn only_container(runtime: &NodeRuntime, sandbox: &SandboxId) -> ContainerStatus {
     let mut all = runtime.list_containers(Some(sandbox)).await;
     assert_eq!(all.len(), 1, "{all:?}");
     all.remove(0)
 }
 
 /// Its containers go on, in the guest too.
-async fn goes_on(world: &World, sandbox: &SandboxId, container: &ContainerId) {
+pub(super) async fn goes_on(world: &World, sandbox: &SandboxId, container: &ContainerId) {
     let agent = world.agent(sandbox);
     eventually("it goes on", || async {
         let state = agent.state(container.as_str());

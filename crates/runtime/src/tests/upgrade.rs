@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// See `recorded/README.md`.
-const RECORDED: [(u32, &str); 7] = [
+const RECORDED: [(u32, &str); 8] = [
     (1, include_str!("recorded/v1.json")),
     (2, include_str!("recorded/v2.json")),
     (3, include_str!("recorded/v3.json")),
@@ -25,6 +25,7 @@ const RECORDED: [(u32, &str); 7] = [
     (5, include_str!("recorded/v5.json")),
     (6, include_str!("recorded/v6.json")),
     (7, include_str!("recorded/v7.json")),
+    (8, include_str!("recorded/v8.json")),
 ];
 const RUNNING: &str = "22222222222222222222222222222222";
 const ENDED: &str = "33333333333333333333333333333333";
@@ -192,12 +193,73 @@ async fn a_pod_of_every_earlier_release_runs_on_and_can_be_used_and_removed() {
     }
 }
 
+#[tokio::test]
+async fn a_snapshot_of_an_earlier_release_can_be_used_and_removed() {
+    let mut recorded: Json = serde_json::from_str(RECORDED[7].1).unwrap();
+    let id = recorded["snapshot"]["id"].as_str().unwrap();
+    let id: hypernetes_types::SnapshotId = id.parse().unwrap();
+    let world = World::new().await;
+    // Files and an image of this release: of older ones other tests know.
+    let runtime = world.open().await;
+    let (source, container) = crate::testing::running(&world, &runtime, "a").await;
+    let key = format!("/node/containers/{container}");
+    let stored = world.store.list(&key, None, None, None).unwrap().entries;
+    let stored: ContainerRecord = serde_json::from_slice(&stored[0].value).unwrap();
+    let of_record = &mut recorded["snapshot"]["content"]["state"]["containers"][0];
+    of_record["image_id"] = json!(stored.image_id);
+    of_record["layers"] = json!(stored.layers);
+    let wish = SnapshotConfig {
+        id: hypernetes_types::SnapshotId::random(),
+        source: source.clone(),
+        size_limit: 1 << 30,
+    };
+    runtime.take_snapshot(wish.clone()).await.unwrap();
+    let place = world.temp.path().join("state/snapshots");
+    drop(runtime);
+    std::fs::create_dir(place.join(id.as_str())).unwrap();
+    for entry in std::fs::read_dir(place.join(wish.id.as_str())).unwrap() {
+        let entry = entry.unwrap();
+        let to = place.join(id.as_str()).join(entry.file_name());
+        std::fs::copy(entry.path(), to).unwrap();
+    }
+    put(
+        &world,
+        &format!("/node/snapshots/{id}"),
+        &recorded["snapshot"],
+    )
+    .await;
+    let runtime = world.open().await;
+    let all = runtime.list_snapshots().await;
+    let kept = all.iter().find(|it| it.id == id).unwrap();
+    assert_eq!(
+        (kept.ready, kept.size_bytes, kept.source.name.as_str()),
+        (true, 12288, "former")
+    );
+    let clone = CloneConfig {
+        source: CloneSource::Snapshot(id.clone()),
+        containers: kept.containers.clone(),
+        volumes: Vec::new(),
+    };
+    let clone = runtime.clone_sandbox(world.sandbox("b"), clone).await;
+    let clone = clone.unwrap();
+    let containers = runtime.list_containers(Some(&clone)).await;
+    assert_eq!(containers[0].config.name, "run");
+    for sandbox in [clone, source] {
+        runtime.remove_sandbox(&sandbox).await.unwrap();
+    }
+    for snapshot in [&id, &wish.id] {
+        runtime.remove_snapshot(snapshot).await.unwrap();
+    }
+    world.assert_clean().await;
+}
+
 #[test]
 fn every_version_has_its_record() {
     let versions = RECORDED.map(|(version, text)| {
         let recorded: Json = serde_json::from_str(text).unwrap();
         let containers = recorded["containers"].as_array().unwrap().iter();
         let all = containers.chain([&recorded["sandbox"]]);
+        let all = all.chain(recorded.get("snapshot"));
         let newest = all.map(|record| record["version"].as_u64().unwrap()).max();
         assert_eq!(newest, Some(version.into()));
         version
