@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use hypernetes_network::{HostPort, Protocol};
 use hypernetes_runtime::{DnsConfig, SandboxConfig, SandboxMetadata, SandboxState, SandboxStatus};
-use hypernetes_types::{KernelName, kinds::KERNEL_ANNOTATION};
+use hypernetes_types::{Bandwidth, KernelName, kinds::KERNEL_ANNOTATION};
 use serde_json::json;
 
 use crate::{
@@ -79,6 +79,7 @@ pub(crate) fn plan(
         network: Some(network.id().clone()),
         requested_address: None,
         host_ports,
+        bandwidth: bandwidth(&config.annotations)?,
         kernel: kernel(&config.annotations)?,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
@@ -156,6 +157,13 @@ fn check_handler(handler: &str) -> Result<(), CriError> {
             format!("{:?} is not known; this node has {HANDLER:?}", shown(other)),
         )),
     }
+}
+
+fn bandwidth(annotations: &BTreeMap<String, String>) -> Result<Bandwidth, CriError> {
+    Bandwidth::read(|key| annotations.get(key).map(String::as_str)).map_err(|error| {
+        let field = format!("config.annotations[{}]", error.annotation);
+        CriError::invalid(field, error.to_string())
+    })
 }
 
 fn kernel(annotations: &BTreeMap<String, String>) -> Result<Option<KernelName>, CriError> {

@@ -204,6 +204,7 @@ impl Bed {
             network: None,
             requested_address: None,
             host_ports: Vec::new(),
+            bandwidth: hypernetes_types::Bandwidth::default(),
             extras: Default::default(),
             kernel: None,
             vcpus: 1,

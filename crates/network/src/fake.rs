@@ -203,6 +203,7 @@ impl NetworkDriver for FakeDriver {
                         relay: port.host_port,
                     })
                     .collect(),
+                bandwidth: request.bandwidth,
             }
         };
         let tap = null()?;

@@ -22,8 +22,10 @@ mod netns;
 mod record;
 mod routed;
 mod service;
+mod shaping;
 mod sysctl;
 mod tap;
+mod tc;
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -32,7 +34,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use hypernetes_types::{NetworkId, SandboxId};
+use hypernetes_types::{Bandwidth, NetworkId, SandboxId};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -115,6 +117,9 @@ pub struct Lease {
     /// Ports of the node that lead to the pod by the driver's own doing.
     #[serde(default)]
     pub host_ports: Vec<HeldPort>,
+    /// What the driver itself lets through.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
 }
 
 impl Lease {
@@ -143,6 +148,9 @@ pub struct PodNetworkRequest {
     pub pod: PodName,
     /// Ports of the node that lead to the pod.
     pub host_ports: Vec<HostPort>,
+    /// Most that the pod receives and sends.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
 }
 
 /// A pod as its cluster names it.

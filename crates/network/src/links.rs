@@ -10,7 +10,7 @@ use std::{
 use futures::TryStreamExt;
 use nix::errno::Errno;
 use rtnetlink::{
-    Handle, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    Handle, LinkIfb, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
         address::AddressAttribute, link::LinkAttribute, neighbour::NeighbourState,
         route::RouteScope, route::RouteType,
@@ -77,7 +77,8 @@ impl Links {
         }
     }
 
-    async fn existing(&self, name: &str) -> io::Result<u32> {
+    /// The index of a link that must be there.
+    pub(crate) async fn existing(&self, name: &str) -> io::Result<u32> {
         self.index(name).await?.ok_or_else(|| {
             io::Error::new(
                 io::ErrorKind::NotFound,
@@ -151,6 +152,20 @@ impl Links {
             .execute()
             .await
             .map_err(refused(format!("move {outside} to the host")))
+    }
+
+    /// Makes a link in which packets can wait and go on as from where they came (ifb).
+    pub(crate) async fn ensure_ifb(&self, name: &str) -> io::Result<()> {
+        match self
+            .0
+            .link()
+            .add(LinkIfb::new(name).build())
+            .execute()
+            .await
+        {
+            Err(error) if already_there(&error) => Ok(()),
+            other => other.map_err(refused(format!("create link {name} (ifb)"))),
+        }
     }
 
     /// Moves a link to another namespace, where it has another name.

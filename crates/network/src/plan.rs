@@ -11,15 +11,17 @@
 //!                  ├── uplink ──── transit /31 ──── hnIIIIHHHHHHHH ── forward, masquerade ── out
 //! ```
 
+mod bucket;
 mod ruleset;
 mod services;
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use hypernetes_types::{NetworkId, SandboxId};
+use hypernetes_types::{Bandwidth, NetworkId, SandboxId};
 use ipnet::{IpNet, Ipv4Net};
 use sha2::{Digest, Sha256};
 
+pub use bucket::Bucket;
 pub use ruleset::{
     Forward, HOST_LINK_PREFIX, forward_removal_rules, forward_rules, host_ruleset, host_table,
     network_ruleset, pod_removal_rules, pod_rules,
@@ -36,6 +38,8 @@ use crate::{Lease, NetworkError, NetworkSpec};
 pub const UPLINK: &str = "uplink";
 /// How the names of taps begin.
 pub const TAP_PREFIX: &str = "tap";
+/// How the names of links begin in which what pods send waits.
+const OUTLET_PREFIX: &str = "ifb";
 
 /// Destinations that no tenant may use or route to: this-host, loopback, link-local (cloud metadata), multicast,
 /// reserved.
@@ -249,6 +253,8 @@ pub struct PodPlan {
     pub address: Ipv4Addr,
     /// The only source and destination on the link.
     pub mac: [u8; 6],
+    /// Most that goes by the tap.
+    pub bandwidth: Bandwidth,
 }
 
 impl PodPlan {
@@ -263,7 +269,17 @@ impl PodPlan {
             gateway,
             address,
             mac: parse_mac(&lease.mac)?,
+            bandwidth: lease.bandwidth,
         })
+    }
+
+    /// Name of the link that what the pod sends waits in, if that is limited.
+    pub fn outlet(&self) -> String {
+        let tap = self.device.as_str();
+        format!(
+            "{OUTLET_PREFIX}{}",
+            tap.strip_prefix(TAP_PREFIX).unwrap_or(tap)
+        )
     }
 }
 

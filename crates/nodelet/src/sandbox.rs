@@ -6,7 +6,7 @@ use hypernetes_network::{HostPort, NetworkSpec, Protocol};
 use hypernetes_runtime::{
     DnsConfig, HostAlias, IdMapping, SandboxConfig, SandboxMetadata, UserNamespace,
 };
-use hypernetes_types::{IdError, KernelName, kinds::KERNEL_ANNOTATION};
+use hypernetes_types::{Bandwidth, BandwidthError, IdError, KernelName, kinds::KERNEL_ANNOTATION};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 
 use crate::{
@@ -35,6 +35,8 @@ pub(crate) enum SandboxError {
     NoSpec,
     #[error("annotation {KERNEL_ANNOTATION}")]
     Kernel(#[source] IdError),
+    #[error("annotation {}", .0.annotation)]
+    Bandwidth(#[source] BandwidthError),
     #[error("spec.hostAliases: {0:?} is not an address")]
     HostAlias(String),
     #[error("hostPort {port} of container {container}: hostIP {address:?} is not an address")]
@@ -64,6 +66,11 @@ pub(crate) fn config(
         .and_then(|map| map.get(KERNEL_ANNOTATION))
         .map(|kernel| kernel.parse::<KernelName>().map_err(SandboxError::Kernel))
         .transpose()?;
+    let bandwidth = Bandwidth::read(|key| {
+        let annotations = meta.annotations.as_ref();
+        annotations.and_then(|map| map.get(key)).map(String::as_str)
+    })
+    .map_err(SandboxError::Bandwidth)?;
     let mut hosts = Vec::new();
     for alias in spec.host_aliases.iter().flatten() {
         hosts.push(HostAlias {
@@ -86,6 +93,7 @@ pub(crate) fn config(
         network: Some(network.id.clone()),
         requested_address: None,
         host_ports: host_ports(spec)?,
+        bandwidth,
         kernel,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
@@ -309,13 +317,23 @@ mod tests {
     }
 
     #[test]
-    fn kernel_and_hosts_are_checked() {
+    fn kernel_limits_and_hosts_are_checked() {
         let mut with_kernel = pod(json!({}));
         with_kernel["metadata"]["annotations"] = json!({"hypernetes.io/kernel": "debian"});
         assert_eq!(
             build(with_kernel).unwrap().kernel,
             Some("debian".parse().unwrap())
         );
+        let mut limited = pod(json!({}));
+        limited["metadata"]["annotations"] = json!({"kubernetes.io/egress-bandwidth": "10M"});
+        let bandwidth = build(limited.clone()).unwrap().bandwidth;
+        assert_eq!(
+            (bandwidth.ingress_bps, bandwidth.egress_bps),
+            (None, Some(10_000_000))
+        );
+        limited["metadata"]["annotations"] = json!({"kubernetes.io/ingress-bandwidth": "1"});
+        let bad = build(limited);
+        assert!(matches!(bad, Err(SandboxError::Bandwidth(_))));
         let bad = build(pod(
             json!({"hostAliases": [{"ip": "x", "hostnames": ["y"]}]}),
         ));

@@ -1,6 +1,9 @@
 //! Pods in a tenant's namespace.
 
-use hypernetes_types::kinds::{KERNEL_ANNOTATION, NETWORK_LABEL};
+use hypernetes_types::{
+    Bandwidth, EGRESS_BANDWIDTH_ANNOTATION, INGRESS_BANDWIDTH_ANNOTATION,
+    kinds::{KERNEL_ANNOTATION, NETWORK_LABEL},
+};
 use serde_json::Value;
 
 use crate::{
@@ -71,6 +74,13 @@ pub(crate) fn check(request: &AdmissionRequest<'_>, object: &Value, causes: &mut
     if request.subresource.is_empty() && request.operation == Operation::Create {
         kernel(request, object, causes);
         network(object, causes);
+        if let Err(error) = Bandwidth::read(|key| meta::annotation(object, key)) {
+            let field = format!("metadata.annotations[{}]", error.annotation);
+            causes.push(FieldError::new(field, error.to_string()));
+        }
+    }
+    if let (Operation::Update, Some(old)) = (request.operation, request.old_object) {
+        bandwidth_stays(old, object, causes);
     }
 }
 
@@ -146,6 +156,18 @@ fn kernel(request: &AdmissionRequest<'_>, object: &Value, causes: &mut Vec<Field
             field,
             format!("kernel {kernel} is not allowed for this tenant; allowed: {allowed}"),
         ));
+    }
+}
+
+/// Limits are set when the pod starts.
+fn bandwidth_stays(old: &Value, object: &Value, causes: &mut Vec<FieldError>) {
+    for key in [INGRESS_BANDWIDTH_ANNOTATION, EGRESS_BANDWIDTH_ANNOTATION] {
+        if meta::annotation(old, key) != meta::annotation(object, key) {
+            causes.push(FieldError::new(
+                format!("metadata.annotations[{key}]"),
+                "may not change: it is read when the pod starts",
+            ));
+        }
     }
 }
 

@@ -525,3 +525,27 @@ fn tenants_have_as_many_ports_of_the_node_as_their_object_says() {
         assert_eq!(found.is_empty(), fits, "{count}");
     }
 }
+
+#[test]
+fn bandwidths_are_checked_and_stay() {
+    let annotated = |ingress: &str, egress: &str| {
+        let mut case = Case::pod(json!({}));
+        case.object["metadata"]["annotations"] = json!({
+            "kubernetes.io/ingress-bandwidth": ingress, "kubernetes.io/egress-bandwidth": egress,
+        });
+        case
+    };
+    assert_eq!(annotated("10M", "1G").fields(), Vec::<String>::new());
+    assert_eq!(
+        annotated("much", "1G").fields(),
+        ["metadata.annotations[kubernetes.io/ingress-bandwidth]"]
+    );
+    let egress = ["metadata.annotations[kubernetes.io/egress-bandwidth]"];
+    assert_eq!(annotated("10M", "1").fields(), egress);
+    let old = annotated("10M", "1G").object;
+    assert_eq!(annotated("10M", "2G").update(old.clone()).fields(), egress);
+    assert_eq!(
+        annotated("10M", "1G").update(old).fields(),
+        Vec::<String>::new()
+    );
+}

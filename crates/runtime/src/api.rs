@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use hypernetes_network::HostPort;
 use hypernetes_types::{
-    ContainerId, CpuSet, ImageReference, KernelName, NetworkId, SandboxId, SnapshotId,
+    Bandwidth, ContainerId, CpuSet, ImageReference, KernelName, NetworkId, SandboxId, SnapshotId,
 };
 use hypernetes_vmm::{HostShare, VmExtras};
 use serde::{Deserialize, Serialize};
@@ -47,6 +47,9 @@ pub struct SandboxConfig {
     /// Ports of the node that lead to the pod.
     #[serde(default)]
     pub host_ports: Vec<HostPort>,
+    /// Most that the pod receives and sends; needs a network.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
     /// Kernel to boot; `None` = the node's default.
     pub kernel: Option<KernelName>,
     /// Virtual CPUs.

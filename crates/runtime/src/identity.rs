@@ -251,6 +251,7 @@ pub fn network_request(config: &SandboxConfig) -> PodNetworkRequest {
             uid: uid.clone(),
         },
         host_ports: config.host_ports.clone(),
+        bandwidth: config.bandwidth,
     }
 }
 

@@ -82,6 +82,7 @@ pub(crate) fn sandbox_config(name: &str) -> SandboxConfig {
         network: Some("acme.default".parse().unwrap()),
         requested_address: None,
         host_ports: Vec::new(),
+        bandwidth: hypernetes_types::Bandwidth::default(),
         kernel: None,
         vcpus: 1,
         memory_mib: 128,
@@ -142,6 +143,7 @@ pub(crate) fn lease() -> Lease {
         prefixes: Vec::new(),
         routes: Vec::new(),
         host_ports: Vec::new(),
+        bandwidth: hypernetes_types::Bandwidth::default(),
     }
 }
 

@@ -178,6 +178,7 @@ impl Bed {
             network: None,
             requested_address: None,
             host_ports: Vec::new(),
+            bandwidth: hypernetes_types::Bandwidth::default(),
             kernel: None,
             vcpus: 1,
             memory_mib: 256,

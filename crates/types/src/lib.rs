@@ -3,6 +3,7 @@
 //! Everything here is plain data: parsed once at an edge, valid ever after, no I/O.
 #![forbid(unsafe_code)]
 
+mod bandwidth;
 mod cpu_set;
 mod digest;
 mod id;
@@ -11,6 +12,9 @@ mod page_size;
 mod quantity;
 mod reference;
 
+pub use bandwidth::{
+    Bandwidth, BandwidthError, EGRESS_BANDWIDTH_ANNOTATION, INGRESS_BANDWIDTH_ANNOTATION,
+};
 pub use cpu_set::{CpuSet, CpuSetError};
 pub use digest::{Digest, DigestError};
 pub use id::{

@@ -20,7 +20,7 @@ use crate::{
         pod_rules, tap_name,
     },
     record::NetworkRecord,
-    sysctl, tap,
+    shaping, sysctl, tap,
 };
 
 /// A network as this process knows it.
@@ -459,6 +459,7 @@ impl Inner {
             prefixes: Vec::new(),
             routes: Vec::new(),
             host_ports,
+            bandwidth: request.bandwidth,
         };
         tables.leases.insert(sandbox.clone(), lease.clone());
         Ok((lease, true))
@@ -514,7 +515,10 @@ impl Inner {
             };
             let pod = pod_plan(lease)?;
             // The link first: without its rules it must not be up.
-            with_links(&namespace, async |links| links.delete(&pod.device).await)?;
+            with_links(&namespace, async |links| {
+                links.delete(&pod.device).await?;
+                links.delete(&pod.outlet()).await
+            })?;
             if firewall::has_table(&namespace, "netdev", "pods")? {
                 firewall::apply(&namespace, &pod_removal_rules(&pod))?;
             }
@@ -549,11 +553,12 @@ fn pod_plan(lease: &Lease) -> io::Result<PodPlan> {
     })
 }
 
-/// Sets a pod's tap up. Its rules must be there.
+/// Sets a pod's tap up, behind its limits. Its rules must be there.
 fn apply_pod(namespace: &Namespace, pod: &PodPlan) -> io::Result<()> {
     with_links(namespace, async |links| {
         links.set_mtu(&pod.device, pod.mtu).await?;
         links.ensure_address(&pod.device, pod.gateway, 32).await?;
+        shaping::apply(links, pod).await?;
         links.set_up(&pod.device).await?;
         links
             .ensure_neighbour(&pod.device, pod.address, pod.gateway, pod.mac)

@@ -290,6 +290,7 @@ mod tests {
             prefixes: Vec::new(),
             routes: Vec::new(),
             host_ports,
+            bandwidth: hypernetes_types::Bandwidth::default(),
         }
     }
 

@@ -2,9 +2,10 @@
 
 use std::{fs, io, path::Path};
 
+use hypernetes_types::{EGRESS_BANDWIDTH_ANNOTATION, INGRESS_BANDWIDTH_ANNOTATION};
 use serde_json::{Map, Value, json};
 
-use crate::NetworkError;
+use crate::{NetworkError, PodNetworkRequest};
 
 /// Largest configuration file.
 const MAX_SIZE: u64 = 1 << 20;
@@ -164,8 +165,31 @@ impl ConfList {
     }
 
     /// Whether a plugin says that it takes this part of the runtime's configuration.
-    pub(super) fn has_capability(&self, name: &str) -> bool {
+    fn has_capability(&self, name: &str) -> bool {
         self.plugins.iter().any(|plugin| capable(plugin, name))
+    }
+
+    /// Refuses a pod that asks for what no plugin does.
+    pub(super) fn check_capabilities(
+        &self,
+        request: &PodNetworkRequest,
+    ) -> Result<(), NetworkError> {
+        let missing = |what: &str, capability: &str| {
+            not_ready(format!(
+                "{what} need a plugin with the capability {capability}, which configuration {:?} has not",
+                self.name
+            ))
+        };
+        if !request.host_ports.is_empty() && !self.has_capability("portMappings") {
+            return Err(missing("host ports", "portMappings (portmap)"));
+        }
+        if request.bandwidth.is_limited() && !self.has_capability("bandwidth") {
+            let annotations = format!(
+                "annotations {INGRESS_BANDWIDTH_ANNOTATION} and {EGRESS_BANDWIDTH_ANNOTATION}"
+            );
+            return Err(missing(&annotations, "bandwidth (bandwidth)"));
+        }
+        Ok(())
     }
 
     /// What plugin `at` is given on its standard input (section 3, "Deriving execution

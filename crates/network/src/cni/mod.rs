@@ -20,14 +20,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use hypernetes_types::{NetworkId, SandboxId};
+use hypernetes_types::{Bandwidth, NetworkId, SandboxId};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
     Attachment, Lease, NamespacePlace, NetworkError, ParkedPlace, PodNetworkRequest,
     netns::{self, DirBefore, Namespace},
-    plan::hex,
+    plan::{Bucket, hex},
     record, tap,
 };
 use conflist::ConfList;
@@ -149,6 +149,23 @@ impl Record {
                 mapping
             };
             config.insert("portMappings".into(), ports.iter().map(mapping).collect());
+        }
+        let Bandwidth {
+            ingress_bps,
+            egress_bps,
+        } = self.request.bandwidth;
+        let mut limits = Map::new();
+        for (direction, bps) in [("ingress", ingress_bps), ("egress", egress_bps)] {
+            if let Some(bps) = bps {
+                limits.insert(format!("{direction}Rate"), bps.into());
+                limits.insert(
+                    format!("{direction}Burst"),
+                    Bucket::new(bps).burst_bits().into(),
+                );
+            }
+        }
+        if !limits.is_empty() {
+            config.insert("bandwidth".into(), limits.into());
         }
         config
     }
@@ -424,12 +441,7 @@ impl Inner {
             });
         }
         let list = self.load().await?;
-        if !request.host_ports.is_empty() && !list.has_capability("portMappings") {
-            return Err(NetworkError::NotReady(format!(
-                "host ports need a plugin with the capability portMappings (portmap), which configuration {:?} has not",
-                list.name
-            )));
-        }
+        list.check_capabilities(request)?;
         let mut record = Record {
             sandbox: sandbox.clone(),
             namespace: format!("{}{sandbox}", self.prefix()),
@@ -525,8 +537,9 @@ impl Inner {
             search: words("search"),
             prefixes: interface.prefixes.clone(),
             routes: interface.routes.clone(),
-            // The plugins hold them.
+            // The plugins hold them, and limit.
             host_ports: Vec::new(),
+            bandwidth: Bandwidth::default(),
         })
     }
 

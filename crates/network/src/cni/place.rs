@@ -14,46 +14,31 @@ use std::{
 
 use futures::TryStreamExt;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use nix::errno::Errno;
 use rtnetlink::{
     RouteMessageBuilder,
     packet_route::{
         address::AddressAttribute,
         link::LinkAttribute,
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteProtocol, RouteType},
-        tc::{
-            TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption,
-            TcActionType, TcFilterU32Option, TcHandle, TcMirror, TcMirrorActionType, TcU32Key,
-            TcU32Selector, TcU32SelectorFlags,
-        },
+        tc::TcU32Key,
     },
 };
 
 use crate::{
     Route, firewall,
-    links::{Links, errno, refused, with_links},
+    links::{Links, refused, with_links},
     netns::Namespace,
     plan::Sysctl,
     sysctl,
+    tc::{self, Ethertype, key, word},
 };
 
 /// The pod's interface, as plugins and guest call it.
 pub(super) const INTERFACE: &str = "eth0";
 /// The VM's end in the namespace.
 const TAP: &str = "tap0";
-/// Handle of an ingress qdisc.
-const INGRESS: u32 = 0xffff_0000;
 /// The first 64 bits of IPv6 addresses that each device makes for itself.
 const LINK_LOCAL: u64 = 0xfe80_0000_0000_0000;
-
-/// Protocols of Ethernet, as tc wants them: in network byte order.
-#[derive(Debug, Clone, Copy)]
-enum Ethertype {
-    All = 0x0003,
-    V4 = 0x0800,
-    Arp = 0x0806,
-    V6 = 0x86dd,
-}
 
 /// What plugins have made of the pod's interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,20 +128,6 @@ fn unmatched() -> String {
     )
 }
 
-fn key(off: i32, mask: u32, val: u32) -> TcU32Key {
-    let mut key = TcU32Key::default();
-    (key.off, key.mask, key.val) = (off, mask, val);
-    key
-}
-
-fn word(bytes: &[u8]) -> u32 {
-    bytes
-        .iter()
-        .chain([0, 0, 0, 0].iter())
-        .take(4)
-        .fold(0, |word, byte| word << 8 | u32::from(*byte))
-}
-
 /// The four words of an IPv6 source address.
 fn source6(address: Ipv6Addr) -> Vec<TcU32Key> {
     let octets = address.octets();
@@ -175,24 +146,20 @@ fn from_guest(interface: &Interface, only_own: bool) -> Vec<(Ethertype, Vec<TcU3
         return vec![(Ethertype::All, vec![TcU32Key::default()])];
     }
     let mac = interface.mac;
-    let from_mac = |off: i32| {
-        [
-            key(off, u32::MAX, word(&mac[..4])),
-            key(off + 4, 0xffff_0000, word(&mac[4..])),
-        ]
-    };
     let mut filters = Vec::new();
     let mut add = |protocol, keys: Vec<TcU32Key>| {
-        // The Ethernet header ends with source address and type.
-        filters.push((protocol, from_mac(-8).into_iter().chain(keys).collect()));
+        filters.push((
+            protocol,
+            tc::from_mac(mac).into_iter().chain(keys).collect(),
+        ));
     };
     for prefix in &interface.prefixes {
         match prefix.addr() {
             IpAddr::V4(address) => {
+                add(Ethertype::V4, vec![tc::from_v4(address)]);
                 let address = word(&address.octets());
-                add(Ethertype::V4, vec![key(12, u32::MAX, address)]);
                 // Sender's hardware and protocol address (RFC 826).
-                let mut arp = from_mac(8).to_vec();
+                let mut arp = tc::mac_at(8, mac).to_vec();
                 arp.push(key(14, u32::MAX, address));
                 add(Ethertype::Arp, arp);
             }
@@ -327,69 +294,6 @@ impl Links {
             }
         }
         Ok(all)
-    }
-
-    /// Gives the link an ingress queue without filters.
-    async fn renew_ingress(&self, index: u32) -> io::Result<()> {
-        let index = i32::try_from(index).map_err(io::Error::other)?;
-        let mut queues = self.0.qdisc();
-        let mut old = queues.del(index);
-        old.message_mut().header.parent = TcHandle::INGRESS;
-        old.message_mut().header.handle = TcHandle::from(INGRESS);
-        match old.execute().await {
-            Ok(()) => {}
-            // There was none.
-            Err(error) if matches!(errno(&error), Some(Errno::ENOENT | Errno::EINVAL)) => {}
-            Err(error) => return Err(refused("remove an ingress queue".to_owned())(error)),
-        }
-        queues
-            .add(index)
-            .ingress()
-            .execute()
-            .await
-            .map_err(refused("add an ingress queue".to_owned()))
-    }
-
-    /// Sends what arrives at link `from` and has `keys` out of link `to`.
-    async fn redirect(
-        &self,
-        from: u32,
-        to: u32,
-        priority: u16,
-        protocol: Ethertype,
-        keys: Vec<TcU32Key>,
-    ) -> io::Result<()> {
-        let from = i32::try_from(from).map_err(io::Error::other)?;
-        let mut selector = TcU32Selector::default();
-        selector.flags = TcU32SelectorFlags::Terminal;
-        selector.nkeys = u8::try_from(keys.len()).map_err(io::Error::other)?;
-        selector.keys = keys;
-        let mut mirror = TcMirror::default();
-        mirror.generic.action = TcActionType::Stolen;
-        mirror.eaction = TcMirrorActionType::EgressRedir;
-        mirror.ifindex = to;
-        let mut action = TcAction::default();
-        action.attributes = vec![
-            TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
-            TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
-                mirror,
-            ))]),
-        ];
-        let options = [
-            TcFilterU32Option::Selector(selector),
-            TcFilterU32Option::Action(vec![action]),
-        ];
-        self.0
-            .traffic_filter(from)
-            .add()
-            .parent(INGRESS)
-            .priority(priority)
-            .protocol((protocol as u16).to_be())
-            .u32(&options)
-            .map_err(refused("plan a redirection".to_owned()))?
-            .execute()
-            .await
-            .map_err(refused("redirect packets (cls_u32, act_mirred)".to_owned()))
     }
 }
 

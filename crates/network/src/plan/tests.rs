@@ -27,6 +27,7 @@ fn pod() -> PodPlan {
         gateway: "10.42.0.1".parse().unwrap(),
         address: "10.42.0.2".parse().unwrap(),
         mac: [2, 0, 0, 0, 0xab, 1],
+        bandwidth: Bandwidth::default(),
     }
 }
 

@@ -223,6 +223,17 @@ impl Guest {
         nix::unistd::write(&self.tap, &bytes).unwrap();
     }
 
+    /// Sends a frame again and again, until it is told to end.
+    pub fn flood(&self, frame: Vec<u8>, end: Arc<AtomicBool>) -> thread::JoinHandle<()> {
+        let tap = Arc::clone(&self.tap);
+        let bytes = [vec![0; HEADER], frame].concat();
+        thread::spawn(move || {
+            while !end.load(Ordering::SeqCst) {
+                nix::unistd::write(&tap, &bytes).unwrap();
+            }
+        })
+    }
+
     /// Sends an honest packet.
     pub async fn send_ip(&self, to: Ipv4Addr, protocol: u8, payload: &[u8]) {
         self.send(&ip(

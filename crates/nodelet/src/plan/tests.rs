@@ -80,6 +80,7 @@ impl World {
             network: Some("acme.default".parse().unwrap()),
             requested_address: None,
             host_ports: Vec::new(),
+            bandwidth: hypernetes_types::Bandwidth::default(),
             kernel: None,
             vcpus: 1,
             memory_mib: 192,
