@@ -150,6 +150,13 @@ pub(crate) fn plan_sandbox(
             linux.security_context = None;
         }
     }
+    let plain = sandbox::plan(&plain, node, network)?;
+    if host_network && plain.bandwidth.is_limited() {
+        return Err(CriError::invalid(
+            "config.annotations",
+            "the bandwidth of a pod in the host's network cannot be limited",
+        ));
+    }
     Ok(SandboxConfig {
         network: (!host_network).then(|| network.id().clone()),
         share_process_namespace: options.pid() == NamespaceMode::Pod,
@@ -157,7 +164,7 @@ pub(crate) fn plan_sandbox(
         host: Some(HostPod {
             host_ipc: options.ipc() == NamespaceMode::Node,
         }),
-        ..sandbox::plan(&plain, node, network)?
+        ..plain
     })
 }
 
@@ -577,6 +584,14 @@ mod tests {
         assert_eq!(config.network, None);
         assert!(config.host.unwrap().host_ipc && !config.share_process_namespace);
         assert_eq!(memo::sandbox(&config.memo).runtime_handler, "host");
+        if let Some(config) = &mut asked.config {
+            let limit = ("kubernetes.io/egress-bandwidth".into(), "1M".into());
+            config.annotations.extend([limit]);
+        }
+        assert!(
+            plan_sandbox(&asked, &node, &network).is_err(),
+            "the host's own traffic"
+        );
         let pod = request("host", "kube-system", v1::NamespaceOption::default());
         let config = plan_sandbox(&pod, &node, &network).unwrap();
         assert_eq!(config.network.as_ref(), Some(network.id()));

@@ -16,5 +16,6 @@ mod cycles;
 mod guests;
 mod host_ports;
 mod huge_pages;
+mod pool;
 mod shipping;
 mod syscalls;
