@@ -45,11 +45,11 @@ impl Tenant<'_> {
     }
 
     /// What comes to pod `to` of all that `from` sends, in bits per second, without what a limit lets
-    /// through at first.
+    /// through at first. `nc` ends with its input, so that is a pipe that does not end.
     fn rate(&self, from: &str, to: &str) -> f64 {
         let (skipped, counted) = (500_000, 2_500_000);
         let pull = format!(
-            "nc {} 9000 </dev/null | {{ head -c {skipped} >/dev/null; read begin x </proc/uptime; \
+            "[ -p /hold ] || mkfifo /hold; nc {} 9000 0<>/hold | {{ head -c {skipped} >/dev/null; read begin x </proc/uptime; \
              head -c {counted} | wc -c; read end x </proc/uptime; echo $begin $end; }}",
             self.address(from)
         );

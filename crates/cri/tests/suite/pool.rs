@@ -17,6 +17,8 @@ use crate::{
     cni::Host,
 };
 
+/// Where the node's metrics are, on the test's host.
+const METRICS: &str = "127.0.0.1:9464";
 /// Bits per second, far less than an emulated guest can.
 const LIMIT: f64 = 10_000_000.0;
 /// What a limit lets through at first, and what is measured after it.
@@ -27,13 +29,20 @@ fn vmms(node: &Node) -> BTreeSet<u32> {
     node.vmm_processes().into_iter().collect()
 }
 
-fn await_vmms(node: &Node, what: &str, count: usize) -> BTreeSet<u32> {
-    eventually(what, PATIENCE, || {
-        let found = vmms(node);
-        match found.len() == count {
-            true => Ok(found),
-            false => Err(format!("{found:?}")),
-        }
+/// Waits until a VM waits for a pod.
+fn await_pool(node: &Node, host: &Host) -> BTreeSet<u32> {
+    eventually("a VM waits for a pod", PATIENCE, || {
+        let metrics = Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{}", host.name))
+            .args(["curl", "-s", "--noproxy", "*", "--max-time", "5"])
+            .arg(format!("http://{METRICS}/metrics"))
+            .output()
+            .unwrap();
+        let metrics = String::from_utf8(metrics.stdout).unwrap();
+        let full = metrics
+            .lines()
+            .any(|line| line == "hypernetes_node_pool_vms 1");
+        full.then(|| vmms(node)).ok_or(metrics)
     })
 }
 
@@ -58,12 +67,12 @@ fn assert_taken(before: &BTreeSet<u32>, after: &BTreeSet<u32>) {
     );
 }
 
-/// `nc` on the test's host: as the server of one connection.
-fn serve(host: &Host, port: u16, input: &str) -> Child {
-    let command = format!("exec busybox nc -l -p {port} <{input}");
+/// `nc` on the test's host, as the server of one connection. It ends with its input.
+fn serve(host: &Host, port: u16, input: Stdio) -> Child {
     Command::new("nsenter")
         .arg(format!("--net=/run/netns/{}", host.name))
-        .args(["sh", "-c", &command])
+        .args(["busybox", "nc", "-l", "-p", &port.to_string()])
+        .stdin(input)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap()
@@ -78,7 +87,7 @@ fn assert_limit(what: &str, took: f64) {
 
 /// What the host gets of a pod's container that sends more than it may.
 async fn egress(client: &mut Client, container: &str, host: &Host) {
-    let mut server = serve(host, 9001, "/dev/null");
+    let mut server = serve(host, 9001, Stdio::piped());
     let mut output = server.stdout.take().unwrap();
     let reader = tokio::task::spawn_blocking(move || {
         let mut read = |count: u64| {
@@ -102,11 +111,12 @@ async fn egress(client: &mut Client, container: &str, host: &Host) {
     assert_limit("egress", took.as_secs_f64());
 }
 
-/// What a pod's container gets of the host that sends more than it may.
+/// What a pod's container gets of the host that sends more than it may. `nc` ends with its input too.
 async fn ingress(client: &mut Client, container: &str, host: &Host) {
-    let mut server = serve(host, 9002, "/dev/zero");
+    let zeros = fs::File::open("/dev/zero").unwrap();
+    let mut server = serve(host, 9002, zeros.into());
     let pull = format!(
-        "for try in $(seq 500); do nc 10.97.0.1 9002 </dev/null 2>/dev/null | {{ \
+        "mkfifo /hold; for try in $(seq 500); do nc 10.97.0.1 9002 0<>/hold 2>/dev/null | {{ \
          head -c {SKIPPED} >/dev/null; read begin x </proc/uptime; \
          [ $(head -c {COUNTED} | wc -c) = {COUNTED} ] || exit 1; \
          read end x </proc/uptime; echo $begin $end; }} && break; done"
@@ -143,13 +153,13 @@ async fn pods_of_the_pool_on_the_cluster_s_network() {
     });
     fs::write(conf.path().join("10-pods.conflist"), list.to_string()).unwrap();
     let settings = format!(
-        "templates: 1\npool: 1\nnetwork:\n  driver: cni\n  cni: {{confDir: {0}, binDirs: [/usr/lib/cni]}}\n",
+        "templates: 1\npool: 1\nmetricsAddress: {METRICS}\nnetwork:\n  driver: cni\n  cni: {{confDir: {0}, binDirs: [/usr/lib/cni]}}\n",
         conf.path().display()
     );
     let mut node = Node::start_in(Some(&host.name), "", &settings);
     let mut client = Client::of(&node).await;
     let image = client.pull(&registry.image("busybox:1")).await;
-    let waiting = await_vmms(&node, "the pool is full", 1);
+    let waiting = await_pool(&node, &host);
 
     let mut config = sandbox(&node, "one");
     let annotation = |direction: &str| format!("kubernetes.io/{direction}-bandwidth");
@@ -168,7 +178,7 @@ async fn pods_of_the_pool_on_the_cluster_s_network() {
     }
     let one = client.run(&config).await;
     assert_eq!((starts(&node, true), starts(&node, false)), (1, 0));
-    let refilled = await_vmms(&node, "the pool is refilled", 2);
+    let refilled = await_pool(&node, &host);
     assert_taken(&waiting, &refilled);
     let main = client
         .create(&one, &config, &shell("main", &image, "sleep 100000"))
@@ -198,7 +208,7 @@ async fn pods_of_the_pool_on_the_cluster_s_network() {
         )
         .await;
     assert!(again.contains(&address), "{again}");
-    await_vmms(&node, "a new pool", 2);
+    await_pool(&node, &host);
     let other = sandbox(&node, "two");
     let two = client.run(&other).await;
     assert_eq!((starts(&node, true), starts(&node, false)), (2, 0));

@@ -20,8 +20,8 @@ async fn keep(world: &World, name: &str, spec: Value) {
     let object = json!({"apiVersion": "hypernetes.io/v1alpha1", "kind": "PodSnapshot",
         "metadata": {"name": name}, "spec": spec});
     let object: DynamicObject = serde_json::from_value(object).unwrap();
-    let created = snapshots(world).create(&PostParams::default(), &object);
-    created.await.unwrap();
+    let (api, params) = (snapshots(world), PostParams::default());
+    api.create(&params, &object).await.unwrap();
 }
 
 /// Waits until the snapshot's condition is so, and returns the status.
@@ -83,8 +83,8 @@ async fn pods_go_on_from_a_snapshot_of_a_pod_that_is_gone() {
         "spec.containers[0].args: must be as in snapshot warm, which is cloned"
     );
 
-    let deleted = snapshots(&world).delete("warm", &DeleteParams::default());
-    deleted.await.unwrap();
+    let (api, params) = (snapshots(&world), DeleteParams::default());
+    api.delete("warm", &params).await.unwrap();
     let kept = || async { world.runtime.list_snapshots().await.is_empty() };
     world.eventually("its data are removed", kept).await;
     world.end().await;
