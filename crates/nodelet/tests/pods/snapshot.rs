@@ -112,12 +112,12 @@ async fn a_snapshot_that_cannot_be_says_why_and_is_tried_again_where_that_helps(
     let message = &status["conditions"][0]["message"];
     assert_eq!(message, "invalid spec.sizeLimit: is 1 byte");
 
-    let disk = json!({"containers": [{"name": "c", "image": "busybox", "imagePullPolicy": "IfNotPresent"}],
-        "volumes": [{"name": "v", "hostPath": {"path": "/x"}}]});
-    world.create("host", disk).await;
+    let port = json!({"containers": [{"name": "c", "image": "busybox", "imagePullPolicy": "IfNotPresent",
+        "ports": [{"containerPort": 80, "hostPort": 8080}]}]});
+    world.create("host", port).await;
     keep(&world, "host", json!({"podName": "host"})).await;
     let status = until(&world, "host", "Unsupported").await;
-    let message = "spec.volumes[0].hostPath: cannot be kept with pod host";
+    let message = "spec.containers[0].ports[0].hostPort: cannot be kept with pod host";
     assert_eq!(status["conditions"][0]["message"], message);
     // Each was asked for once, but for the one that could become possible.
     let calls = world.runtime.calls();
