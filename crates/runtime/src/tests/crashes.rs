@@ -111,7 +111,7 @@ async fn a_crash_anywhere_while_a_pod_goes_down_is_made_good() {
         let (sandbox, container) = bring_up(&world, &runtime).await;
         let finished = world
             .kill_after(steps, runtime, async |runtime| {
-                take_down(runtime, &sandbox, &container).await
+                take_down(runtime, &sandbox, &container).await;
             })
             .await;
         let runtime = world.open().await;

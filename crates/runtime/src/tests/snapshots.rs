@@ -67,7 +67,7 @@ async fn pods_go_on_from_a_snapshot_whose_source_is_gone() {
         if restart {
             drop(runtime);
             runtime = world.open().await;
-            assert_eq!(runtime.list_snapshots().await, [taken.clone()]);
+            assert_eq!(runtime.list_snapshots().await, std::slice::from_ref(&taken));
         }
         let clone = runtime.clone_sandbox(world.sandbox(name), of(&wish.id));
         let clone = clone.await.unwrap();
