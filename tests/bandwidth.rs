@@ -95,7 +95,11 @@ fn a_pod_receives_and_sends_as_much_as_it_says() {
         kubeconfig: &kubeconfig,
     };
     let refused = acme
-        .create(&pod("tiny", &image, "kubernetes.io/egress-bandwidth: '100'"))
+        .create(&pod(
+            "tiny",
+            &image,
+            "kubernetes.io/egress-bandwidth: '100'",
+        ))
         .unwrap_err();
     assert!(
         refused.contains("metadata.annotations[kubernetes.io/egress-bandwidth]")
