@@ -27,10 +27,12 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// What tells of the object's life and not of what its owner wants.
 const TOLD: [&str; 3] = ["managedFields", "resourceVersion", "generation"];
 /// What the daemon itself keeps as it must be, for this start.
-const KEPT_UP: [&str; 3] = [
+const KEPT_UP: [&str; 5] = [
     "ConfigMap/kube-root-ca.crt",
     "Service/kubernetes",
     "ClusterRole/",
+    "CustomResourceDefinition/networks.hypernetes.io",
+    "CustomResourceDefinition/tenants.hypernetes.io",
 ];
 
 /// By kind, namespace and name: uid, and what is wanted or kept.
