@@ -146,26 +146,10 @@ fn a_pod_that_does_not_fit_on_the_disk_runs_on() {
     let image = registry.image("busybox:1");
     let acme = daemon.tenant("acme", "10.92.0.0/24");
     let kubectl = |args: &[&str]| stdout(&mut daemon.kubectl_as(&acme, args));
-    // More of its memory is in use than will be free.
+    // More of its memory is in use than will be free, and it writes to no disk: that would take the rest.
     let program = "head -c 40000000 /dev/urandom > /dev/shm/ballast; echo ready; \
-                   while :; do date +%s > /tmp/alive; sleep 0.1; done";
-    kubectl(&[
-        "run",
-        "web",
-        "--image",
-        &image,
-        "--restart=Never",
-        "--",
-        "sh",
-        "-c",
-        program,
-    ]);
-    eventually("the pod is up", PATIENCE, || {
-        match kubectl_logs(&daemon, &acme).as_str() {
-            "ready" => Ok(()),
-            other => Err(other.to_owned()),
-        }
-    });
+                   while :; do date +%s > /dev/shm/alive; sleep 0.1; done";
+    run_web(&daemon, &acme, &image, program);
     let condition = || {
         let path = r#"jsonpath={.status.conditions[?(@.type=="hypernetes.io/Suspended")]}"#;
         kubectl(&["get", "pod", "web", "-o", path])
@@ -191,7 +175,8 @@ fn a_pod_that_does_not_fit_on_the_disk_runs_on() {
         );
         assert!(said.contains("it may need"), "{said}");
         // It works, and nothing of it is on the disk; the node's records can be written.
-        let alive = "a=$(cat /tmp/alive); until test $(cat /tmp/alive) != $a; do sleep 0.1; done";
+        let alive =
+            "a=$(cat /dev/shm/alive); until test $(cat /dev/shm/alive) != $a; do sleep 0.1; done";
         kubectl(&["exec", "web", "--", "sh", "-c", alive]);
         let mut files = daemon.pod_files();
         files.retain(|file| file.file_stem().is_some_and(|stem| stem == "memory"));
@@ -221,6 +206,73 @@ fn a_pod_that_does_not_fit_on_the_disk_runs_on() {
             .ok_or(format!("{output:?}"))
     });
     kubectl(&["delete", "pod", "web", "--grace-period=1"]);
+}
+
+#[test]
+fn a_pod_without_room_for_its_writes_stands_still_and_goes_on() {
+    if !can_run_pods() {
+        return;
+    }
+    let Some(disk) = SmallDisk::mount("1g") else {
+        skip("tmpfs cannot be mounted here");
+        return;
+    };
+    let mut daemon = Daemon::start(DaemonOptions {
+        state_dir: Some(disk.0.path().join("state")),
+        ..DaemonOptions::default()
+    });
+    let registry = Registry::start();
+    let image = registry.image("busybox:1");
+    let acme = daemon.tenant("acme", "10.94.0.0/24");
+    // What it writes is read from its disk again, not from its memory.
+    let program = "echo ready; for round in 1 2; do \
+                     until test -e /dev/shm/$round; do sleep 0.1; done; \
+                     head -c 30000000 /dev/urandom | tee /data.$round | md5sum && sync && \
+                     dd if=/data.$round bs=1M iflag=direct | md5sum && echo done $round; \
+                   done 2> /dev/null; sleep 1000";
+    run_web(&daemon, &acme, &image, program);
+    for round in 1..=2 {
+        fill(disk.0.path(), 16);
+        let go = format!("touch /dev/shm/{round}");
+        run(&mut daemon.kubectl_as(&acme, &["exec", "web", "--", "sh", "-c", &go]));
+        eventually("it stands still", PATIENCE, || {
+            match daemon.log_text().matches("stands still until").count() {
+                seen if seen >= round => Ok(()),
+                seen => Err(format!("seen {seen} times")),
+            }
+        });
+        if round == 2 {
+            // Nobody looks when there is room again.
+            daemon.kill();
+        }
+        empty(disk.0.path());
+        if round == 2 {
+            daemon.start_again();
+        }
+        let done = format!("done {round}");
+        let said = eventually("it goes on", PATIENCE, || {
+            let said = kubectl_logs(&daemon, &acme);
+            said.ends_with(&done).then(|| said.clone()).ok_or(said)
+        });
+        let lines: Vec<_> = said.lines().rev().collect();
+        assert_eq!(lines[1], lines[2], "what was written is not what is read");
+    }
+    let restarts = "jsonpath={.status.containerStatuses[0].restartCount}";
+    let restarts = stdout(&mut daemon.kubectl_as(&acme, &["get", "pod", "web", "-o", restarts]));
+    assert_eq!(restarts, "0");
+}
+
+/// Starts pod `web` and waits until its program has said `ready`.
+fn run_web(daemon: &Daemon, tenant: &Path, image: &str, program: &str) {
+    let arguments = ["run", "web", "--image", image, "--restart=Never", "--"];
+    let arguments = [arguments.as_slice(), &["sh", "-c", program]].concat();
+    run(&mut daemon.kubectl_as(tenant, &arguments));
+    eventually("the pod is up", PATIENCE, || {
+        match kubectl_logs(daemon, tenant).as_str() {
+            "ready" => Ok(()),
+            other => Err(other.to_owned()),
+        }
+    });
 }
 
 fn kubectl_logs(daemon: &Daemon, tenant: &Path) -> String {

@@ -130,7 +130,8 @@ async fn mount_scratch(slot: u32) -> Result<(), GuestError> {
             slot if disks::SLOTS.contains(&slot) => {
                 let device = disks::find(slot).await?;
                 let flags = MsFlags::MS_NOATIME;
-                disks::mount_disk(device, dir::SCRATCH.into(), "ext4", flags, None).await?;
+                let options = Some(disks::SPARSE);
+                disks::mount_disk(device, dir::SCRATCH.into(), "ext4", flags, options).await?;
             }
             slot => return Err(GuestError::Invalid(format!("there is no slot {slot}"))),
         }

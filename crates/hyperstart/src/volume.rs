@@ -89,8 +89,7 @@ impl OwnDisk {
         if !sandbox::is_mounted(&target.to_string_lossy()) {
             let device = disks::find(self.slot).await?;
             let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV;
-            // What is deleted here becomes a hole in the node's file; what is a hole needs no zeros.
-            let options = Some("discard,noinit_itable");
+            let options = Some(disks::SPARSE);
             disks::mount_disk(device, target.clone(), "ext4", flags, options).await?;
         }
         let limit = self.size_limit;

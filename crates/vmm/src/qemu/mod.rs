@@ -22,6 +22,7 @@ mod qmp;
 mod restore;
 mod share;
 mod spawn;
+mod stall;
 mod suspend;
 mod vm;
 

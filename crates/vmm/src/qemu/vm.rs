@@ -25,6 +25,7 @@ use super::{
     disk,
     qmp::{Qmp, QmpError},
     share::{self, Shares},
+    stall,
 };
 use crate::{
     Channel, Disk, HostShare, Template, Vm, VmEvent, VmExit, VmRecord, VmmError,
@@ -76,7 +77,7 @@ pub(crate) struct QemuVm {
     console: Arc<Console>,
     channel: ChannelSlot,
     /// One change of disks at a time: QEMU's names are checked, then used.
-    pub(super) disks: tokio::sync::Mutex<()>,
+    pub(super) disks: Arc<tokio::sync::Mutex<()>>,
     /// Memory that a template can be made of, once.
     pub(super) savable: Mutex<Option<(Shape, OwnedFd)>>,
     events: broadcast::Sender<VmEvent>,
@@ -122,6 +123,9 @@ impl QemuVm {
         };
         let mut tasks = JoinSet::new();
         tasks.spawn(watcher.run());
+        let disks = Arc::default();
+        let stall = stall::watch(record.sandbox.clone(), Arc::clone(&qmp), Arc::clone(&disks));
+        tasks.spawn(stall);
         Self {
             record,
             maker,
@@ -131,7 +135,7 @@ impl QemuVm {
             qmp,
             console,
             channel: ChannelSlot::default(),
-            disks: tokio::sync::Mutex::new(()),
+            disks,
             savable: Mutex::new(savable),
             events,
             exit,
