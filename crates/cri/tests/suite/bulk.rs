@@ -131,14 +131,20 @@ async fn a_container_logs_a_gigabyte() {
         return;
     }
     const LINE: &str = "0123456789abcdefghijklmnopqrstuvwxyz 0123456789abcdefghijklmnopqrstuvwxyz 0123456789abcdefghijklmno";
-    const SIZE: usize = 1_000_000_000;
+    /// Lines of the file that is written over and over again, and how often: a gigabyte.
+    const LINES: usize = 10_000;
+    const TIMES: usize = 991;
+    const SIZE: usize = (LINE.len() + 1) * LINES * TIMES;
     let registry = Registry::start();
     let mut node = Node::start("10.89.3.0/24", "");
     let mut client = Client::of(&node).await;
     let image = client.pull(&registry.image("busybox:1")).await;
     let config = sandbox(&node, "loud");
     let pod = client.run(&config).await;
-    let script = format!("yes '{LINE}' | head -c {SIZE}");
+    // One program that copies, because a guest may be emulated.
+    let script = format!(
+        "cd /dev/shm && yes '{LINE}' | head -n {LINES} > lines && cat $(yes lines | head -n {TIMES})"
+    );
     let id = client
         .create(&pod, &config, &shell("main", &image, &script))
         .await;
@@ -170,12 +176,10 @@ async fn a_container_logs_a_gigabyte() {
     assert!(peak < before + FLAT, "{before} KiB grew to {peak}");
 
     let mut wanted = Sha256::new();
-    let whole = format!("{LINE}\n");
-    for _ in 0..SIZE / whole.len() {
+    let whole = format!("{LINE}\n").repeat(LINES);
+    for _ in 0..TIMES {
         wanted.update(&whole);
     }
-    let rest = SIZE % whole.len();
-    wanted.update(&whole[..rest]);
     let mut found = Sha256::new();
     let mut bytes = 0;
     for file in &files {
