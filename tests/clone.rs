@@ -190,6 +190,7 @@ fn a_daemon_that_is_killed_during_a_clone_makes_it_again() {
             kubeconfig: &acme,
         };
         tenant.ready("web");
+        tenant.counts("web");
         clone_pod(&tenant, "web", "copy", |_| {});
         let copying = || {
             let files = daemon.pod_files();

@@ -175,8 +175,8 @@ fn a_pod_that_does_not_fit_on_the_disk_runs_on() {
         );
         assert!(said.contains("it may need"), "{said}");
         // It works, and nothing of it is on the disk; the node's records can be written.
-        let alive =
-            "a=$(cat /dev/shm/alive); until test $(cat /dev/shm/alive) != $a; do sleep 0.1; done";
+        let alive = "now() { until c=$(cat /dev/shm/alive) && test -n \"$c\"; do :; done; echo $c; }; \
+                     a=$(now); until test $(now) != $a; do sleep 0.1; done";
         kubectl(&["exec", "web", "--", "sh", "-c", alive]);
         let mut files = daemon.pod_files();
         files.retain(|file| file.file_stem().is_some_and(|stem| stem == "memory"));

@@ -103,6 +103,7 @@ fn pods_go_on_from_a_snapshot_after_its_source_and_the_daemon_are_gone() {
         };
         tenant.create(&counting("web", &image));
         tenant.ready("web");
+        tenant.counts("web");
         tenant.create(&snapshot("keep", "web", "1Gi"));
         wait_ready(&tenant, "keep");
         let status = read(&tenant, "keep")["status"].clone();
@@ -125,7 +126,9 @@ fn pods_go_on_from_a_snapshot_after_its_source_and_the_daemon_are_gone() {
         tenant.ready(pod);
         assert!(tenant.counts(pod) > 1, "it did not begin anew");
         assert_eq!(tenant.exec(pod, "hostname"), pod);
-        let count: u64 = tenant.exec(pod, "cat /data/count").parse().unwrap();
+        // It is empty for a moment whenever it is written.
+        let read = "until c=$(cat /data/count) && test -n \"$c\"; do :; done; echo $c";
+        let count: u64 = tenant.exec(pod, read).parse().unwrap();
         assert!(count > 1);
     }
     for what in [
@@ -241,6 +244,7 @@ fn a_daemon_that_is_killed_during_a_snapshot_takes_it_again() {
         };
         tenant.create(&counting("web", &registry.image("busybox:1")));
         tenant.ready("web");
+        tenant.counts("web");
         tenant.create(&snapshot("keep", "web", "1Gi"));
         eventually("the copy has begun", PATIENCE, || {
             let files = daemon.pod_files();

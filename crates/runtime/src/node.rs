@@ -356,6 +356,17 @@ impl NodeRuntime {
         client.ok_or_else(refused)
     }
 
+    /// Waits while a container stands still only because its VM is copied, or goes on from a copy; not longer than a
+    /// boot may take.
+    async fn until_thawed(&self, handle: &Handle, id: &ContainerId) {
+        let mut watch = handle.snapshot.clone();
+        let goes_on = |now: &Arc<Snapshot>| {
+            let frozen = now.record.frozen.as_ref();
+            now.record.phase != sandbox::Phase::Ready || !frozen.is_some_and(|ids| ids.contains(id))
+        };
+        drop(timeout(self.shared.config.deadlines.boot, watch.wait_for(goes_on)).await);
+    }
+
     fn place(&self, handle: &Handle, client: AgentClient) -> Place {
         Place {
             sandbox: handle.id.clone(),
@@ -464,6 +475,9 @@ impl NodeRuntime {
         }
         if record.paused && !guest {
             return Err(RuntimeError::Paused(id.to_string()));
+        }
+        if !guest {
+            self.until_thawed(&handle, id).await;
         }
         let client = self.client(&handle, action).await?;
         if guest && !client.has(FEATURE_GUEST_EXEC) {

@@ -459,6 +459,11 @@ impl Agent for FakeAgent {
                     "container {id} is not running"
                 )));
             }
+            if container.state.paused && !start.guest {
+                return Err(Status::failed_precondition(format!(
+                    "container {id} is paused"
+                )));
+            }
             state.exec.clone()
         };
         let (tx, rx) = mpsc::channel(8);

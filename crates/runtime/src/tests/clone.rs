@@ -212,8 +212,9 @@ async fn a_suspended_pod_is_cloned_and_stays_suspended() {
             .await;
         let clone = clone.unwrap();
         let own = only_container(&runtime, &clone).await.id;
-        goes_on(&world, &clone, &own).await;
+        // Whoever asks at once waits until it goes on.
         answers(&runtime, &own).await;
+        goes_on(&world, &clone, &own).await;
         let disk = directory(&world, &clone).join("scratch.ext4");
         assert_eq!(std::fs::read_to_string(disk).unwrap(), "own");
         assert!(runtime.sandbox(&source).await.unwrap().suspended);
