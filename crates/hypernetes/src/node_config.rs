@@ -481,6 +481,40 @@ mod tests {
     }
 
     #[test]
+    fn the_printed_default_has_every_setting() {
+        // A name that is not known is refused with the names that are, in each part.
+        for part in [
+            "",
+            "hostPaths",
+            "network",
+            "network.cni",
+            "vm",
+            "registries",
+            "hostHandler",
+            "logs",
+            "debug",
+        ] {
+            let parts = part.split('.').filter(|name| !name.is_empty());
+            let mut printed: serde_json::Value = serde_saphyr::from_str(DEFAULT).unwrap();
+            let mut wrong = "nothing: 0".to_owned();
+            for name in parts.clone() {
+                printed = printed[name].clone();
+            }
+            for name in parts.rev() {
+                wrong = format!("{name}: {{{wrong}}}");
+            }
+            let refused = NodeConfig::parse(&wrong).unwrap_err();
+            let refused = hypernetes_telemetry::chain(&*refused).to_string();
+            let line = refused.lines().next().unwrap();
+            let (_, names) = line.split_once("expected ").expect(&refused);
+            let names = names.trim_start_matches("one of ").split(", ");
+            for name in names.flat_map(|names| names.split(" or ")) {
+                assert!(printed.get(name).is_some(), "{part}: {name}: {refused}");
+            }
+        }
+    }
+
+    #[test]
     fn what_is_not_known_or_cannot_be_is_refused() {
         for bad in [
             "sockett: /x",

@@ -22,7 +22,7 @@ mod suspend;
 mod volumes;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
 };
 
@@ -201,6 +201,8 @@ struct Actor {
     shared: Arc<Shared>,
     record: SandboxRecord,
     members: BTreeMap<ContainerId, Member>,
+    /// Those that were removed last: what the guest said of their end may still be on its way.
+    removed: VecDeque<ContainerId>,
     vm: Option<Arc<dyn Vm>>,
     link: Option<Link>,
     /// The CPUs that the VM was told to run on, if that is known.
@@ -253,6 +255,7 @@ pub(crate) fn spawn(
         shared: Arc::clone(shared),
         record,
         members,
+        removed: VecDeque::new(),
         vm: None,
         link: None,
         // A VM that begins runs anywhere; of another the adoption says it.

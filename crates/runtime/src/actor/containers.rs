@@ -412,16 +412,15 @@ impl Actor {
         let undone = async {
             self.forget_in_guest(id).await?;
             self.remove_log(id).await?;
-            let member = self.members.remove(id);
+            let member = self.take_member(id);
             let deleted = match self.unplug_unused().await {
                 Ok(()) => self.shared.records.delete_container(id).await,
                 Err(error) => Err(error),
             };
-            if deleted.is_err() {
-                // As long as there is a record it must be known: a later container of the same name has
-                // the same log, which the next session would remove with this one.
-                self.members
-                    .extend(member.map(|member| (id.clone(), member)));
+            // As long as there is a record it must be known: a later container of the same name has
+            // the same log, which the next session would remove with this one.
+            if let (Err(_), Some(member)) = (&deleted, member) {
+                self.put_back(id, member);
             }
             deleted
         };
@@ -682,7 +681,7 @@ impl Actor {
         self.forget_in_guest(id).await?;
         self.remove_log(id).await?;
         // Its slots are free only when no other container has them.
-        let Some(member) = self.members.remove(id) else {
+        let Some(member) = self.take_member(id) else {
             return Ok(());
         };
         let unplugged = self.unplug_unused().await;
@@ -691,7 +690,7 @@ impl Actor {
             Err(error) => Err(error),
         };
         if let Err(error) = deleted {
-            self.members.insert(id.clone(), member);
+            self.put_back(id, member);
             return Err(error);
         }
         self.shared.forget_container(id);

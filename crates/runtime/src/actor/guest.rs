@@ -7,7 +7,7 @@ use hypernetes_types::ContainerId;
 use hypernetes_vmm::{Vm, VmExit};
 use tokio::time::Instant;
 
-use super::{Actor, Late, boot::failure, release::KILLED};
+use super::{Actor, Late, Member, boot::failure, release::KILLED};
 use crate::{
     container::{Event, Phase},
     error::RuntimeError,
@@ -20,6 +20,9 @@ use crate::{
 
 /// A guest that makes containers up is not asked to remove more of them than this at a time.
 const MOST_STRANGERS: usize = 64;
+
+/// How many removed containers are remembered, for the sake of what the guest said of them last.
+const REMEMBERED: usize = 16;
 
 /// How a container ended.
 #[derive(Debug, Clone)]
@@ -184,11 +187,32 @@ impl Actor {
 
     /// One of our containers by the guest's text, or nothing.
     pub(super) fn known(&mut self, id: &str) -> Option<ContainerId> {
-        let id = id.parse().ok().filter(|id| self.members.contains_key(id));
+        let id = id.parse::<ContainerId>().ok();
+        if id.as_ref().is_some_and(|id| self.removed.contains(id)) {
+            return None;
+        }
+        let id = id.filter(|id| self.members.contains_key(id));
         if id.is_none() {
             self.anomaly("the guest speaks of a container that does not exist");
         }
         id
+    }
+
+    /// Takes a container out that the guest has removed. A removal ends what still runs, and the word
+    /// of that end may come after the answer.
+    pub(super) fn take_member(&mut self, id: &ContainerId) -> Option<Member> {
+        let member = self.members.remove(id)?;
+        if self.removed.len() == REMEMBERED {
+            self.removed.pop_front();
+        }
+        self.removed.push_back(id.clone());
+        Some(member)
+    }
+
+    /// Has it back, because its record could not be deleted.
+    pub(super) fn put_back(&mut self, id: &ContainerId, member: Member) {
+        self.removed.retain(|removed| removed != id);
+        self.members.insert(id.clone(), member);
     }
 
     fn anomaly(&mut self, what: &'static str) {

@@ -221,6 +221,42 @@ async fn lies_about_containers_change_nothing_but_their_own_pod() {
 }
 
 #[tokio::test]
+async fn the_end_of_a_container_that_was_just_removed_is_no_lie() {
+    let world = World::new().await;
+    let path = world.temp.path().join("node.log");
+    let told = std::sync::Arc::new(std::fs::File::create(&path).unwrap());
+    let logger = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(told)
+        .finish();
+    let _here = tracing::subscriber::set_default(logger);
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let agent = world.agent(&sandbox);
+    let ended = |id: &str| {
+        agent.emit(v1::ContainerState {
+            id: id.into(),
+            phase: v1::ContainerPhase::Exited.into(),
+            exit: Some(v1::Exit::default()),
+            ..Default::default()
+        });
+    };
+    let last = runtime
+        .create_container(&sandbox, container_config("last"))
+        .await
+        .unwrap();
+    runtime.start_container(&last).await.unwrap();
+    runtime.remove_container(&container).await.unwrap();
+    ended(container.as_str());
+    ended(&"f".repeat(32));
+    // Heard in order: when the last is known, so are those before it.
+    agent.exit(last.as_str(), 0);
+    exited(&runtime, &last).await;
+    let log = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(log.matches("does not exist").count(), 1, "{log}");
+}
+
+#[tokio::test]
 async fn a_guest_that_forgets_or_invents_containers_in_its_list() {
     let world = World::new().await;
     let runtime = world.open().await;
