@@ -299,6 +299,7 @@ fn refusal(error: &RuntimeError) -> Trouble {
         }
         RuntimeError::Invalid { .. } => "Unsupported",
         RuntimeError::State { .. } | RuntimeError::NotFound { .. } => "PodNotReady",
+        RuntimeError::NoRoom { .. } => "NoSpace",
         _ if is_full(error) => {
             return trouble("NoSpace", "the node's disk has no room for it");
         }
@@ -344,6 +345,13 @@ mod tests {
             (full.reason, full.message.contains("secret")),
             ("NoSpace", false)
         );
+        let small = refusal(&RuntimeError::NoRoom {
+            what: "the copy",
+            needed_mib: 300,
+            usable_mib: 7,
+        });
+        assert_eq!(small.reason, "NoSpace");
+        assert!(small.message.contains("the copy: it may need 300 MiB"));
         let large = refusal(&invalid("size_limit"));
         assert_eq!(large.reason, "TooLarge");
         assert_eq!(large.message, "invalid spec.sizeLimit: is wrong");

@@ -65,7 +65,7 @@ pub(crate) use copy::{Copied, CopyDirectory, CopyPlan, MEMORY, check_same};
 pub(crate) use release::KILLED;
 #[cfg(test)]
 pub(crate) use suspend::GO_ON_ATTEMPTS;
-pub(crate) use suspend::{draft, let_go_on};
+pub(crate) use suspend::{draft, let_go_on, sync_parent};
 
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, RuntimeError>>;
 

@@ -86,11 +86,13 @@ pub enum RuntimeError {
         /// Its words, bounded and cleaned.
         message: String,
     },
-    /// The memory of a VM does not fit on the node's disk.
+    /// The memory of a VM, or a copy of it with its disks, does not fit on the node's disk.
     #[error(
-        "the node's disk has no room for the memory: it may need {needed_mib} MiB, and {usable_mib} MiB can be had"
+        "the node's disk has no room for {what}: it may need {needed_mib} MiB, and {usable_mib} MiB can be had"
     )]
     NoRoom {
+        /// What.
+        what: &'static str,
         /// The most that it can take, in MiB.
         needed_mib: u64,
         /// What it could have had, in MiB.

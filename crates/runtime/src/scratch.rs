@@ -119,20 +119,6 @@ impl ScratchDisks {
         blocking(failed, move || Ok(path.metadata()?.blocks() * 512)).await
     }
 
-    /// Refuses what the file system of the sandboxes' files has no room for now.
-    pub(crate) async fn check_room(&self, bytes: u64) -> Result<(), RuntimeError> {
-        let root = self.sandboxes.clone();
-        let failed = format!("find room for {bytes} bytes in {}", root.display());
-        blocking(failed, move || {
-            let fs = rustix::fs::statvfs(&root)?;
-            match fs.f_bavail.saturating_mul(fs.f_frsize) >= bytes {
-                true => Ok(()),
-                false => Err(io::ErrorKind::StorageFull.into()),
-            }
-        })
-        .await
-    }
-
     /// Copies a sandbox's disk, or that of one of its volumes, into a directory. Nobody may be writing it.
     pub(crate) async fn copy(
         &self,

@@ -19,7 +19,9 @@ use crate::{
     link::LinkState,
     pool::Pool,
     records::{ContainerRecord, Records, SandboxRecord, VmSize},
-    rehearsal, sandbox,
+    rehearsal,
+    room::Room,
+    sandbox,
     scratch::ScratchDisks,
     snapshots::Snapshots,
     templates::Templates,
@@ -35,6 +37,8 @@ pub(crate) struct Shared {
     pub(crate) config: RuntimeConfig,
     pub(crate) records: Records,
     pub(crate) scratch: ScratchDisks,
+    /// Where the scratch disks are, and suspended VMs and copies beside them.
+    pub(crate) room: Room,
     pub(crate) snapshots: Snapshots,
     pub(crate) templates: Templates,
     pub(crate) pool: Pool,
@@ -57,10 +61,13 @@ struct Index {
 impl Shared {
     pub(crate) fn new(config: RuntimeConfig) -> Self {
         let records = Records::new(config.store.clone());
+        let scratch = ScratchDisks::new(&config.state_dir, config.defaults.mkfs.clone());
+        let room = Room::new(scratch.root().to_owned());
         Self {
-            snapshots: Snapshots::new(&config.state_dir, records.clone()),
+            snapshots: Snapshots::new(&config.state_dir, records.clone(), room.clone()),
             records,
-            scratch: ScratchDisks::new(&config.state_dir, config.defaults.mkfs.clone()),
+            scratch,
+            room,
             templates: Templates::new(config.templates),
             pool: Pool::new(config.templates.pool),
             rehearsal: rehearsal::Layer::default(),

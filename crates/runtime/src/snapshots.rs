@@ -9,8 +9,10 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs::File,
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -19,11 +21,15 @@ use hypernetes_types::SnapshotId;
 use tokio::sync::{Mutex as AsyncMutex, RwLock};
 
 use crate::{
-    actor::{Copied, CopyDirectory, CopyPlan, Handle, MEMORY, Request, check_same, not_found},
+    actor::{
+        Copied, CopyDirectory, CopyPlan, Handle, MEMORY, Request, check_same, not_found,
+        sync_parent,
+    },
     api::{SandboxConfig, SnapshotConfig, SnapshotStatus},
     error::RuntimeError,
     logs::format::now_nanos,
     records::{ContainerRecord, Records, SnapshotContent, SnapshotRecord},
+    room::{Need, Room},
     scratch::{blocking, copy_sparse, remove_directory},
     usage,
 };
@@ -33,8 +39,9 @@ use crate::{
 pub(crate) struct Snapshots {
     root: PathBuf,
     records: Records,
+    room: Room,
     entries: Mutex<BTreeMap<SnapshotId, Entry>>,
-    /// Held while one is made or removed: what was found to have room has it.
+    /// Held while one is made or removed.
     changing: AsyncMutex<()>,
 }
 
@@ -46,10 +53,11 @@ struct Entry {
 }
 
 impl Snapshots {
-    pub(crate) fn new(state_dir: &Path, records: Records) -> Self {
+    pub(crate) fn new(state_dir: &Path, records: Records, room: Room) -> Self {
         Self {
             root: state_dir.join("snapshots"),
             records,
+            room,
             entries: Mutex::default(),
             changing: AsyncMutex::default(),
         }
@@ -159,8 +167,19 @@ impl Snapshots {
         check_same(&record.config, wanted)?;
         let (from, target) = (self.directory(id), to.0.clone());
         remove_directory(target.clone()).await?;
+        let action = format!("link {}", from.display());
+        let (source, links) = (from.clone(), target.clone());
+        let files = blocking(action, move || link_memory(&source, &links)).await?;
+        let bytes = files.iter().map(|file| file.bytes).sum();
+        let need = Need {
+            what: "the copy",
+            least: bytes,
+            most: bytes,
+        };
+        let _room = self.room.promise(need).await?;
         let action = format!("copy {}", from.display());
-        blocking(action, move || copy_files(&from, &target)).await?;
+        let copy = move || files.iter().try_for_each(|file| file.copy(&from, &target));
+        blocking(action, copy).await?;
         Ok(Copied {
             directory: to,
             state: content.state.clone(),
@@ -197,13 +216,32 @@ impl Snapshots {
             self.put(record);
         }
         let mut failures = Vec::new();
-        for record in records.iter().filter(|record| record.content.is_none()) {
-            if let Err(error) = self.remove(&record.id).await {
+        for record in &records {
+            let removed = match self.is_there(record).await {
+                Ok(true) => continue,
+                Ok(false) => self.remove(&record.id).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = removed {
                 let error = hypernetes_telemetry::chain(&error).to_string();
                 failures.push(format!("snapshot {}: {error}", record.id));
             }
         }
         Ok(failures)
+    }
+
+    /// Whether it was made, and nobody has taken its files away.
+    async fn is_there(&self, record: &SnapshotRecord) -> Result<bool, RuntimeError> {
+        if record.content.is_none() {
+            return Ok(false);
+        }
+        let memory = self.directory(&record.id).join(MEMORY);
+        let action = format!("look for {}", memory.display());
+        let there = blocking(action, move || memory.try_exists()).await?;
+        if !there {
+            tracing::error!(snapshot = %record.id, "the files of a snapshot are gone");
+        }
+        Ok(there)
     }
 
     fn put(&self, record: &SnapshotRecord) {
@@ -241,20 +279,36 @@ fn keep(from: &Path, to: &Path) -> io::Result<()> {
     let root = to.parent().ok_or(io::ErrorKind::InvalidInput)?;
     std::fs::create_dir_all(root)?;
     std::fs::rename(from, to)?;
-    File::open(root)?.sync_all()
+    // The root is as new as the first that it has.
+    to.ancestors().take(2).try_for_each(sync_parent)
 }
 
-/// Copies a snapshot's files, of which nobody writes the memory. Blocks.
-fn copy_files(from: &Path, to: &Path) -> io::Result<()> {
+/// A file that is to be copied.
+struct Whole {
+    name: OsString,
+    /// What it takes on the disk.
+    bytes: u64,
+}
+
+impl Whole {
+    fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
+        copy_sparse(&from.join(&self.name), &to.join(&self.name)).map(drop)
+    }
+}
+
+/// Gives a snapshot's memory, which nobody writes, a second name. Returns the files that have to be copied. Blocks.
+fn link_memory(from: &Path, to: &Path) -> io::Result<Vec<Whole>> {
     std::fs::create_dir_all(to)?;
+    let mut files = Vec::new();
     for entry in std::fs::read_dir(from)? {
         let entry = entry?;
-        let (path, target) = (entry.path(), to.join(entry.file_name()));
+        let name = entry.file_name();
         // Not everything that keeps files knows links.
-        if entry.file_name() == MEMORY && std::fs::hard_link(&path, &target).is_ok() {
+        if name == MEMORY && std::fs::hard_link(entry.path(), to.join(&name)).is_ok() {
             continue;
         }
-        copy_sparse(&path, &target)?;
+        let bytes = entry.metadata()?.blocks() * 512;
+        files.push(Whole { name, bytes });
     }
-    Ok(())
+    Ok(files)
 }

@@ -8,6 +8,7 @@ mod hostile;
 mod lifecycle;
 mod pause;
 mod pool;
+mod room;
 mod schedules;
 mod snapshots;
 mod streams;

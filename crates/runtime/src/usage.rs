@@ -17,18 +17,23 @@ pub(crate) async fn of_tree(path: PathBuf) -> Result<FilesystemUsage, RuntimeErr
     blocking(action, move || {
         // Nothing has been put there yet.
         fs::create_dir_all(&path)?;
-        let (mut used_bytes, mut files) = (0, 0);
-        measure(&path, MAX_DEPTH, &mut |metadata| {
-            used_bytes += metadata.blocks() * 512;
-            files += 1;
-        })?;
-        Ok(FilesystemUsage {
-            path,
-            used_bytes,
-            files,
-        })
+        measured(path)
     })
     .await
+}
+
+/// The same of a directory that is there. Blocks.
+pub(crate) fn measured(path: PathBuf) -> io::Result<FilesystemUsage> {
+    let (mut used_bytes, mut files) = (0, 0);
+    measure(&path, MAX_DEPTH, &mut |metadata| {
+        used_bytes += metadata.blocks() * 512;
+        files += 1;
+    })?;
+    Ok(FilesystemUsage {
+        path,
+        used_bytes,
+        files,
+    })
 }
 
 fn measure(path: &Path, depth: u32, count: &mut impl FnMut(&fs::Metadata)) -> io::Result<()> {

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
 };
 
@@ -40,6 +40,7 @@ pub struct FakeVmm {
     vms: Arc<Mutex<HashMap<PathBuf, Arc<State>>>>,
     refusals: Arc<Mutex<Vec<VmmError>>>,
     suspends: Arc<Mutex<Vec<VmmError>>>,
+    state_bytes: Arc<AtomicUsize>,
 }
 
 impl fmt::Debug for FakeVmm {
@@ -59,6 +60,7 @@ impl FakeVmm {
             vms: Arc::default(),
             refusals: Arc::default(),
             suspends: Arc::default(),
+            state_bytes: Arc::default(),
         }
     }
 
@@ -76,6 +78,11 @@ impl FakeVmm {
             .lock()
             .expect("no holder of this lock panics")
             .push(error);
+    }
+
+    /// Makes VMs at least so large when they are written to a file.
+    pub fn set_state_bytes(&self, bytes: usize) {
+        self.state_bytes.store(bytes, Ordering::Relaxed);
     }
 
     /// Whether a VM that has not ended stands still.
@@ -150,6 +157,7 @@ impl FakeVmm {
         Box::new(FakeVm {
             guest: Arc::clone(&self.guest),
             suspends: Arc::clone(&self.suspends),
+            state_bytes: Arc::clone(&self.state_bytes),
             state,
         })
     }
@@ -227,6 +235,7 @@ impl State {
 struct FakeVm {
     guest: Arc<Guest>,
     suspends: Arc<Mutex<Vec<VmmError>>>,
+    state_bytes: Arc<AtomicUsize>,
     state: Arc<State>,
 }
 
@@ -261,10 +270,16 @@ fn check_slot(slot: u32) -> Result<(), VmmError> {
 
 /// A VM goes on with the disks that it had.
 fn check_suspended(suspended: &Suspended, slots: &BTreeSet<u32>) -> std::io::Result<()> {
-    let (mut reader, mut text) = (suspended.read()?, vec![0; 4096]);
-    let count = reader.read(&mut text)?;
+    let (mut reader, mut text) = (suspended.read()?, Vec::new());
+    let mut piece = vec![0; 64 << 10];
+    loop {
+        match reader.read(&mut piece)? {
+            0 => break,
+            count => text.extend_from_slice(&piece[..count]),
+        }
+    }
     reader.check()?;
-    let text = String::from_utf8_lossy(&text[..count]).into_owned();
+    let text = String::from_utf8_lossy(&text).into_owned();
     let had: BTreeSet<u32> = text
         .split(' ')
         .filter_map(|slot| slot.parse().ok())
@@ -501,8 +516,12 @@ impl Vm for FakeVm {
         // What a real VMM would refuse to go on with: other disks than it had.
         let slots = self.state.slots();
         let slots = slots.into_iter().map(|slot| slot.to_string());
-        let state = format!("disks {}", slots.collect::<Vec<_>>().join(" "));
-        writer.write(state.as_bytes()).map_err(failed)?;
+        let mut state = format!("disks {}", slots.collect::<Vec<_>>().join(" ")).into_bytes();
+        let least = self.state_bytes.load(Ordering::Relaxed);
+        state.resize(state.len().max(least), b' ');
+        let mut pieces = state.chunks(64 << 10);
+        let written = pieces.try_for_each(|piece| writer.write(piece));
+        written.map_err(failed)?;
         writer.finish("fake").map_err(failed)?;
         self.state.still.store(true, Ordering::Relaxed);
         Ok(())

@@ -1,7 +1,7 @@
 //! A VM that is copied, with its memory and its disks, for a sandbox that is to go on from there.
 //!
 //! ```text
-//! record `frozen` ─ freeze the containers ─ write memory.vm ─ copy the disks ─ let the VM go on
+//! be promised room ─ record `frozen` ─ freeze the containers ─ write memory.vm ─ copy the disks ─ let the VM go on
 //!                 ─ let the containers go on ─ record without `frozen`
 //! ```
 //! A guest that cannot be told to let its containers go on is told so with its next session.
@@ -13,7 +13,7 @@
 //! go on, and removes what was copied: a clone that did not become ready is undone (see
 //! [`recovery`](crate::recovery)).
 
-use std::{path::PathBuf, sync::Arc};
+use std::{ops::RangeInclusive, path::PathBuf, sync::Arc};
 
 use hypernetes_agent_api::{AgentClient, FEATURE_CLONE, FEATURE_PAUSE, v1};
 use hypernetes_types::ContainerId;
@@ -30,6 +30,7 @@ use crate::{
     error::RuntimeError,
     identity::SCRATCH_SLOT,
     records::{ContainerRecord, CopiedState, Suspension, VmSize},
+    room::{Need, Promise, is_over},
     sandbox::Phase as SandboxPhase,
     scratch::{blocking, copy_sparse, remove_directory},
     usage,
@@ -56,6 +57,13 @@ pub(crate) struct Copied {
     /// Memory and disks, by the names that a sandbox's own have. Whoever asked moves them.
     pub(crate) directory: CopyDirectory,
     pub(crate) state: CopiedState,
+}
+
+/// Room for memory and disks.
+struct CopyRoom {
+    room: Promise,
+    /// How many bytes of it are for the memory.
+    memory: u64,
 }
 
 /// A directory that goes with whoever has it.
@@ -96,10 +104,9 @@ impl Actor {
         self.unplug_unused().await?;
         self.settle_endings().await;
         let frozen = self.to_freeze()?;
-        if let Some(limit) = plan.limit {
-            let slots: Vec<u32> = self.plugged.iter().copied().collect();
-            self.check_room(limit, self.most_state(), &slots).await?;
-        }
+        let slots: Vec<u32> = self.plugged.iter().copied().collect();
+        let memory = 1..=self.most_state();
+        let room = self.room_for_copy(plan.limit, memory, &slots).await?;
         let client = self.client(ACTION).await?;
         if !client.has(FEATURE_PAUSE) || !client.has(FEATURE_CLONE) {
             return Err(unknown_to_guest("clone"));
@@ -112,7 +119,7 @@ impl Actor {
         self.publish();
         let stopping = self.stopping.clone();
         let copied = tokio::select! {
-            copied = self.freeze_and_copy(&vm, &client, plan, frozen) => copied,
+            copied = self.freeze_and_copy(&vm, &client, plan, frozen, room) => copied,
             () = stopping.cancelled() => Err(self.refused(ACTION)),
         };
         drop(client);
@@ -194,13 +201,23 @@ impl Actor {
         client: &AgentClient,
         plan: &CopyPlan,
         frozen: Vec<ContainerId>,
+        CopyRoom { mut room, memory }: CopyRoom,
     ) -> Result<Copied, RuntimeError> {
         self.freeze(vm, client, &frozen).await?;
         self.end_sessions();
         let VmSize { vcpus, memory_mib } = self.first_size();
         let slots: Vec<u32> = self.plugged.iter().copied().collect();
         let directory = self.copy_directory(&plan.target).await?;
-        self.write_memory(vm, directory.0.join(MEMORY)).await?;
+        let file = directory.0.join(MEMORY);
+        let written = self.write_memory(vm, file, memory).await;
+        written.map_err(|error| match plan.limit {
+            Some(limit) if is_over(&error) && memory < self.most_state() => {
+                too_large(limit, limit.saturating_add(1))
+            }
+            _ => room.explain(error),
+        })?;
+        // The guest may have written more before its VM stood still.
+        room.renew(self.size_of_disks(&slots).await?).await?;
         self.copy_disks(&slots, &directory.0).await?;
         check_size(&directory, plan.limit).await?;
         let suspension = Suspension {
@@ -227,12 +244,11 @@ impl Actor {
             });
         };
         let file = self.shared.suspended_file(&self.record.id);
-        if let Some(limit) = plan.limit {
-            let look = file.clone();
-            let action = format!("look at {}", look.display());
-            let memory = blocking(action, move || Ok(look.metadata()?.len())).await?;
-            self.check_room(limit, memory, &suspension.slots).await?;
-        }
+        let look = file.clone();
+        let action = format!("look at {}", look.display());
+        let memory = blocking(action, move || Ok(look.metadata()?.len())).await?;
+        let (limit, slots) = (plan.limit, &suspension.slots);
+        let _room = self.room_for_copy(limit, memory..=memory, slots).await?;
         let directory = self.copy_directory(&plan.target).await?;
         let (from, to) = (file, directory.0.join(MEMORY));
         let action = format!("copy {}", from.display());
@@ -242,18 +258,42 @@ impl Actor {
         Ok(self.copied(directory, suspension, frozen))
     }
 
-    /// Refuses a copy that could not be kept, before anything stands still for it: `memory` bytes at most, and the
-    /// disks that the guest writes.
-    async fn check_room(&self, limit: u64, memory: u64, slots: &[u32]) -> Result<(), RuntimeError> {
+    /// Room for a memory of so many bytes, and for the disks that the guest writes. What may not be kept, or would
+    /// not fit, is refused before anything stands still for it.
+    async fn room_for_copy(
+        &self,
+        limit: Option<u64>,
+        memory: RangeInclusive<u64>,
+        slots: &[u32],
+    ) -> Result<CopyRoom, RuntimeError> {
+        let disks = self.size_of_disks(slots).await?;
+        let most = disks.saturating_add(*memory.end());
+        let mut need = Need {
+            what: "the copy",
+            least: disks.saturating_add(*memory.start()),
+            most,
+        };
+        if let Some(limit) = limit {
+            if need.least > limit {
+                return Err(too_large(limit, need.least));
+            }
+            // Who said how much it may be is told at once, and not after its source has stood still for it.
+            need.most = most.min(limit);
+            need.least = need.most;
+        }
+        let room = self.promised(ACTION, need).await?;
+        let memory = room.bytes() - disks;
+        Ok(CopyRoom { room, memory })
+    }
+
+    /// Bytes that the disks take which the guest writes. A copy has their holes, too, and takes no more.
+    async fn size_of_disks(&self, slots: &[u32]) -> Result<u64, RuntimeError> {
         let (scratch, id) = (&self.shared.scratch, &self.record.id);
-        let mut disks = 0;
+        let mut bytes = 0;
         for volume in self.written_disks(slots) {
-            disks += scratch.allocated(id, volume).await?;
+            bytes += scratch.allocated(id, volume).await?;
         }
-        if disks > limit {
-            return Err(too_large(limit, disks));
-        }
-        scratch.check_room(memory.saturating_add(disks)).await
+        Ok(bytes)
     }
 
     async fn copy_directory(&self, target: &str) -> Result<CopyDirectory, RuntimeError> {
@@ -431,6 +471,6 @@ async fn check_size(directory: &CopyDirectory, limit: Option<u64>) -> Result<(),
 }
 
 fn too_large(limit: u64, size: u64) -> RuntimeError {
-    let rule = format!("is {limit} bytes, and what is to be kept takes {size}");
+    let rule = format!("is {limit} bytes, and what is to be kept takes {size} at least");
     invalid("size_limit", rule)
 }

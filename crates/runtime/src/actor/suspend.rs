@@ -1,7 +1,7 @@
 //! A VM that becomes a file, and goes on from it.
 //!
 //! ```text
-//! suspend: record Suspending ─ write memory.new ─ name it memory.vm ─ kill the VMM ─ record Suspended
+//! suspend: be promised room ─ record Suspending ─ write memory.new ─ name it memory.vm ─ kill the VMM ─ record Suspended
 //! resume:  record Resuming ─ start a VMM, record it ─ remove memory.vm ─ let it go on ─ record Ready
 //! ```
 //! Whether `memory.vm` is there decides what a restart in between makes of it (see
@@ -30,8 +30,8 @@ use crate::{
     container,
     error::RuntimeError,
     identity::{SCRATCH_SLOT, network_request},
-    records::{Suspension, VmSize, storage},
-    room::Room,
+    records::{Suspension, VmSize},
+    room::{Need, Promise},
     sandbox::{Event, Phase},
     scratch::blocking,
 };
@@ -50,6 +50,12 @@ impl Actor {
         }
         let vm = self.ready_vm(action)?;
         self.check_suspendable()?;
+        let need = Need {
+            what: "the memory",
+            least: 1,
+            most: self.most_state(),
+        };
+        let room = self.promised(action, need).await?;
         self.unplug_unused().await?;
         self.settle_endings().await;
         // What could not be stored is asked of the guest again after a restart; of a file nobody can ask.
@@ -85,14 +91,16 @@ impl Actor {
         }
         self.end_sessions();
         let stopping = self.stopping.clone();
+        let file = self.shared.suspended_file(&self.record.id);
         let written = tokio::select! {
-            written = self.write_memory(&vm, self.shared.suspended_file(&self.record.id)) => written,
+            written = self.write_memory(&vm, file, room.bytes()) => written,
             () = stopping.cancelled() => Err(self.refused(action)),
         };
         if let Err(error) = written {
             self.undo_suspend(vm).await;
-            return Err(error);
+            return Err(room.explain(error));
         }
+        drop(room);
         // Nothing is undone from here on: the file is what the sandbox is.
         if let Err(error) = vm.kill().await {
             let error = hypernetes_telemetry::chain(&error).to_string();
@@ -108,6 +116,18 @@ impl Actor {
         self.publish_sandbox();
         destroyed?;
         saved
+    }
+
+    /// Room on the disk, before anything stands still for it. A stop ends the wait for it.
+    pub(super) async fn promised(
+        &self,
+        action: &'static str,
+        need: Need,
+    ) -> Result<Promise, RuntimeError> {
+        tokio::select! {
+            promise = self.shared.room.promise(need) => promise,
+            () = self.stopping.cancelled() => Err(self.refused(action)),
+        }
     }
 
     /// Has the containers stand still in the VM that becomes a file, so that a clone can go on from it. They go on
@@ -240,13 +260,14 @@ impl Actor {
         self.publish();
     }
 
-    /// Writes the VM, which stands still from then on, into a file of this name.
+    /// Writes the VM, which stands still from then on, into a file of this name: so many bytes at most.
     pub(super) async fn write_memory(
         &self,
         vm: &Arc<dyn Vm>,
         file: PathBuf,
+        limit: u64,
     ) -> Result<(), RuntimeError> {
-        let (draft, most) = (draft(&file), self.most_state());
+        let draft = draft(&file);
         let opened = blocking(format!("make {}", draft.display()), {
             let draft = draft.clone();
             move || {
@@ -254,21 +275,15 @@ impl Actor {
                     std::fs::create_dir_all(parent)?;
                 }
                 remove(&draft)?;
-                let opened = OpenOptions::new()
+                OpenOptions::new()
                     .read(true)
                     .write(true)
                     .create_new(true)
                     .mode(0o600)
-                    .open(&draft)?;
-                Ok((opened, Room::look(&draft, most)?))
+                    .open(&draft)
             }
         });
-        let (opened, room) = opened.await?;
-        let written = async {
-            let limit = room.limit().map_err(|e| storage("find room for it", e))?;
-            Ok::<_, RuntimeError>(vm.suspend(opened, limit).await?)
-        };
-        written.await.map_err(|error| room.explain(error))?;
+        vm.suspend(opened.await?, limit).await?;
         blocking(format!("name {}", file.display()), move || {
             std::fs::rename(draft, &file)?;
             // The directory is as new as its first file, and has not been synced before.
@@ -524,7 +539,8 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-fn sync_parent(path: &Path) -> io::Result<()> {
+/// Has it be on the disk what the directory says that a file is in. Blocks.
+pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent().map(File::open) {
         None => Ok(()),
         // Nothing is in a directory that is not there.

@@ -4,6 +4,7 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, HashMap, VecDeque},
     fmt, io,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -50,6 +51,8 @@ struct GateState {
     limit: AtomicU64,
     hit: Notify,
     plan: Mutex<Plan>,
+    /// What fits on the disk of the state directory.
+    disk: AtomicU64,
     clock_ahead: AtomicI64,
 }
 
@@ -77,6 +80,7 @@ impl Default for GateState {
             limit: AtomicU64::new(u64::MAX),
             hit: Notify::new(),
             plan: Mutex::default(),
+            disk: AtomicU64::new(u64::MAX),
             clock_ahead: AtomicI64::new(0),
         }
     }
@@ -171,6 +175,19 @@ impl Gate {
         std::mem::take(&mut self.plan().limbo)
     }
 
+    /// Has the state directory be on a disk on which so many bytes are free now.
+    pub(crate) fn set_free(&self, state_dir: &Path, bytes: u64) {
+        self.0.disk.store(used(state_dir) + bytes, Ordering::SeqCst);
+    }
+
+    /// What is free there.
+    pub(crate) fn free(&self, state_dir: &Path, real: u64) -> u64 {
+        match self.0.disk.load(Ordering::SeqCst) {
+            u64::MAX => real,
+            size => size.saturating_sub(used(state_dir)),
+        }
+    }
+
     /// Sets the wall clock ahead, or back.
     pub(crate) fn set_clock_ahead(&self, nanos: i64) {
         self.0.clock_ahead.store(nanos, Ordering::SeqCst);
@@ -193,4 +210,9 @@ impl Gate {
     pub(crate) async fn hit(&self) {
         self.0.hit.notified().await;
     }
+}
+
+fn used(directory: &Path) -> u64 {
+    let usage = crate::usage::measured(directory.to_owned());
+    usage.map_or(0, |usage| usage.used_bytes)
 }

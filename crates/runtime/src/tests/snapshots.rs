@@ -251,6 +251,111 @@ async fn a_crash_anywhere_while_a_snapshot_is_made_or_removed_is_made_good() {
     }
 }
 
+/// No VM is left, nor what is in memory only, and of files that were being written not all.
+fn lose_power(world: &World, source: &SandboxId, wish: &SnapshotConfig) {
+    world.end_vms();
+    std::fs::remove_dir_all(world.temp.path().join("run")).unwrap();
+    let content = {
+        let records = world.store.list("/node/snapshots/", None, None, None);
+        let mut records = records.unwrap().entries.into_iter();
+        records.any(|it| String::from_utf8_lossy(&it.value).contains("\"content\":{"))
+    };
+    let mut torn = vec![
+        directory(world, source)
+            .join("copies")
+            .join(wish.id.as_str()),
+    ];
+    if !content {
+        torn.push(place(world).join(wish.id.as_str()));
+    }
+    let files = torn
+        .iter()
+        .flat_map(|directory| std::fs::read_dir(directory).into_iter().flatten());
+    for file in files {
+        let file = std::fs::File::options()
+            .write(true)
+            .open(file.unwrap().path());
+        let length = file.as_ref().unwrap().metadata().unwrap().len();
+        file.unwrap().set_len(length / 2).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_power_failure_anywhere_leaves_a_snapshot_that_is_whole_or_none() {
+    for suspended in [false, true] {
+        let (mut whole, mut none) = (0, 0);
+        for steps in 0.. {
+            let world = World::new().await;
+            let runtime = world.open().await;
+            let (source, container) = running(&world, &runtime, "a").await;
+            std::fs::write(directory(&world, &source).join("scratch.ext4"), "own").unwrap();
+            if suspended {
+                runtime.suspend_sandbox(&source).await.unwrap();
+            }
+            let wish = wish(&source);
+            let said = std::cell::Cell::new(false);
+            let finished = world
+                .kill_after(steps, runtime, async |runtime| {
+                    runtime.take_snapshot(wish.clone()).await.unwrap();
+                    said.set(true);
+                    runtime.remove_snapshot(&wish.id).await.unwrap();
+                })
+                .await;
+            lose_power(&world, &source, &wish);
+            let runtime = world.open().await;
+            assert_eq!(runtime.recovery_report().failures, [""; 0], "step {steps}");
+            let copies = std::fs::read_dir(directory(&world, &source).join("copies"));
+            assert_eq!(copies.into_iter().flatten().count(), 0, "step {steps}");
+            let kept = runtime.list_snapshots().await;
+            if kept.is_empty() {
+                none += 1;
+                assert_none(&world, &runtime).await;
+                let again = runtime.take_snapshot(wish.clone()).await;
+                assert_eq!(again.is_ok(), suspended, "step {steps}: {again:?}");
+            } else {
+                whole += u32::from(said.get());
+                assert!(kept[0].ready, "step {steps}");
+            }
+            if suspended || !kept.is_empty() {
+                let clone = runtime.clone_sandbox(world.sandbox("b"), of(&wish.id));
+                let clone = clone.await.unwrap();
+                answers(&runtime, &only_container(&runtime, &clone).await.id).await;
+                let disk = directory(&world, &clone).join("scratch.ext4");
+                assert_eq!(std::fs::read_to_string(disk).unwrap(), "own");
+                runtime.remove_sandbox(&clone).await.unwrap();
+            } else {
+                assert_none(&world, &runtime).await;
+            }
+            if suspended {
+                runtime.resume_sandbox(&source).await.unwrap();
+                answers(&runtime, &container).await;
+            }
+            runtime.remove_sandbox(&source).await.unwrap();
+            runtime.remove_snapshot(&wish.id).await.unwrap();
+            world.assert_clean().await;
+            if finished {
+                assert!(whole > 0 && none > 10, "{whole} whole, {none} not there");
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_whose_files_are_gone_is_none() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (source, _) = running(&world, &runtime, "a").await;
+    let wish = wish(&source);
+    runtime.take_snapshot(wish.clone()).await.unwrap();
+    drop(runtime);
+    std::fs::remove_dir_all(place(&world).join(wish.id.as_str())).unwrap();
+    let runtime = world.open().await;
+    assert_eq!(runtime.recovery_report().failures, [""; 0]);
+    assert_none(&world, &runtime).await;
+    assert!(runtime.take_snapshot(wish).await.unwrap().ready);
+}
+
 #[tokio::test]
 async fn a_crash_anywhere_while_a_pod_goes_on_from_a_snapshot_is_made_good() {
     for steps in 0.. {

@@ -426,7 +426,7 @@ async fn a_removal_comes_ahead_of_a_suspend_that_hangs() {
     let runtime = world.open().await;
     let (sandbox, _) = running(&world, &runtime, "a").await;
     // The step after the records never returns.
-    world.gate.close_after(4);
+    world.gate.close_after(6);
     let begun = tokio::select! {
         result = runtime.suspend_sandbox(&sandbox) => panic!("{result:?}"),
         () = world.gate.hit() => true,
