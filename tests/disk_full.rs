@@ -10,6 +10,7 @@ use std::{fs, path::Path, process::Command, time::Duration};
 use hypernetes_testkit::{
     Daemon, DaemonOptions, Registry, can_run_pods, eventually, run, skip, stdout,
 };
+use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -164,6 +165,8 @@ fn a_pod_that_does_not_fit_on_the_disk_runs_on() {
         let wish = format!("hypernetes.io/suspended={value}");
         kubectl(&["annotate", "--overwrite", "pod", "web", &wish]);
     };
+    let alive = "now() { until c=$(cat /dev/shm/alive) && test -n \"$c\"; do :; done; echo $c; }; \
+                 a=$(now); until test $(now) != $a; do sleep 0.1; done";
     // None at all, and some that runs out: more than is left to the node's records.
     for (left_mib, usable) in [(16, "and 0 MiB can be had"), (80, " MiB can be had")] {
         fill(disk.0.path(), left_mib);
@@ -175,12 +178,8 @@ fn a_pod_that_does_not_fit_on_the_disk_runs_on() {
         );
         assert!(said.contains("it may need"), "{said}");
         // It works, and nothing of it is on the disk; the node's records can be written.
-        let alive = "now() { until c=$(cat /dev/shm/alive) && test -n \"$c\"; do :; done; echo $c; }; \
-                     a=$(now); until test $(now) != $a; do sleep 0.1; done";
         kubectl(&["exec", "web", "--", "sh", "-c", alive]);
-        let mut files = daemon.pod_files();
-        files.retain(|file| file.file_stem().is_some_and(|stem| stem == "memory"));
-        assert_eq!(files, [""; 0].map(Path::new));
+        no_memory_stays(&daemon);
         let name = format!("written-{left_mib}");
         kubectl(&["create", "configmap", &name]);
         let events = ["get", "events", "-o", "jsonpath={.items[*].message}"];
@@ -192,6 +191,35 @@ fn a_pod_that_does_not_fit_on_the_disk_runs_on() {
             now.is_empty().then_some(()).ok_or(now)
         });
     }
+    // It is not kept beside the node's records either, until there is room.
+    fill(disk.0.path(), 80);
+    let keep = daemon.dir().join("keep.json");
+    let object = json!({"apiVersion": "hypernetes.io/v1alpha1", "kind": "PodSnapshot",
+        "metadata": {"name": "keep"}, "spec": {"podName": "web", "sizeLimit": "300Mi"}});
+    fs::write(&keep, object.to_string()).unwrap();
+    kubectl(&["create", "-f", &keep.display().to_string()]);
+    let said = eventually("the snapshot is refused", PATIENCE, || {
+        let now = kubectl(&[
+            "get",
+            "psnap",
+            "keep",
+            "-o",
+            "jsonpath={.status.conditions[0]}",
+        ]);
+        now.contains("NoSpace").then(|| now.clone()).ok_or(now)
+    });
+    assert!(
+        said.contains("no room for the copy: it may need 300 MiB"),
+        "{said}"
+    );
+    kubectl(&["exec", "web", "--", "sh", "-c", alive]);
+    no_memory_stays(&daemon);
+    kubectl(&["create", "configmap", "written-beside-it"]);
+    empty(disk.0.path());
+    let ready = "--for=condition=Ready";
+    kubectl(&["wait", ready, "psnap/keep", "--timeout=120s"]);
+    kubectl(&["exec", "web", "--", "sh", "-c", alive]);
+    kubectl(&["delete", "psnap", "keep", "--timeout=60s"]);
     // With room it goes at once.
     wish("true");
     awaited(r#""status":"True""#);
@@ -260,6 +288,15 @@ fn a_pod_without_room_for_its_writes_stands_still_and_goes_on() {
     let restarts = "jsonpath={.status.containerStatuses[0].restartCount}";
     let restarts = stdout(&mut daemon.kubectl_as(&acme, &["get", "pod", "web", "-o", restarts]));
     assert_eq!(restarts, "0");
+}
+
+/// Nothing of a VM's memory stays on the disk. It may be tried again just now.
+fn no_memory_stays(daemon: &Daemon) {
+    eventually("nothing of its memory stays", PATIENCE, || {
+        let mut files = daemon.pod_files();
+        files.retain(|file| file.file_stem().is_some_and(|stem| stem == "memory"));
+        files.is_empty().then_some(()).ok_or(format!("{files:?}"))
+    });
 }
 
 /// Starts pod `web` and waits until its program has said `ready`.

@@ -246,13 +246,7 @@ fn a_daemon_that_is_killed_during_a_snapshot_takes_it_again() {
         tenant.ready("web");
         tenant.counts("web");
         tenant.create(&snapshot("keep", "web", "1Gi"));
-        eventually("the copy has begun", PATIENCE, || {
-            let files = daemon.pod_files();
-            let copying = |path: &PathBuf| path.iter().any(|part| part == "copies");
-            // It may have been quicker than this look at it.
-            let begun = files.iter().any(copying) || !kept_files(&daemon).is_empty();
-            begun.then_some(()).ok_or(format!("{files:?}"))
-        });
+        eventually("the copy has begun", PATIENCE, || begun(&daemon, 0));
     }
     daemon.kill();
     daemon.start_again();
@@ -266,4 +260,33 @@ fn a_daemon_that_is_killed_during_a_snapshot_takes_it_again() {
     go_on(&tenant, "keep", "copy", |_| {});
     tenant.ready("copy");
     assert!(tenant.counts("copy") > 1);
+
+    // The power fails during another, of a pod that outlives it.
+    tenant.get(&["annotate", "pod", "web", "hypernetes.io/suspended=true"]);
+    let is_suspended =
+        r#"--for=jsonpath={.status.conditions[?(@.type=="hypernetes.io/Suspended")].status}=True"#;
+    tenant.get(&["wait", is_suspended, "pod/web", "--timeout=120s"]);
+    tenant.create(&snapshot("later", "web", "1Gi"));
+    eventually("the copy has begun", PATIENCE, || begun(&daemon, 1));
+    daemon.lose_power();
+    daemon.start_again();
+    let tenant = Tenant {
+        daemon: &daemon,
+        kubeconfig: &acme,
+    };
+    for (snapshot, pod) in [("keep", "one"), ("later", "two")] {
+        wait_ready(&tenant, snapshot);
+        go_on(&tenant, snapshot, pod, |_| {});
+        tenant.ready(pod);
+        assert!(tenant.counts(pod) > 1);
+    }
+    assert_eq!(kept_files(&daemon).len(), 2);
+}
+
+/// Whether a snapshot is being made beside so many. It may have been quicker than this look at it.
+fn begun(daemon: &Daemon, kept: usize) -> Result<(), String> {
+    let files = daemon.pod_files();
+    let copying = |path: &PathBuf| path.iter().any(|part| part == "copies");
+    let begun = files.iter().any(copying) || kept_files(daemon).len() > kept;
+    begun.then_some(()).ok_or(format!("{files:?}"))
 }
