@@ -39,8 +39,6 @@ use hypernetes_types::{ContainerId, SandboxId};
 use tokio::time::{sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Where the tests' pods are in the hierarchies.
-const CGROUP: &str = "hypernetes-hostpods-test";
 
 const TESTS: [&str; 7] = [
     "containers_live_and_die",
@@ -215,7 +213,7 @@ impl Bed {
             sysctls: BTreeMap::new(),
             share_process_namespace: false,
             log_directory: self.dir.join("logs").join(name),
-            cgroup_parent: Some(format!("/{CGROUP}/{name}")),
+            cgroup_parent: Some(format!("/{}/{name}", self.cgroup())),
             labels: BTreeMap::new(),
             annotations: BTreeMap::new(),
             memo: String::new(),
@@ -252,6 +250,12 @@ impl Bed {
         println!("done");
     }
 
+    /// The cgroup of its pods. Beds are used beside each other.
+    fn cgroup(&self) -> String {
+        let name = self.dir.file_name().unwrap().to_string_lossy();
+        format!("hypernetes-hostpods-test-{}", name.trim_matches('.'))
+    }
+
     /// What is left on the host of pods that are gone.
     fn leftovers(&self) -> Vec<String> {
         let mut found = Vec::new();
@@ -264,7 +268,7 @@ impl Bed {
                 .map(str::to_owned),
         );
         for line in table.lines().filter(|line| line.contains(" - cgroup")) {
-            let group = Path::new(line.split(' ').nth(4).unwrap()).join(CGROUP);
+            let group = Path::new(line.split(' ').nth(4).unwrap()).join(self.cgroup());
             found.extend(group.exists().then(|| group.display().to_string()));
         }
         for place in ["state/c", "run/s", "run/l", "run/oci", "logs"] {
