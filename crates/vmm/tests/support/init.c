@@ -73,6 +73,13 @@ static void load_modules(void) {
     if (order) fclose(order);
 }
 
+/* As HyperStart does: or the kernel would put pages of its own there, which cannot be taken back. */
+static void keep_more_memory_movable(void) {
+    int fd = open("/sys/devices/system/memory/auto_online_blocks", O_WRONLY);
+    if (fd >= 0 && write(fd, "online_movable", 14) != 14) printf("MEMORY: %m\n");
+    close(fd);
+}
+
 int main(void) {
     const char *role = getenv("role") ? getenv("role") : "echo";
     mkdir("/proc", 0755); mkdir("/sys", 0755); mkdir("/dev", 0755);
@@ -83,6 +90,7 @@ int main(void) {
     if (tty >= 0) { dup2(tty, 0); dup2(tty, 1); dup2(tty, 2); }
     setvbuf(stdout, 0, _IONBF, 0);
     load_modules();
+    keep_more_memory_movable();
     printf("GUEST READY %s\n", role);
     if (!strcmp(role, "panic")) return 1;
     if (!strcmp(role, "reboot")) { sync(); reboot(RB_AUTOBOOT); }
