@@ -269,6 +269,13 @@ fn a_pod_without_room_for_its_writes_stands_still_and_goes_on() {
                 seen => Err(format!("seen {seen} times")),
             }
         });
+        if round == 1 {
+            let exec = &mut daemon.kubectl_as(&acme, &["exec", "web", "--", "true"]);
+            let refused = exec.output().unwrap();
+            let said = String::from_utf8_lossy(&refused.stderr);
+            assert!(!refused.status.success(), "it answers");
+            assert!(said.contains("until the node has room"), "{said}");
+        }
         if round == 2 {
             // Nobody looks when there is room again.
             daemon.kill();
@@ -284,6 +291,15 @@ fn a_pod_without_room_for_its_writes_stands_still_and_goes_on() {
         });
         let lines: Vec<_> = said.lines().rev().collect();
         assert_eq!(lines[1], lines[2], "what was written is not what is read");
+        run(&mut daemon.kubectl_as(&acme, &["wait", "--for=condition=Ready", "pod/web"]));
+        if round == 1 {
+            let events = ["get", "events", "-o", "jsonpath={.items[*].message}"];
+            eventually("it is told", PATIENCE, || {
+                let said = stdout(&mut daemon.kubectl_as(&acme, &events));
+                let told = said.contains("has room again: the pod goes on");
+                told.then_some(()).ok_or(said)
+            });
+        }
     }
     let restarts = "jsonpath={.status.containerStatuses[0].restartCount}";
     let restarts = stdout(&mut daemon.kubectl_as(&acme, &["get", "pod", "web", "-o", restarts]));

@@ -159,7 +159,7 @@ impl Connection {
             .uri(path)
             .header("host", "hypernetes")
             .header("accept", "application/json")
-            .header("content-type", "application/json")
+            .header("content-type", media_type(method))
             .body(Full::from(body.unwrap_or_default()))?;
         let response = self.sender.send_request(request).await?;
         let status = response.status();
@@ -172,5 +172,13 @@ impl Connection {
             );
         }
         Ok(body)
+    }
+}
+
+/// How a body of this method is written.
+fn media_type(method: &str) -> &'static str {
+    match method {
+        "PATCH" => "application/merge-patch+json",
+        _ => "application/json",
     }
 }

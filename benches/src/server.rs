@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use hypernetes_testkit::{Daemon, DaemonOptions, Registry, release_dir, run, stdout};
+use hypernetes_types::kinds::{SUSPENDED_ANNOTATION, SUSPENDED_CONDITION};
 use serde_json::{Value, json};
 
 use crate::{
@@ -165,6 +166,50 @@ impl Server {
                 bail!("{name} is not {phase}: {}", pod["status"]);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Has a pod's memory go to the disk, and waits until no VM is left of it.
+    pub(crate) async fn suspend(&mut self, name: &str) -> Result<()> {
+        let vms = self.daemon.vmm_processes().len();
+        self.set_suspended(name, true).await?;
+        self.wait_suspended(name, Some("True")).await?;
+        anyhow::ensure!(self.daemon.vmm_processes().len() < vms, "its VM is there");
+        Ok(())
+    }
+
+    /// Has it go on, and returns the time until its processes do.
+    pub(crate) async fn resume(&mut self, name: &str) -> Result<Duration> {
+        let started = Instant::now();
+        self.set_suspended(name, false).await?;
+        self.wait_suspended(name, None).await?;
+        Ok(started.elapsed())
+    }
+
+    async fn set_suspended(&mut self, name: &str, suspended: bool) -> Result<()> {
+        let wish =
+            json!({"metadata": {"annotations": {SUSPENDED_ANNOTATION: suspended.to_string()}}});
+        let path = format!("{PODS}/{name}");
+        self.request("PATCH", &path, Some(wish.to_string())).await?;
+        Ok(())
+    }
+
+    /// Waits until the condition has this status, or is gone.
+    async fn wait_suspended(&mut self, name: &str, status: Option<&str>) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            let answer = self.request("GET", &format!("{PODS}/{name}"), None).await?;
+            let pod: Value = serde_json::from_slice(&answer)?;
+            let conditions = pod["status"]["conditions"].as_array();
+            let mut conditions = conditions.into_iter().flatten();
+            let found = conditions.find(|condition| condition["type"] == SUSPENDED_CONDITION);
+            if found.and_then(|found| found["status"].as_str()) == status {
+                return Ok(());
+            }
+            if started.elapsed() > PATIENCE {
+                bail!("{name} is not as was asked: {found:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 

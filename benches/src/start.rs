@@ -23,6 +23,8 @@ struct Node {
     server: Server,
     /// VMs that wait for its pods, where it has any.
     pool: usize,
+    /// What is timed is not a pod's start but that it goes on after a suspend.
+    resumes: bool,
     /// Milliseconds from the request to the first byte; of CPU time of the daemon; seconds of the whole tree.
     pods: Vec<f64>,
     daemon_cpu: Vec<f64>,
@@ -35,6 +37,7 @@ impl Node {
             name,
             server,
             pool,
+            resumes: false,
             pods: Vec::new(),
             daemon_cpu: Vec::new(),
             tree_cpu: Vec::new(),
@@ -47,9 +50,16 @@ impl Node {
         if self.pool > 0 {
             self.server.wait_idle_vms(self.pool).await?;
         }
-        let before = (own(), self.server.cpu_seconds());
         let name = format!("start-{number}");
-        let took = self.server.pod(&name).await?;
+        if self.resumes {
+            self.server.pod(&name).await?;
+            self.server.suspend(&name).await?;
+        }
+        let before = (own(), self.server.cpu_seconds());
+        let took = match self.resumes {
+            true => self.server.resume(&name).await?,
+            false => self.server.pod(&name).await?,
+        };
         let mut spent = (own() - before.0, self.server.cpu_seconds() - before.1);
         self.server.delete(&[name]).await?;
         if self.pool > 0 {
@@ -91,6 +101,11 @@ pub(crate) async fn measure(starts: usize) -> Result<Value> {
     let mut nodes = vec![Node::new("boot", cold, 0)];
     let server = Server::with_template(&registry, &[]).await?;
     nodes.push(Node::new("template", server, 0));
+    let server = Server::with_template(&registry, &[]).await?;
+    nodes.push(Node {
+        resumes: true,
+        ..Node::new("suspend", server, 0)
+    });
     if has_pool() {
         let server = Server::with_template(&registry, &["--pool", &POOL.to_string()]).await?;
         nodes.push(Node::new("pool", server, POOL));
@@ -145,7 +160,7 @@ pub(crate) async fn measure(starts: usize) -> Result<Value> {
     };
     let boot = samples("boot");
     let mut to_boot = json!({});
-    for name in ["template", "pool"] {
+    for name in ["template", "suspend", "pool"] {
         if result[name].is_null() {
             continue;
         }

@@ -177,6 +177,7 @@ impl SandboxRecord {
                 SandboxPhase::Removing => SandboxState::Removing,
             },
             suspended: false,
+            stalled: false,
             created_unix_nanos: self.created_unix_nanos,
             vcpus: 0,
             memory_mib: 0,

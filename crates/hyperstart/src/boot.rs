@@ -20,6 +20,8 @@ const MODULES: &str = "/lib/modules/hypernetes";
 /// Where the root is made before it becomes the root.
 const NEW_ROOT: &str = "/newroot";
 const NONE: Option<&str> = None;
+/// Whether the kernel hurries its grace periods (RCU).
+const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 
 /// Directories of the agent, on the tmpfs that is its root.
 pub(crate) mod dir {
@@ -109,6 +111,7 @@ pub(crate) fn prepare() -> Result<(), GuestError> {
         step("make the agent's directories", fs::create_dir_all(path))?;
     }
     crate::resize::prepare();
+    hurry_grace_periods();
     // For the agent's own descriptors; containers get limits of their own.
     let files = Rlimit {
         current: Some(1_048_576),
@@ -118,6 +121,18 @@ pub(crate) fn prepare() -> Result<(), GuestError> {
         "raise the limit of open files",
         setrlimit(Resource::Nofile, files),
     )
+}
+
+/// Has the kernel interrupt CPUs where it would wait for each of them to pass through its scheduler: with a tick of 10 ms
+/// that takes 20 ms and more, and moving a process into a cgroup, plugging a disk or ending a namespace waits for it. A
+/// pod has few CPUs. See `Documentation/admin-guide/kernel-parameters.txt` of Linux, `rcupdate.rcu_expedited`.
+fn hurry_grace_periods() {
+    // What a kernel does not have it need not hurry.
+    if Path::new(EXPEDITED).exists()
+        && let Err(error) = fs::write(EXPEDITED, "1")
+    {
+        log!("cannot hurry the kernel's grace periods: {error}");
+    }
 }
 
 /// Makes the console the standard streams: the initramfs need not have a node for it.

@@ -31,6 +31,8 @@ use crate::{
 const MAX_FILES: usize = 64;
 /// How long a rehearsal may keep its disk busy after its end.
 const LET_GO: Duration = Duration::from_secs(5);
+/// How long the pod's end waits for the same: nobody reads this disk again.
+const AT_THE_END: Duration = Duration::from_millis(500);
 /// Nanoseconds from which on a clock is set: making up for it would take minutes. As ntpd(8) does.
 const STEP: u64 = 128_000_000;
 const DEFAULT_SHM: u64 = 64 * 1024 * 1024;
@@ -221,20 +223,10 @@ pub(crate) fn write_files(files: &[v1::File]) -> Result<Vec<FileBind>, GuestErro
 
 /// Takes back what [`configure`] has mounted and written, and the content of volumes.
 pub(crate) async fn forget() -> Result<(), GuestError> {
-    let deadline = Instant::now() + LET_GO;
     for place in [dir::SCRATCH, dir::SHM] {
-        // What a container wrote is deleted behind its back, and keeps the disk busy meanwhile.
-        while is_mounted(place) {
-            match disks::blocking(move || Ok(nix::mount::umount(place)?)).await {
-                Err(error)
-                    if error.raw_os_error() == Some(Errno::BUSY.raw_os_error())
-                        && Instant::now() < deadline =>
-                {
-                    sleep(Duration::from_millis(5)).await;
-                }
-                unmounted => unmounted.attempt(format!("unmount {place}"))?,
-            }
-        }
+        let_go(place, LET_GO)
+            .await
+            .attempt(format!("unmount {place}"))?;
     }
     for place in [dir::FILES, dir::VOLUMES] {
         disks::blocking(move || {
@@ -253,15 +245,34 @@ pub(crate) async fn forget() -> Result<(), GuestError> {
     Ok(())
 }
 
+/// Unmounts what is mounted there. What a container wrote is deleted behind its back, and keeps the disk busy
+/// meanwhile: that is waited for, as long as `patience` lasts.
+async fn let_go(place: &'static str, patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
+    while is_mounted(place) {
+        match disks::blocking(move || Ok(nix::mount::umount(place)?)).await {
+            Err(error)
+                if error.raw_os_error() == Some(Errno::BUSY.raw_os_error())
+                    && Instant::now() < deadline =>
+            {
+                sleep(Duration::from_millis(5)).await;
+            }
+            unmounted => unmounted?,
+        }
+    }
+    Ok(())
+}
+
 /// Lets go of the disk, in order.
 pub(crate) async fn unmount_scratch() {
-    let unmounted = disks::blocking(|| {
-        rustix::fs::sync();
-        if is_mounted(dir::SCRATCH) {
-            return nix::mount::umount(dir::SCRATCH).map_err(io::Error::from);
-        }
-        Ok(())
-    });
+    let unmounted = async {
+        disks::blocking(|| {
+            rustix::fs::sync();
+            Ok(())
+        })
+        .await?;
+        let_go(dir::SCRATCH, AT_THE_END).await
+    };
     match tokio::time::timeout(Duration::from_secs(5), unmounted).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => log!("cannot unmount the scratch disk: {error}"),

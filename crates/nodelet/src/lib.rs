@@ -36,6 +36,7 @@ mod scheduler;
 mod services;
 mod snapshots;
 mod sources;
+mod stall;
 mod status;
 mod steps;
 mod stop;

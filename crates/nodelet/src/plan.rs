@@ -171,6 +171,8 @@ pub(crate) struct Plan {
     pub(crate) actions: Vec<Action>,
     pub(crate) wake: Option<Timestamp>,
     pub(crate) waiting: BTreeMap<String, Waiting>,
+    /// The VM stands still for want of room on the node's disk.
+    pub(crate) stalled: bool,
     /// Nothing is left of the pod: its task can end.
     pub(crate) finished: bool,
 }
@@ -196,7 +198,10 @@ pub(crate) fn instant(unix_nanos: i64) -> Timestamp {
 
 /// Plans the next steps.
 pub(crate) fn plan(view: &View<'_>) -> Plan {
-    let mut plan = Plan::default();
+    let mut plan = Plan {
+        stalled: view.is_stalled(),
+        ..Plan::default()
+    };
     if view.gone || view.pod.metadata.deletion_timestamp.is_some() {
         plan_teardown(view, &mut plan);
         return plan;

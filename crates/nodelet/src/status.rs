@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use hypernetes_runtime::{ContainerState as State, ContainerStatus as Record};
-use hypernetes_types::kinds::{PAUSED_CONDITION, SUSPENDED_CONDITION};
+use hypernetes_types::kinds::{PAUSED_CONDITION, STALLED_CONDITION, SUSPENDED_CONDITION};
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
@@ -20,7 +20,7 @@ use crate::{
     plan::{Plan, Slot, View, instant},
     resize, resources,
     roles::{self, Role},
-    suspend,
+    stall, suspend,
 };
 
 /// Scheme of container ids in statuses.
@@ -386,8 +386,11 @@ fn conditions(
     let gates = closed_gates(view, old);
     let paused = pause::condition(view);
     let suspended = suspend::condition(view);
+    let stalled = stall::condition(view);
     let readiness = if containers_ready.0 && suspended.is_some() {
         (false, "Suspended", "the pod is suspended".to_owned())
+    } else if containers_ready.0 && stalled.is_some() {
+        (false, "Stalled", stall::MESSAGE.to_owned())
     } else if containers_ready.0 && paused.is_some() {
         (false, "Paused", "the pod is paused".to_owned())
     } else if containers_ready.0 && !gates.is_empty() {
@@ -416,6 +419,7 @@ fn conditions(
         .chain(resizing(view))
         .chain(paused)
         .chain(suspended)
+        .chain(stalled)
         .collect();
     let before = old.conditions.as_deref().unwrap_or_default();
     let mut conditions: Vec<_> = before
@@ -445,7 +449,7 @@ fn conditions(
 }
 
 /// Conditions that this node writes; all others are somebody else's.
-const OWN_CONDITIONS: [&str; 9] = [
+const OWN_CONDITIONS: [&str; 10] = [
     "PodReadyToStartContainers",
     "Initialized",
     "Ready",
@@ -455,6 +459,7 @@ const OWN_CONDITIONS: [&str; 9] = [
     "PodResizeInProgress",
     PAUSED_CONDITION,
     SUSPENDED_CONDITION,
+    STALLED_CONDITION,
 ];
 
 /// Takes over what others have written into a pod's status: conditions of their own.
@@ -471,11 +476,12 @@ pub(crate) fn take_foreign(status: &mut PodStatus, theirs: &PodStatus) {
 }
 
 /// Conditions that are there only while a resize, a pause or a suspension is.
-const PASSING_CONDITIONS: [&str; 4] = [
+const PASSING_CONDITIONS: [&str; 5] = [
     "PodResizePending",
     "PodResizeInProgress",
     PAUSED_CONDITION,
     SUSPENDED_CONDITION,
+    STALLED_CONDITION,
 ];
 
 fn resizing(view: &View<'_>) -> Option<(&'static str, (bool, &'static str, String))> {

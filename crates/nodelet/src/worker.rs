@@ -31,7 +31,7 @@ use crate::{
     plan::{self, Action, Memory, Plan, Slot, Trouble, View, instant},
     prober::{self, Health, Prober},
     pull::NoImage,
-    resize, roles, status,
+    resize, roles, stall, status,
     steps::{Node, Outcome},
     stop::Ending,
     volumes::Built,
@@ -272,6 +272,7 @@ impl Worker {
         }
         self.said = Plan {
             waiting: plan.waiting,
+            stalled: plan.stalled,
             ..Plan::default()
         };
         // A failure that was just decided changes the plan at once.
@@ -300,8 +301,9 @@ impl Worker {
             .filter(|record| record.state == ContainerState::Running)
             .collect();
         let runs = |id: &ContainerId| running.iter().any(|record| record.id == *id);
-        let suspended = sandboxes.last().is_some_and(|sandbox| sandbox.suspended);
-        let still = wishes::is_paused(pod) || wishes::is_suspended(pod) || suspended;
+        let last = sandboxes.last();
+        let answers = last.is_none_or(|sandbox| !sandbox.suspended && !sandbox.stalled);
+        let still = wishes::is_paused(pod) || wishes::is_suspended(pod) || !answers;
         let asked = |record: &ContainerStatus| !still && !record.paused;
         self.probers.retain(|id, _| {
             let record = running.iter().find(|record| record.id == *id);
@@ -542,6 +544,9 @@ impl Worker {
 
     /// Events for what containers newly wait for.
     fn say(&self, pod: &Pod, plan: &Plan) {
+        if plan.stalled != self.said.stalled {
+            stall::say(&self.node.events, pod, plan.stalled);
+        }
         for (name, waiting) in &plan.waiting {
             let before = self.said.waiting.get(name).map(|before| &before.reason);
             if before == Some(&waiting.reason) {

@@ -220,11 +220,14 @@ struct Actor {
     timing: Timing,
     /// Words about containers that do not exist, and other nonsense.
     anomalies: u64,
+    /// The VM stood still when last heard of, for want of room for what its guest writes.
+    stalled: bool,
     gone: bool,
 }
 
 enum Wake {
     Vm(VmExit),
+    Stalled(bool),
     Guest(Option<GuestEvent>),
     Late(Late),
     Request(Option<Request>),
@@ -269,6 +272,7 @@ pub(crate) fn spawn(
         stopping: stopping.clone(),
         timing,
         anomalies: 0,
+        stalled: false,
         gone: false,
     };
     let task = AbortOnDropHandle::new(tokio::spawn(actor.run(start).instrument(span)));
@@ -297,6 +301,7 @@ fn snapshot(
         containers,
         timing: timing.clone(),
         link: link.map(|link| link.state.clone()),
+        stalled: false,
         gone,
     }
 }
@@ -315,6 +320,10 @@ impl Actor {
         while !self.gone {
             match self.wake().await {
                 Wake::Vm(exit) => self.vm_exited(&exit).await,
+                Wake::Stalled(stalled) => {
+                    self.stalled = stalled;
+                    self.publish_sandbox();
+                }
                 Wake::Guest(Some(event)) => self.guest_event(event).await,
                 // The link ends when the VM has; the VM's end is heard of separately.
                 Wake::Guest(None) => self.link = None,
@@ -332,13 +341,24 @@ impl Actor {
             link,
             late,
             requests,
+            stalled,
             ..
         } = self;
+        let vm = vm.as_ref();
         let vm_end = async {
             match vm {
                 Some(vm) => vm.wait().await,
                 None => std::future::pending().await,
             }
+        };
+        let stall = async {
+            if let Some(vm) = vm {
+                let mut now = vm.stalled();
+                if let Ok(changed) = now.wait_for(|now| now != stalled).await {
+                    return *changed;
+                }
+            }
+            std::future::pending().await
         };
         let guest = async {
             match link {
@@ -358,6 +378,7 @@ impl Actor {
         };
         tokio::select! {
             exit = vm_end => Wake::Vm(exit),
+            stalled = stall => Wake::Stalled(stalled),
             event = guest => Wake::Guest(event),
             late = later => Wake::Late(late),
             request = requests.recv() => Wake::Request(request),
@@ -423,7 +444,10 @@ impl Actor {
     /// Shows the present state to everybody.
     fn publish(&self) {
         let link = self.link.as_ref();
-        let snapshot = snapshot(&self.record, &self.members, &self.timing, link, self.gone);
+        let snapshot = Snapshot {
+            stalled: self.stalled && self.vm.is_some(),
+            ..snapshot(&self.record, &self.members, &self.timing, link, self.gone)
+        };
         self.published.send_replace(Arc::new(snapshot));
     }
 

@@ -402,6 +402,9 @@ pub struct SandboxStatus {
     /// There is no VM: its memory is on the disk, and its containers are as they were. It is `Ready` all
     /// the same.
     pub suspended: bool,
+    /// The VM stands still because the node's disk has no room for what it writes. It goes on by itself
+    /// when there is.
+    pub stalled: bool,
     /// Nanoseconds since 1970.
     pub created_unix_nanos: i64,
     /// Virtual CPUs that the VM has now.

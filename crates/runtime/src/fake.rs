@@ -425,6 +425,7 @@ impl PodRuntime for FakeRuntime {
                 None => SandboxState::Ready,
             },
             suspended: false,
+            stalled: false,
             created_unix_nanos: now_nanos(),
             kernel_release: Some("6.12.0-fake".into()),
             failure: failed.as_ref().map(|error| Failure {

@@ -347,11 +347,18 @@ impl NodeRuntime {
             id: handle.id.to_string(),
             state: format!("{:?}", snapshot.record.phase).to_lowercase(),
         };
+        if let Some(error) = snapshot.stalled_error(action) {
+            return Err(error);
+        }
         let mut link = snapshot.link.clone().ok_or_else(refused)?;
         let client = match timeout(patience, link.wait_for(|link| link.client.is_some())).await {
             Ok(Ok(link)) => link.client.clone(),
             Ok(Err(_ended)) => None,
-            Err(_late) => return Err(crate::guest::silent(&handle.id, action, patience)),
+            Err(_late) => {
+                let stalled = handle.snapshot.borrow().stalled_error(action);
+                let silent = || crate::guest::silent(&handle.id, action, patience);
+                return Err(stalled.unwrap_or_else(silent));
+            }
         };
         client.ok_or_else(refused)
     }

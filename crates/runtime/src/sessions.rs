@@ -62,6 +62,12 @@ impl Place {
         status_error(self.sandbox.to_string(), action, status)
     }
 
+    /// Why there was no answer in time.
+    fn silent(&self, action: &'static str) -> RuntimeError {
+        let stalled = self.snapshot.borrow().stalled_error(action);
+        stalled.unwrap_or_else(|| silent(&self.sandbox, action, self.deadline))
+    }
+
     pub(crate) fn broken(&self, action: &'static str, message: &str) -> RuntimeError {
         if let Some(error) = self.suspended(action) {
             return error;
@@ -111,7 +117,7 @@ pub(crate) async fn exec(
     };
     let (outputs, first) = timeout(place.deadline, begin)
         .await
-        .map_err(|_late| silent(&place.sandbox, action, place.deadline))?
+        .map_err(|_late| place.silent(action))?
         .map_err(|status| place.refused(action, &status))?;
     let Some(first) = first.and_then(|first| first.output) else {
         return Err(place.broken(action, "the guest ended the call"));

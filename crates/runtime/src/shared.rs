@@ -174,6 +174,8 @@ pub(crate) struct Snapshot {
     pub(crate) containers: BTreeMap<ContainerId, Arc<ContainerRecord>>,
     pub(crate) timing: Timing,
     pub(crate) link: Option<watch::Receiver<LinkState>>,
+    /// The VM stands still for want of room on the node's disk.
+    pub(crate) stalled: bool,
     /// The record is deleted.
     pub(crate) gone: bool,
 }
@@ -186,6 +188,7 @@ impl Snapshot {
             config: record.config.clone(),
             state: record.phase.state(),
             suspended: record.phase.is_suspended(),
+            stalled: self.stalled,
             created_unix_nanos: record.created_unix_nanos,
             vcpus: record.vm_size().vcpus,
             memory_mib: record.vm_size().memory_mib,
@@ -236,9 +239,20 @@ impl Snapshot {
         })
     }
 
+    /// What to say instead of that the guest does not answer, if it cannot.
+    pub(crate) fn stalled_error(&self, action: &'static str) -> Option<RuntimeError> {
+        self.stalled.then(|| RuntimeError::State {
+            action,
+            kind: "sandbox",
+            id: self.record.id.to_string(),
+            state: "standing still until the node has room for what it writes".to_owned(),
+        })
+    }
+
     fn is_silent(&self, limit: std::time::Duration) -> bool {
-        // Nobody talks to a guest that is being copied.
+        // Nobody talks to a guest that is being copied, and one that stands still will answer when it goes on.
         self.record.phase == sandbox::Phase::Ready
+            && !self.stalled
             && self.record.frozen.is_none()
             && self.link.as_ref().is_none_or(|link| {
                 let link = link.borrow();

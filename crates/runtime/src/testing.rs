@@ -961,6 +961,10 @@ impl Vm for GatedVm {
         self.inner.wait().await
     }
 
+    fn stalled(&self) -> tokio::sync::watch::Receiver<bool> {
+        self.inner.stalled()
+    }
+
     fn console_tail(&self) -> String {
         self.inner.console_tail()
     }

@@ -18,6 +18,8 @@ pub const PAUSED_CONDITION: &str = "hypernetes.io/Paused";
 pub const SUSPENDED_ANNOTATION: &str = "hypernetes.io/suspended";
 /// Condition of a pod whose memory is on the disk, or should be.
 pub const SUSPENDED_CONDITION: &str = "hypernetes.io/Suspended";
+/// Condition of a pod whose VM stands still by itself, with the reason `NodeDiskFull`.
+pub const STALLED_CONDITION: &str = "hypernetes.io/Stalled";
 /// Annotation of a pod: the pod of the same namespace that its VM goes on from, when it starts first.
 pub const CLONE_ANNOTATION: &str = "hypernetes.io/clone-of";
 /// Annotation of a pod: the `PodSnapshot` of the same namespace that its VM goes on from, when it starts first.

@@ -97,6 +97,13 @@ impl FakeVmm {
         state.as_ref().is_some_and(|state| state.end(exit))
     }
 
+    /// Has a running VM stand still as for want of room, or go on.
+    pub fn set_stalled(&self, sandbox: &SandboxId, stalled: bool) {
+        if let Some(state) = self.running(sandbox) {
+            state.stalled.send_replace(stalled);
+        }
+    }
+
     /// Slots of the disks of a running VM.
     pub fn disks(&self, sandbox: &SandboxId) -> Option<Vec<u32>> {
         self.running(sandbox).map(|state| state.slots())
@@ -182,6 +189,7 @@ struct State {
     cpus: Mutex<Option<CpuSet>>,
     channel: Mutex<Option<AbortHandle>>,
     exit: watch::Sender<Option<VmExit>>,
+    stalled: watch::Sender<bool>,
     events: broadcast::Sender<VmEvent>,
 }
 
@@ -454,6 +462,10 @@ impl Vm for FakeVm {
         ended.clone().expect("waited for")
     }
 
+    fn stalled(&self) -> watch::Receiver<bool> {
+        self.state.stalled.subscribe()
+    }
+
     fn console_tail(&self) -> String {
         match self.state.ended() {
             Some(VmExit::Panic { console_tail }) => console_tail,
@@ -606,6 +618,7 @@ impl Vmm for FakeVmm {
             cpus: Mutex::default(),
             channel: Mutex::default(),
             exit: watch::Sender::new(None),
+            stalled: watch::Sender::new(false),
             events: broadcast::Sender::new(16),
         });
         self.lock().insert(spec.run_dir, Arc::clone(&state));

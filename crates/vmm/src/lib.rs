@@ -23,7 +23,7 @@ use std::{fs::File, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use hypernetes_types::{CpuSet, SandboxId};
 use serde::{Deserialize, Serialize};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 pub use run_dir::console_logs;
 pub use share::HostShare;
@@ -238,6 +238,9 @@ pub trait Vm: Send + Sync + std::fmt::Debug {
     fn exit(&self) -> Option<VmExit>;
     /// Waits until the VM has ended.
     async fn wait(&self) -> VmExit;
+    /// Whether the VM stands still because the host has no room for what its guest writes. It goes on by
+    /// itself when there is.
+    fn stalled(&self) -> watch::Receiver<bool>;
     /// The last bytes of the guest's serial console, at most 64 KiB.
     fn console_tail(&self) -> String;
     /// Makes a template of a VM that was launched as [`Origin::Savable`], whose guest has nobody's

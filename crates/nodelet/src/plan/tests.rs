@@ -105,6 +105,7 @@ impl World {
             config,
             state,
             suspended: false,
+            stalled: false,
             created_unix_nanos: nanos(-100),
             address: (state == SandboxState::Ready).then(|| "10.244.0.2".parse().unwrap()),
             more_addresses: Vec::new(),

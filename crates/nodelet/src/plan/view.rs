@@ -54,6 +54,11 @@ impl View<'_> {
         self.ready().is_some_and(|sandbox| sandbox.suspended)
     }
 
+    /// The VM stands still for want of room on the node's disk.
+    pub(crate) fn is_stalled(&self) -> bool {
+        self.ready().is_some_and(|sandbox| sandbox.stalled)
+    }
+
     /// Records of a container, newest first.
     pub(crate) fn records(&self, name: &str) -> Vec<&ContainerStatus> {
         let rank = |status: &ContainerStatus| {

@@ -65,6 +65,36 @@ async fn answers(runtime: &NodeRuntime, container: &ContainerId) {
 }
 
 #[tokio::test]
+async fn a_pod_without_room_for_its_writes_says_so_and_is_not_given_up() {
+    let mut world = World::new().await;
+    world.deadlines.call = std::time::Duration::from_millis(200);
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    let is = async |stalled: bool| {
+        world.vmm.set_stalled(&sandbox, stalled);
+        eventually("it is told", || async {
+            let status = runtime.sandbox(&sandbox).await.unwrap();
+            status.state == SandboxState::Ready && status.stalled == stalled
+        })
+        .await;
+    };
+    is(true).await;
+    let refused = runtime.exec(&container, program()).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("until the node has room"),
+        "{refused}"
+    );
+    let status = runtime.container(&container).await.unwrap();
+    assert_eq!(status.state, ContainerState::Running);
+    is(false).await;
+    answers(&runtime, &container).await;
+    // It may end as it stands.
+    is(true).await;
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
+}
+
+#[tokio::test]
 async fn a_suspended_pod_has_no_vm_and_goes_on_with_what_it_had() {
     let world = World::new().await;
     let mut runtime = world.open().await;

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use hypernetes_types::SandboxId;
 use serde_json::json;
 use tokio::{
-    sync::{Mutex, broadcast::error::RecvError},
+    sync::{Mutex, broadcast::error::RecvError, watch},
     time::sleep,
 };
 
@@ -18,12 +18,18 @@ use super::qmp::{Qmp, QmpError};
 /// From one attempt to the next.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Watches one VM until its VMM is gone. `disks` is held by whoever needs the VM to stand still.
-pub(super) async fn watch(sandbox: SandboxId, qmp: Arc<Qmp>, disks: Arc<Mutex<()>>) {
+/// Watches one VM until its VMM is gone, and tells `stalled` how it stands. `disks` is held by whoever needs the VM to
+/// stand still.
+pub(super) async fn watch(
+    sandbox: SandboxId,
+    qmp: Arc<Qmp>,
+    disks: Arc<Mutex<()>>,
+    stalled: watch::Sender<bool>,
+) {
     let mut events = qmp.subscribe();
     // A VM that was taken over may stand still since nobody looked.
     loop {
-        if let Err(error) = overcome(&sandbox, &qmp, &disks).await {
+        if let Err(error) = overcome(&sandbox, &qmp, &disks, &stalled).await {
             tracing::debug!(vm = %sandbox, %error, "cannot see whether a VM stands still");
         }
         loop {
@@ -39,10 +45,16 @@ pub(super) async fn watch(sandbox: SandboxId, qmp: Arc<Qmp>, disks: Arc<Mutex<()
 }
 
 /// Returns when the VM does not stand still for want of room.
-async fn overcome(sandbox: &SandboxId, qmp: &Qmp, disks: &Mutex<()>) -> Result<(), QmpError> {
+async fn overcome(
+    sandbox: &SandboxId,
+    qmp: &Qmp,
+    disks: &Mutex<()>,
+    stalled: &watch::Sender<bool>,
+) -> Result<(), QmpError> {
     if !is_out_of_room(qmp).await? {
         return Ok(());
     }
+    stalled.send_replace(true);
     tracing::warn!(vm = %sandbox, "there is no room on the node for what a guest writes: its VM stands still until there is");
     loop {
         sleep(PAUSE).await;
@@ -55,6 +67,7 @@ async fn overcome(sandbox: &SandboxId, qmp: &Qmp, disks: &Mutex<()>) -> Result<(
         // It writes at once.
         sleep(PAUSE).await;
         if !is_out_of_room(qmp).await? {
+            stalled.send_replace(false);
             tracing::info!(vm = %sandbox, "a VM that had no room goes on");
             return Ok(());
         }

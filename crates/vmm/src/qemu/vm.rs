@@ -82,6 +82,7 @@ pub(crate) struct QemuVm {
     pub(super) savable: Mutex<Option<(Shape, OwnedFd)>>,
     events: broadcast::Sender<VmEvent>,
     exit: watch::Receiver<Option<VmExit>>,
+    stalled: watch::Receiver<bool>,
     pub(super) deadline: Duration,
     pub(super) shares: Shares,
     _tasks: JoinSet<()>,
@@ -124,8 +125,13 @@ impl QemuVm {
         let mut tasks = JoinSet::new();
         tasks.spawn(watcher.run());
         let disks = Arc::default();
-        let stall = stall::watch(record.sandbox.clone(), Arc::clone(&qmp), Arc::clone(&disks));
-        tasks.spawn(stall);
+        let (stalled_out, stalled) = watch::channel(false);
+        tasks.spawn(stall::watch(
+            record.sandbox.clone(),
+            Arc::clone(&qmp),
+            Arc::clone(&disks),
+            stalled_out,
+        ));
         Self {
             record,
             maker,
@@ -139,6 +145,7 @@ impl QemuVm {
             savable: Mutex::new(savable),
             events,
             exit,
+            stalled,
             deadline,
             shares,
             _tasks: tasks,
@@ -353,6 +360,10 @@ impl Vm for QemuVm {
                 status: "no longer watched".to_owned(),
             },
         }
+    }
+
+    fn stalled(&self) -> watch::Receiver<bool> {
+        self.stalled.clone()
     }
 
     fn console_tail(&self) -> String {
