@@ -205,7 +205,7 @@ impl Engine {
             return format!("{namespace}.{name}");
         }
         let own = meta::label(&object, TENANT_LABEL).is_some()
-            || kinds::by_resource(GROUP, VERSION, "networks").is_some_and(|kind| {
+            || kinds::by_kind(GROUP, VERSION, "Network").is_some_and(|kind| {
                 let key = keys::object(kind, namespace, "default");
                 self.store.get(&key).is_some()
             });

@@ -14,7 +14,9 @@ use hypernetes_store::{Store, StoreConfig};
 use k8s_openapi::api::core::v1::{Namespace, Service};
 use kube::{
     Api, Client,
-    api::{DeleteParams, Patch, PatchParams, PostParams},
+    api::{
+        ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams,
+    },
 };
 use serde_json::{Value, json};
 
@@ -70,7 +72,22 @@ async fn an_address_is_one_service_s_in_its_network() {
     ] {
         namespace(&client, name, tenant).await;
     }
+    // Nobody's namespace with a network of its own.
+    namespace(&client, "own", false).await;
+    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(
+        "hypernetes.io",
+        "v1alpha1",
+        "Network",
+    ));
+    let network = DynamicObject::new("default", &resource)
+        .data(json!({"spec": {"subnets": [{"cidr": "10.1.0.0/24"}]}}));
+    let networks = Api::<DynamicObject>::namespaced_with(client.clone(), "own", &resource);
+    let made = networks.create(&PostParams::default(), &network).await;
+    made.unwrap();
     let want = |address: &str| json!({"clusterIP": address});
+    create(&client, "own", "a", &want("10.96.0.5"))
+        .await
+        .unwrap();
     create(&client, "acme", "a", &want("10.96.0.5"))
         .await
         .unwrap();

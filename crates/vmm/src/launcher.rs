@@ -106,9 +106,7 @@ fn prepare(fd: RawFd) -> io::Result<Command> {
     close_others(&spec.keep).map_err(step("close descriptors"))?;
 
     let pid = std::process::id();
-    if let Some(group) = &spec.cgroup {
-        cgroup::join(group, pid).map_err(step("join the cgroup"))?;
-    }
+    // The record first: it says which groups there may be, should this process die while it makes them.
     if let Some(path) = &spec.record {
         let start_time = stat(pid)?.1;
         LaunchRecord {
@@ -118,6 +116,11 @@ fn prepare(fd: RawFd) -> io::Result<Command> {
         }
         .write(path)
         .map_err(step("write the launch record"))?;
+    }
+    if let Some(group) = &spec.cgroup {
+        cgroup::join(group, pid).map_err(step("join the cgroup"))?;
+    }
+    if spec.record.is_some() {
         rustix::process::set_parent_process_death_signal(None)?;
     }
 

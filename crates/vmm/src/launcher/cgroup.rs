@@ -45,15 +45,8 @@ pub(crate) fn remove(group: &str) -> io::Result<()> {
                     match fs::remove_dir(root.join(path)) {
                         Ok(()) => {}
                         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                        // It has other members.
-                        Err(e)
-                            if matches!(
-                                e.kind(),
-                                io::ErrorKind::ResourceBusy | io::ErrorKind::DirectoryNotEmpty
-                            ) =>
-                        {
-                            break;
-                        }
+                        Err(_) if has_members(&root.join(path)) => break,
+                        // Busy with the end of what was the last in it, too: that passes.
                         Err(e) => {
                             failure = Some(e);
                             break;
@@ -65,6 +58,13 @@ pub(crate) fn remove(group: &str) -> io::Result<()> {
         }
     }
     failure.map_or(Ok(()), Err)
+}
+
+/// Whether a group has groups or processes in it.
+fn has_members(group: &Path) -> bool {
+    let mut entries = fs::read_dir(group).into_iter().flatten().flatten();
+    entries.any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        || fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|procs| !procs.is_empty())
 }
 
 fn is_own(path: &Path) -> bool {

@@ -499,13 +499,19 @@ pub(crate) fn read_messages(mut messages: &File) -> String {
     printable(&bytes).trim().to_owned()
 }
 
-/// Removes the traces of a VM whose process is dead: sockets, launch record, cgroup.
+/// Removes the traces of a VM whose process is dead: cgroup, sockets, launch record. The record last: whoever is killed
+/// in between finds the cgroup by it.
 pub(crate) async fn clear_up(run: &RunDir, group: Option<&str>) {
     share::end_server(run).await;
+    if let Some(group) = group {
+        remove_group(group).await;
+    }
     if let Err(e) = run.remove_live_files() {
         tracing::warn!(path = %run.path().display(), error = %e, "cannot remove sockets");
     }
-    let Some(group) = group else { return };
+}
+
+async fn remove_group(group: &str) {
     // A dead process leaves its cgroup a moment after it can be reaped.
     for attempt in 0..20_u64 {
         match cgroup::remove(group) {
