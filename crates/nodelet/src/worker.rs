@@ -234,7 +234,7 @@ impl Worker {
         if let Some(next) = next {
             self.write_status(&pod, next).await;
         }
-        self.say(&pod, &plan);
+        self.say(&pod, &plan, ready.is_some());
         let mut wake = plan.wake;
         let shared = Arc::new(pod);
         for action in &plan.actions {
@@ -542,9 +542,10 @@ impl Worker {
         self.retry_at = Timestamp::now().checked_add(delay).ok();
     }
 
-    /// Events for what containers newly wait for.
-    fn say(&self, pod: &Pod, plan: &Plan) {
-        if plan.stalled != self.said.stalled {
+    /// Events for what containers newly wait for, and for a VM that stands still or goes on. One that is not up any
+    /// more does neither.
+    fn say(&self, pod: &Pod, plan: &Plan, up: bool) {
+        if up && plan.stalled != self.said.stalled {
             stall::say(&self.node.events, pod, plan.stalled);
         }
         for (name, waiting) in &plan.waiting {
