@@ -26,6 +26,7 @@ pub mod child;
 mod control;
 mod devices;
 mod exec;
+mod filter;
 mod path;
 mod process;
 mod profile;

@@ -105,10 +105,13 @@ fn filters(spec: &ProcessSpec, capabilities: &Capabilities) -> Result<Filters, R
         _ if spec.capabilities.privileged => Ok(Filters::default()),
         SeccompSpec::Unconfined => Ok(Filters::default()),
         SeccompSpec::EngineDefault => {
-            let programs = seccomp::filters(&capabilities.held).map_err(|error| {
+            let filter = seccomp::filter(&capabilities.held).map_err(|error| {
                 Refusal::internal(format!("cannot compile the system call filter: {error}"))
             })?;
-            Ok(Filters { programs, flags: 0 })
+            Ok(Filters {
+                programs: vec![filter],
+                flags: 0,
+            })
         }
         SeccompSpec::Profile(profile) => {
             let programs = profile::filters(profile, &capabilities.held)

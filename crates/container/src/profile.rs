@@ -3,9 +3,6 @@
 //! The compiler at hand knows one action beside the default. A profile with several becomes several
 //! filters, of which the kernel takes the strictest answer: one that gives the default action to
 //! calls that no rule names, and one for each action of the rules.
-//!
-//! Only the calls of the machine's own word size are filtered; a program that makes others is killed,
-//! as with the engines' default filter.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,12 +12,13 @@ use std::{
 use caps::CapsHashSet;
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction as Action, SeccompCmpArgLen, SeccompCmpOp,
-    SeccompCondition, SeccompFilter, SeccompRule as Conditions, TargetArch,
+    SeccompCondition, SeccompRule as Conditions,
 };
 use syscalls::Sysno;
 
 use crate::{
     capabilities::{self, CapabilityError},
+    filter,
     spec::{SeccompAction, SeccompArg, SeccompOp, SeccompProfile, SeccompRule},
 };
 
@@ -43,7 +41,7 @@ pub(crate) enum ProfileError {
 }
 
 /// Rules by number of the call; one without conditions stands for all.
-type Table = BTreeMap<i64, Vec<Conditions>>;
+type Table = BTreeMap<u32, Vec<Conditions>>;
 
 /// The filters for a process with these capabilities, to be installed in order.
 pub(crate) fn filters(
@@ -56,7 +54,7 @@ pub(crate) fn filters(
         if !applies(rule, held)? {
             continue;
         }
-        let calls: BTreeSet<i64> = rule.names.iter().filter_map(|name| number(name)).collect();
+        let calls: BTreeSet<u32> = rule.names.iter().filter_map(|name| number(name)).collect();
         let mut tables = vec![&mut named];
         if rule.action != SeccompAction::Allow {
             tables.push(by_action.entry(rule.action).or_default());
@@ -89,11 +87,11 @@ fn applies(rule: &SeccompRule, held: &CapsHashSet) -> Result<bool, CapabilityErr
 }
 
 /// The call's number here. Engines too pass over names that this machine does not have.
-fn number(name: &str) -> Option<i64> {
-    Some(i64::from(Sysno::from_str(name).ok()?.id()))
+fn number(name: &str) -> Option<u32> {
+    u32::try_from(Sysno::from_str(name).ok()?.id()).ok()
 }
 
-fn add(table: &mut Table, call: i64, args: &[SeccompArg]) -> Result<(), ProfileError> {
+fn add(table: &mut Table, call: u32, args: &[SeccompArg]) -> Result<(), ProfileError> {
     let known = table.contains_key(&call);
     let rules = table.entry(call).or_default();
     if known && rules.is_empty() {
@@ -150,58 +148,19 @@ fn action(action: SeccompAction) -> Action {
 }
 
 fn compile(table: Table, mismatch: Action, matched: Action) -> Result<BpfProgram, BackendError> {
-    SeccompFilter::new(table, mismatch, matched, TargetArch::x86_64)?.try_into()
+    let table = table
+        .into_iter()
+        .map(|(call, rules)| (call, (rules, matched.clone())))
+        .collect();
+    filter::compile(table, &mismatch)
 }
 
 #[cfg(test)]
-#[allow(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the filter's machine has words of 32 bits"
-)]
 mod tests {
     use caps::Capability;
-    use seccompiler::sock_filter;
 
     use super::*;
-
-    const ALLOW: u32 = 0x7fff_0000;
-    const ERRNO: u32 = 0x0005_0000;
-    const KILL: u32 = 0x8000_0000;
-
-    /// What the kernel makes of a program, as far as compiled filters go.
-    fn run(program: &[sock_filter], call: i64, args: &[u64; 6]) -> u32 {
-        let word = |offset: u32| -> u32 {
-            let bytes = |value: u64, high: bool| match high {
-                true => (value >> 32) as u32,
-                false => value as u32,
-            };
-            match offset {
-                0 => call as u32,
-                4 => 0xc000_003e,
-                offset => {
-                    let at = offset - 16;
-                    bytes(args[(at / 8) as usize], at % 8 == 4)
-                }
-            }
-        };
-        let (mut pc, mut acc) = (0, 0u32);
-        loop {
-            let one = &program[pc];
-            pc += 1;
-            let jump = |taken: bool| usize::from(if taken { one.jt } else { one.jf });
-            match one.code {
-                0x20 => acc = word(one.k),
-                0x15 => pc += jump(acc == one.k),
-                0x25 => pc += jump(acc > one.k),
-                0x35 => pc += jump(acc >= one.k),
-                0x54 => acc &= one.k,
-                0x05 => pc += one.k as usize,
-                0x06 => return one.k,
-                other => panic!("{other:#x}"),
-            }
-        }
-    }
+    use crate::filter::tests::{ALLOW, ERRNO, KILL, run};
 
     /// The strictest answer: the kernel compares actions as signed numbers, and the newest filter
     /// wins a draw.

@@ -1,13 +1,13 @@
 //! The default system call filter: what container engines deny, with EPERM; `clone3`, whose flags a
 //! filter cannot see, does not exist (ENOSYS), so that C libraries fall back to `clone`.
 
-use std::collections::BTreeMap;
-
 use caps::{Capability, CapsHashSet};
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompRule,
 };
+
+use crate::filter::{self, Table};
 
 /// Denied to everybody.
 const DENIED: &[i64] = &[
@@ -125,65 +125,89 @@ const NAMESPACE_FLAGS: [i32; 7] = [
 /// Execution domains that may be set: Linux, with and without the 32-bit and no-randomization flags, and "ask".
 const PERSONALITIES: [u64; 5] = [0, 0x8, 0x20000, 0x20008, 0xffff_ffff];
 
-fn when(
-    arg: u8,
-    op: SeccompCmpOp,
-    value: u64,
-) -> Result<SeccompCondition, seccompiler::BackendError> {
-    SeccompCondition::new(arg, SeccompCmpArgLen::Dword, op, value)
+/// Any of `rules` is denied, with EPERM; a call of none is always.
+fn denied(rules: Vec<SeccompRule>) -> (Vec<SeccompRule>, SeccompAction) {
+    (rules, SeccompAction::Errno(libc::EPERM.cast_unsigned()))
 }
 
-/// The filters for a process with these capabilities, to be installed in order.
-pub(crate) fn filters(held: &CapsHashSet) -> Result<Vec<BpfProgram>, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        DENIED.iter().map(|call| (*call, Vec::new())).collect();
-    for (capability, calls) in GUARDED {
-        if !held.contains(capability) && !held.contains(&Capability::CAP_SYS_ADMIN) {
-            rules.extend(calls.iter().map(|call| (*call, Vec::new())));
-        }
-    }
-    let socket = |family| SeccompRule::new(vec![when(0, SeccompCmpOp::Eq, family)?]);
-    // AF_ALG and AF_VSOCK: kernel attack surface, and a way past the pod's network.
-    rules.insert(libc::SYS_socket, vec![socket(38)?, socket(40)?]);
-    let foreign = PERSONALITIES
-        .iter()
-        .map(|value| when(0, SeccompCmpOp::Ne, *value));
-    rules.insert(
-        libc::SYS_personality,
-        vec![SeccompRule::new(foreign.collect::<Result<_, _>>()?)?],
-    );
+fn when(op: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
+    let first = SeccompCondition::new(0, SeccompCmpArgLen::Dword, op, value)?;
+    SeccompRule::new(vec![first])
+}
 
-    let mut missing = BTreeMap::new();
+/// The filter for a process with these capabilities.
+pub(crate) fn filter(held: &CapsHashSet) -> Result<BpfProgram, BackendError> {
+    let number = |call: i64| u32::try_from(call).unwrap_or(u32::MAX);
+    let may = |capability: &Capability| {
+        held.contains(capability) || held.contains(&Capability::CAP_SYS_ADMIN)
+    };
+    let guarded = GUARDED.iter().filter(|(capability, _)| !may(capability));
+    let calls = guarded.flat_map(|(_, calls)| *calls).chain(DENIED);
+    let mut table: Table = calls
+        .map(|call| (number(*call), denied(Vec::new())))
+        .collect();
+    // AF_ALG and AF_VSOCK: kernel attack surface, and a way past the pod's network.
+    let families = [38, 40].map(|family| when(SeccompCmpOp::Eq, family));
+    let families = families.into_iter().collect::<Result<_, _>>()?;
+    table.insert(number(libc::SYS_socket), denied(families));
+    let foreign = PERSONALITIES
+        .map(|value| SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, value));
+    let foreign = SeccompRule::new(foreign.into_iter().collect::<Result<_, _>>()?)?;
+    table.insert(number(libc::SYS_personality), denied(vec![foreign]));
+
     if !held.contains(&Capability::CAP_SYS_ADMIN) {
         let namespaces = NAMESPACE_FLAGS.iter().map(|flag| {
             let flag = u64::from(flag.cast_unsigned());
-            SeccompRule::new(vec![when(0, SeccompCmpOp::MaskedEq(flag), flag)?])
+            when(SeccompCmpOp::MaskedEq(flag), flag)
         });
-        rules.insert(libc::SYS_clone, namespaces.collect::<Result<_, _>>()?);
-        missing.insert(libc::SYS_clone3, Vec::new());
+        let namespaces = namespaces.collect::<Result<_, _>>()?;
+        table.insert(number(libc::SYS_clone), denied(namespaces));
+        let missing = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+        table.insert(number(libc::SYS_clone3), (Vec::new(), missing));
     }
-    let mut programs = vec![compile(rules, libc::EPERM)?];
-    if !missing.is_empty() {
-        programs.push(compile(missing, libc::ENOSYS)?);
-    }
-    Ok(programs)
-}
-
-fn compile(
-    rules: BTreeMap<i64, Vec<SeccompRule>>,
-    errno: i32,
-) -> Result<BpfProgram, seccompiler::BackendError> {
-    let deny = SeccompAction::Errno(errno.cast_unsigned());
-    SeccompFilter::new(rules, SeccompAction::Allow, deny, TargetArch::x86_64)?.try_into()
+    filter::compile(table, &SeccompAction::Allow)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::filter::tests::{ALLOW, ERRNO, run};
 
     #[test]
-    fn the_filters_compile_for_every_kind_of_process() {
-        assert_eq!(filters(&CapsHashSet::new()).unwrap().len(), 2);
-        assert_eq!(filters(&caps::all()).unwrap().len(), 1);
+    fn a_process_without_capabilities_is_denied_what_engines_deny() {
+        let filter = filter(&CapsHashSet::new()).unwrap();
+        let of = |call, first: u64| run(&filter, call, &[first, 0, 0, 0, 0, 0]);
+        let guarded = GUARDED.iter().flat_map(|(_, calls)| *calls);
+        for call in DENIED.iter().chain(guarded) {
+            assert_eq!(of(*call, 0), ERRNO | 1, "{call}");
+        }
+        assert_eq!(of(libc::SYS_openat, 0), ALLOW);
+        assert_eq!(of(libc::SYS_clone3, 0), ERRNO | 38);
+        for (flags, allowed) in [(libc::CLONE_VM, true), (libc::CLONE_NEWUSER, false)] {
+            let flags = u64::from(flags.cast_unsigned()) | 17;
+            assert_eq!(of(libc::SYS_clone, flags) == ALLOW, allowed);
+        }
+        for (family, allowed) in [(libc::AF_INET, true), (38, false), (40, false)] {
+            let family = u64::from(family.cast_unsigned());
+            assert_eq!(of(libc::SYS_socket, family) == ALLOW, allowed, "{family}");
+        }
+        for (personality, allowed) in [(0, true), (0x20008, true), (0x40000, false)] {
+            let got = of(libc::SYS_personality, personality);
+            assert_eq!(got == ALLOW, allowed, "{personality:#x}");
+        }
+    }
+
+    #[test]
+    fn a_capability_opens_its_calls() {
+        let all = filter(&caps::all()).unwrap();
+        let of = |call| run(&all, call, &[0; 6]);
+        for call in GUARDED.iter().flat_map(|(_, calls)| *calls) {
+            assert_eq!(of(*call), ALLOW, "{call}");
+        }
+        assert_eq!(of(libc::SYS_clone3), ALLOW);
+        assert_eq!(of(libc::SYS_keyctl), ERRNO | 1);
+        let chroot = filter(&[Capability::CAP_SYS_CHROOT].into()).unwrap();
+        assert_eq!(run(&chroot, libc::SYS_chroot, &[0; 6]), ALLOW);
+        assert_eq!(run(&chroot, libc::SYS_mount, &[0; 6]), ERRNO | 1);
     }
 }
