@@ -103,7 +103,29 @@ impl Control {
 
     /// Opens the gate and waits until the program runs, `None`, or cannot, [`Reply::NotRun`].
     pub fn open_gate(&self) -> Result<Option<Reply>, ControlError> {
-        (&self.0).write_all(&[GATE]).map_err(ControlError::Io)?;
+        self.unlock()?;
+        self.outcome()
+    }
+
+    /// Has the program run as soon as it can: the gate is open before the child has come to it. Gives the answer to the
+    /// job, as [`Self::answer`], and if it is [`Reply::Ready`] what came of it, as [`Self::open_gate`].
+    pub fn run(&self) -> Result<(Reply, Option<OwnedFd>, Option<Reply>), ControlError> {
+        let unlocked = self.unlock();
+        // If the child has gone, this says why.
+        let (answer, terminal) = self.answer()?;
+        unlocked?;
+        let outcome = match answer {
+            Reply::Ready { .. } => self.outcome()?,
+            Reply::Refused { .. } | Reply::NotRun { .. } => None,
+        };
+        Ok((answer, terminal, outcome))
+    }
+
+    fn unlock(&self) -> Result<(), ControlError> {
+        (&self.0).write_all(&[GATE]).map_err(ControlError::Io)
+    }
+
+    fn outcome(&self) -> Result<Option<Reply>, ControlError> {
         Ok(self.receive()?.map(|(reply, _)| reply))
     }
 
@@ -226,6 +248,45 @@ mod tests {
         assert!(fd.is_some());
         assert_eq!(ours.open_gate().unwrap(), None);
         child.join().unwrap();
+    }
+
+    #[test]
+    fn a_gate_can_be_open_before_the_child_is_there() {
+        let not_run = Reply::NotRun {
+            code: 127,
+            message: String::new(),
+        };
+        let refused = Reply::Refused {
+            invalid: true,
+            message: "no".into(),
+        };
+        let ready = Reply::Ready {
+            uid: 0,
+            gid: 0,
+            additional_gids: Vec::new(),
+        };
+        let outcomes = [
+            (ready.clone(), Some(not_run.clone()), Some(not_run)),
+            (ready, None, None),
+            (refused, None, None),
+        ];
+        for (answer, said, outcome) in outcomes {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let (ours, theirs) = (Control::new(ours), Control::new(theirs));
+            let (first, passes) = (answer.clone(), matches!(answer, Reply::Ready { .. }));
+            let child = std::thread::spawn(move || {
+                theirs.receive_job().unwrap();
+                theirs.send_reply(&first, None).unwrap();
+                assert!(!passes || theirs.wait_gate());
+                if let Some(said) = said {
+                    theirs.send_reply(&said, None).unwrap();
+                }
+            });
+            ours.send_job(&Job::Pause, &[]).unwrap();
+            let (got, terminal, came) = ours.run().unwrap();
+            assert_eq!((got, terminal.is_none(), came), (answer, true, outcome));
+            child.join().unwrap();
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The agent re-executes itself as a single-threaded child ([`child::main`]) for every container and
 //! every exec. Over a socket on its standard input the child gets a [`Job`] and the descriptors that
 //! are to be the program's standard streams, makes namespaces, mounts and process attributes, answers
-//! [`Reply::Ready`], waits for the gate, and executes the program:
+//! [`Reply::Ready`], waits for the gate (for an exec it comes with the job), and executes the program:
 //!
 //! ```text
 //! agent                                        child

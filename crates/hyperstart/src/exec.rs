@@ -117,16 +117,15 @@ pub(crate) async fn start(
             Job::Exec(Box::new(spec))
         }
     };
-    let (control, answer, master) = blocking(move || {
+    let (answer, master, outcome) = blocking(move || {
         let mut fds = vec![pidfd.as_fd()];
         fds.extend(streams::borrow(&theirs));
         control.set_deadline(PREPARE).map_err(io::Error::other)?;
         control.send_job(&job, &fds).map_err(io::Error::other)?;
-        let (answer, master) = control.answer().map_err(io::Error::other)?;
-        Ok((control, answer, master))
+        control.run().map_err(io::Error::other)
     })
     .await
-    .attempt("prepare the process")?;
+    .attempt("start the process")?;
     match answer {
         Reply::Ready { .. } => {}
         Reply::Refused {
@@ -155,8 +154,7 @@ pub(crate) async fn start(
             )
         }
     };
-    let opened = blocking(move || control.open_gate().map_err(io::Error::other)).await;
-    let message = match opened.attempt("start the process")? {
+    let message = match outcome {
         Some(Reply::NotRun { message, .. }) => message,
         Some(other) => return Err(GuestError::Internal(format!("the child says {other:?}"))),
         None => String::new(),
