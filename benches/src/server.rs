@@ -119,7 +119,9 @@ impl Server {
                     self.daemon.log_tail()
                 );
             }
-            tokio::time::sleep(Duration::from_millis(2)).await;
+            // Looking after many takes time from them.
+            let pause = u64::try_from(waiting.len()).unwrap_or(20).clamp(2, 20);
+            tokio::time::sleep(Duration::from_millis(pause)).await;
         }
         Ok(times)
     }

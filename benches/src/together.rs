@@ -91,6 +91,8 @@ async fn one_by_one(server: &mut Server, prefix: &str) -> Result<(Samples, Sampl
         let before = server.cpu_seconds();
         let name = format!("{prefix}-{number}");
         let took = server.pod(&name).await?;
+        // What a pod does after its first line, others at once wait for.
+        server.wait_idle_vms(1).await?;
         let spent = server.cpu_seconds() - before;
         let stop = server.delete(&[name]).await?;
         if number > 0 {

@@ -44,6 +44,7 @@ mod streams;
 mod suspend;
 mod timing;
 mod tokens;
+mod turns;
 mod usage;
 mod volumes;
 mod wishes;
@@ -246,6 +247,8 @@ impl Nodelet {
             names,
             services,
             gates: network::Gates::default(),
+            boots: turns::Turns::new(capacity.cpus),
+            starts: turns::Turns::new(capacity.cpus),
             hooks: stop::Hooks::default(),
             config: self.config.clone(),
         });

@@ -35,6 +35,7 @@ use crate::{
     stop::{Ending, Hooks},
     timing,
     tokens::Tokens,
+    turns::Turns,
     volumes::{self, Built},
     wishes::{self, Unfulfilled},
 };
@@ -61,6 +62,10 @@ pub(crate) struct Node {
     pub(crate) names: Names,
     pub(crate) services: Services,
     pub(crate) gates: network::Gates,
+    /// At starting VMs.
+    pub(crate) boots: Turns,
+    /// At making and starting containers.
+    pub(crate) starts: Turns,
     pub(crate) hooks: Hooks,
 }
 
@@ -191,7 +196,9 @@ impl Node {
                 }
             };
         }
-        let run = self.runtime.run_sandbox(config).await;
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+        let run = self.runtime.run_sandbox(config);
+        let run = self.boots.take(namespace, run).await;
         if let Ok(sandbox) = &run
             && wishes::wants_timing(pod)
             && let Some(took) = self.runtime.start_timing(sandbox).await
@@ -402,30 +409,39 @@ impl Node {
             }
         };
         let prepared = begun.elapsed();
-        let id = match self.runtime.create_container(&sandbox, config).await {
-            Ok(id) => id,
-            Err(error) => {
-                if let RuntimeError::VolumeInUse { volume, by } = &error {
-                    let said = claims::multi_attach(namespace, volume, by);
-                    self.events
-                        .pod(pod, None, Level::Warning, "FailedAttachVolume", said);
+        let start = async {
+            let turn = begun.elapsed();
+            let id = match self.runtime.create_container(&sandbox, config).await {
+                Ok(id) => id,
+                Err(error) => {
+                    if let RuntimeError::VolumeInUse { volume, by } = &error {
+                        let said = claims::multi_attach(namespace, volume, by);
+                        self.events
+                            .pod(pod, None, Level::Warning, "FailedAttachVolume", said);
+                    }
+                    return Err(trouble("CreateContainerError", chain(&error).to_string()));
                 }
-                return trouble("CreateContainerError", chain(&error).to_string());
+            };
+            let created = begun.elapsed();
+            let said = format!("Created container: {}", container.name);
+            self.events.pod(pod, name, Level::Normal, "Created", said);
+            match self.runtime.start_container(&id).await {
+                Ok(()) => Ok((id, turn, created)),
+                Err(error) => Err(trouble("RunContainerError", chain(&error).to_string())),
             }
         };
-        let created = begun.elapsed();
-        let said = format!("Created container: {}", container.name);
-        self.events.pod(pod, name, Level::Normal, "Created", said);
-        if let Err(error) = self.runtime.start_container(&id).await {
-            return trouble("RunContainerError", chain(&error).to_string());
-        }
+        let (id, turn, created) = match self.starts.take(namespace, start).await {
+            Ok(started) => started,
+            Err(trouble) => return trouble,
+        };
         let said = format!("Started container {}", container.name);
         self.events.pod(pod, name, Level::Normal, "Started", said);
         if wishes::wants_timing(pod) {
             let parts = [
                 ("image", pulled),
                 ("specification", prepared - pulled),
-                ("create", created - prepared),
+                ("turn", turn - prepared),
+                ("create", created - turn),
                 ("start", begun.elapsed() - created),
             ];
             let said = timing::of_container(&container.name, &parts);
