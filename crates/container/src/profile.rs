@@ -70,10 +70,10 @@ pub(crate) fn filters(
     }
     let mut programs = Vec::new();
     if profile.default != SeccompAction::Allow {
-        programs.push(compile(named, action(profile.default), Action::Allow)?);
+        programs.push(compile(named, &action(profile.default), &Action::Allow)?);
     }
     for (acted, table) in by_action {
-        programs.push(compile(table, Action::Allow, action(acted))?);
+        programs.push(compile(table, &Action::Allow, &action(acted))?);
     }
     Ok(programs)
 }
@@ -147,12 +147,12 @@ fn action(action: SeccompAction) -> Action {
     }
 }
 
-fn compile(table: Table, mismatch: Action, matched: Action) -> Result<BpfProgram, BackendError> {
+fn compile(table: Table, mismatch: &Action, matched: &Action) -> Result<BpfProgram, BackendError> {
     let table = table
         .into_iter()
         .map(|(call, rules)| (call, (rules, matched.clone())))
         .collect();
-    filter::compile(table, &mismatch)
+    filter::compile(table, mismatch)
 }
 
 #[cfg(test)]

@@ -197,12 +197,18 @@ impl Node {
             };
         }
         let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-        let run = self.runtime.run_sandbox(config);
-        let run = self.boots.take(namespace, run).await;
+        let asked = Instant::now();
+        let run = async {
+            let turn = asked.elapsed();
+            (turn, self.runtime.run_sandbox(config).await)
+        };
+        let (turn, run) = self.boots.take(namespace, run).await;
         if let Ok(sandbox) = &run
             && wishes::wants_timing(pod)
-            && let Some(took) = self.runtime.start_timing(sandbox).await
+            && let Some(mut took) = self.runtime.start_timing(sandbox).await
         {
+            took.phases.insert(0, ("turn", turn));
+            took.total += turn;
             let said = timing::of_sandbox(&took);
             self.events.pod(pod, None, Level::Normal, TIMING, said);
         }
