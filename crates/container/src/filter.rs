@@ -2,8 +2,8 @@
 //! for a call whose arguments matter a program of its own.
 //!
 //! The library compiles a list that is gone through from its beginning. When a filter is installed, the
-//! kernel follows it for each call that there is, to know which are always allowed: with the default
-//! filter more than a hundred thousand steps for each process that is started, and some 4,000 with a tree.
+//! kernel follows it for each call that there is, to know which are always allowed: two steps for each rule
+//! before, the binary logarithm of the rules with a tree.
 //!
 //! Only the calls of the machine's own word size are filtered; a program that makes others (those of
 //! 32 bits, or of x32) is killed, as with the engines' default filter.

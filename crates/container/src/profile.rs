@@ -1,8 +1,7 @@
 //! A system call filter of the owner's, compiled for the kernel.
 //!
-//! The compiler at hand knows one action beside the default. A profile with several becomes several
-//! filters, of which the kernel takes the strictest answer: one that gives the default action to
-//! calls that no rule names, and one for each action of the rules.
+//! Rules with different actions may meet in one call, and then the strictest holds. The kernel does that with
+//! several filters: one that gives the default action to calls that no rule names, and one for each action of the rules.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
