@@ -1,26 +1,24 @@
 //! The node's end of the protocol.
 
-use std::{
-    future::Future,
-    io,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{future::Future, time::Duration};
 
-use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::{Instant, timeout, timeout_at},
 };
-use tonic::transport::{Channel, Endpoint};
 
 use crate::{
-    CONNECTION_WINDOW, MAX_FEATURES, MAX_HEADER_LIST_SIZE, MAX_MESSAGE_SIZE, MIN_PROTOCOL_VERSION,
-    PROTOCOL_VERSION, STREAM_WINDOW,
+    MAX_MESSAGE_SIZE, MIN_PROTOCOL_VERSION, PROTOCOL_VERSION,
     sync::{SyncError, host_sync},
     v1,
 };
 
+mod transport;
+
+pub use transport::{Frames, Transport};
+
+/// Most features that are taken from an agent.
+const MAX_FEATURES: usize = 64;
 /// Longest build name or kernel release that is taken from a guest.
 const MAX_NAME: usize = 256;
 
@@ -86,19 +84,19 @@ impl AgentError {
 pub struct ConnectOptions {
     /// This node's build, for the guest's log.
     pub build: String,
-    /// For the preamble, HTTP/2 and `Hello` together.
+    /// For the preamble, the transport and `Hello` together.
     pub deadline: Duration,
 }
 
 /// A session with one agent. Cheap to clone; ends when the stream ends, and is not renewed.
 #[derive(Debug, Clone)]
 pub struct AgentClient {
-    client: v1::agent_client::AgentClient<Channel>,
+    client: v1::agent_client::AgentClient<Transport>,
     hello: v1::HelloResponse,
 }
 
 impl AgentClient {
-    /// Starts a session on a stream to an agent: preamble, HTTP/2, `Hello`.
+    /// Starts a session on a stream to an agent: preamble, transport, `Hello`.
     ///
     /// A guest that is silent, floods or lies gives an error within the deadline. Cancelled, it
     /// drops the stream.
@@ -113,15 +111,15 @@ impl AgentClient {
         let deadline = Instant::now() + waited;
         let late = |call| move |_| AgentError::Deadline { call, waited };
 
-        let stream = timeout_at(deadline, host_sync(stream))
+        let (stream, wire) = timeout_at(deadline, host_sync(stream))
             .await
             .map_err(late("the session preamble"))?
             .map_err(AgentError::Sync)?;
-        let channel = timeout_at(deadline, single_stream_channel(stream))
+        let transport = timeout_at(deadline, Transport::start(stream, wire))
             .await
             .map_err(late("HTTP/2"))?
             .map_err(AgentError::Connect)?;
-        let mut client = v1::agent_client::AgentClient::new(channel)
+        let mut client = v1::agent_client::AgentClient::new(transport)
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
             .max_encoding_message_size(MAX_MESSAGE_SIZE);
 
@@ -161,7 +159,7 @@ impl AgentClient {
     }
 
     /// The generated client, for the streaming calls. It has size limits and no deadlines.
-    pub fn client(&self) -> v1::agent_client::AgentClient<Channel> {
+    pub fn client(&self) -> v1::agent_client::AgentClient<Transport> {
         self.client.clone()
     }
 }
@@ -173,25 +171,6 @@ fn bound_text(text: &mut String) {
         .filter(|c| !c.is_control())
         .take(MAX_NAME)
         .collect();
-}
-
-/// A channel over a stream that exists once: when it has ended, every call fails.
-async fn single_stream_channel<S>(stream: S) -> Result<Channel, tonic::transport::Error>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let slot = Mutex::new(Some(stream));
-    Endpoint::from_static("http://agent")
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .http2_max_header_list_size(MAX_HEADER_LIST_SIZE)
-        .connect_with_connector(tower::service_fn(move |_| {
-            let stream = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
-            std::future::ready(stream.map(TokioIo::new).ok_or_else(|| {
-                io::Error::new(io::ErrorKind::NotConnected, "the agent's stream has ended")
-            }))
-        }))
-        .await
 }
 
 async fn call<T>(

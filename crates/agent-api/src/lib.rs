@@ -1,19 +1,28 @@
 //! The protocol between the node and HyperStart, the agent inside every microVM.
 //!
 //! [`v1`] holds the types generated from `proto/agent.proto`, which is the contract. [`sync`] makes
-//! one clean session out of a byte stream that has no connection semantics (virtio-serial), and
-//! [`AgentClient`] is the node's end of it. The guest is hostile: whatever it sends, the node spends
+//! one clean session out of a byte stream that has no connection semantics (virtio-serial). Calls on it are
+//! `frames`; [`AgentClient`] is the node's end of it, [`server`] the guest's. The guest is hostile: whatever it sends, the node spends
 //! bounded memory and bounded time.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "client")]
 mod client;
 pub mod defaults;
-#[cfg(any(test, feature = "fake"))]
+#[cfg(feature = "fake")]
 pub mod fake;
+#[cfg_attr(
+    not(feature = "client"),
+    allow(dead_code, reason = "the guest is one side of it")
+)]
+mod frames;
 pub mod server;
+pub mod status;
 pub mod sync;
 
-pub use client::{AgentClient, AgentError, ConnectOptions};
+#[cfg(feature = "client")]
+pub use client::{AgentClient, AgentError, ConnectOptions, Frames, Transport};
+pub use frames::ConnectionError;
 
 /// Generated from `proto/agent.proto`.
 #[allow(
@@ -25,7 +34,7 @@ pub use client::{AgentClient, AgentError, ConnectOptions};
     reason = "generated code; the .proto file holds the documentation"
 )]
 pub mod v1 {
-    tonic::include_proto!("hypernetes.agent.v1");
+    include!(concat!(env!("OUT_DIR"), "/hypernetes.agent.v1.rs"));
 }
 
 /// The newest protocol version that this build speaks.
@@ -77,17 +86,15 @@ pub const FEATURES: &[&str] = &[
     FEATURE_REHEARSAL,
     FEATURE_CLONE,
 ];
-/// Most features that are taken from an agent.
-const MAX_FEATURES: usize = 64;
 /// Largest encoded message in either direction.
 pub const MAX_MESSAGE_SIZE: usize = 4 * 1024 * 1024;
 /// Largest piece of data in one message of a byte stream.
 pub const MAX_CHUNK_SIZE: usize = 64 * 1024;
-/// Largest header list, trailers with a status message included.
+/// Largest header list of an agent that speaks HTTP/2, trailers with a status message included.
 pub const MAX_HEADER_LIST_SIZE: u32 = 16 * 1024;
-/// HTTP/2 window of one stream: what one stalled reader can hold up.
+/// Window of one call in each direction: what one stalled reader can hold up.
 pub const STREAM_WINDOW: u32 = 256 * 1024;
-/// HTTP/2 window of the connection: thirty-two stalled streams do not starve the others, and a
+/// Window of the connection: thirty-two stalled streams do not starve the others, and a
 /// flooding guest cannot make the node buffer more than this.
 pub const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
 /// Name of the virtio-serial port that the agent serves.

@@ -10,11 +10,12 @@
 //!  |    (again every second)           |
 //!  | <------------------ ECHO nonce -- |
 //!  |  discards up to its own ECHO      |  skips further SYNC lines, answers those with a new nonce
-//!  | <========== HTTP/2 =============> |
+//!  | <========== calls ==============> |
 //! ```
 //!
-//! The node stops sending SYNC once it has seen the echo, so SYNC lines can only precede HTTP/2's
-//! first byte. A SYNC line *inside* a session means that the node has restarted without the guest
+//! The echo tells what the guest speaks: [`Wire::Frames`], or HTTP/2 if it is of an earlier release.
+//! The node stops sending SYNC once it has seen the echo, so SYNC lines can only precede the session's
+//! first byte, which is never a line's. A SYNC line *inside* a session means that the node has restarted without the guest
 //! noticing: [`Watched`] finds it, whatever frame it is swallowed by, and ends the session. A tenant
 //! who sends such a line through its own pod's streams interrupts its own pod's connection, no more.
 
@@ -32,7 +33,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 /// Record separator: starts each line and occurs nowhere else in it.
 const START: u8 = 0x1e;
 const SYNC: &[u8; 9] = b"\x1eHNSYNC1 ";
-const ECHO: &[u8; 9] = b"\x1eHNECHO1 ";
+const ECHO: &[u8; 9] = b"\x1eHNECHO2 ";
+const ECHO_HTTP2: &[u8; 9] = b"\x1eHNECHO1 ";
 /// Tag, 32 digits of nonce, a space, 8 digits of check, newline.
 const LINE: usize = 9 + 32 + 1 + 8 + 1;
 /// How often the node repeats its line until it is answered.
@@ -53,6 +55,15 @@ pub enum SyncError {
     /// The other side sent only garbage.
     #[error("more than {MAX_STALE} bytes without an answer to the session preamble")]
     Flooded,
+}
+
+/// What an agent speaks after the preamble.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wire {
+    /// Frames of this crate.
+    Frames,
+    /// gRPC over HTTP/2, as agents did before there were frames.
+    Http2,
 }
 
 /// Names one session.
@@ -153,9 +164,9 @@ fn digit(byte: u8) -> Option<u8> {
     }
 }
 
-/// The node's half of the preamble. Returns the stream positioned behind the echo. Has no deadline
-/// of its own: wrap it in one.
-pub async fn host_sync<S>(stream: S) -> Result<Prefixed<S>, SyncError>
+/// The node's half of the preamble. Returns the stream positioned behind the echo, and what is spoken on
+/// it. Has no deadline of its own: wrap it in one.
+pub async fn host_sync<S>(stream: S) -> Result<(Prefixed<S>, Wire), SyncError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -171,7 +182,10 @@ where
         }
     };
     let listen = async {
-        let mut finder = Finder::new(ECHO);
+        let mut finders = [
+            (Finder::new(ECHO), Wire::Frames),
+            (Finder::new(ECHO_HTTP2), Wire::Http2),
+        ];
         let mut piece = [0; 4096];
         let mut stale = 0;
         loop {
@@ -179,11 +193,13 @@ where
             if count == 0 {
                 return Err(SyncError::Closed);
             }
-            let mut rest = &piece[..count];
-            while let Some((found, end)) = finder.feed_all(rest) {
-                rest = &rest[end..];
-                if found == nonce {
-                    return Ok(BytesMut::from(rest));
+            for (finder, wire) in &mut finders {
+                let mut rest = &piece[..count];
+                while let Some((found, end)) = finder.feed_all(rest) {
+                    rest = &rest[end..];
+                    if found == nonce {
+                        return Ok((BytesMut::from(rest), *wire));
+                    }
                 }
             }
             stale += count;
@@ -192,14 +208,12 @@ where
             }
         }
     };
-    let prefix = tokio::select! {
+    let (prefix, wire) = tokio::select! {
         asked = ask => { let never: Result<(), io::Error> = asked; return Err(never.map_or_else(SyncError::Io, |()| SyncError::Closed)) }
         heard = listen => heard?,
     };
-    Ok(Prefixed {
-        prefix,
-        stream: reader.unsplit(writer),
-    })
+    let stream = reader.unsplit(writer);
+    Ok((Prefixed { prefix, stream }, wire))
 }
 
 /// The node's line that the guest has read and not answered, if there is one: the stream broke in

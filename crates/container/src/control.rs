@@ -63,9 +63,9 @@ pub enum ControlError {
     /// The child ended without an answer.
     #[error("the container's child process ended without an answer")]
     Ended,
-    /// A message is no valid JSON of its kind.
+    /// A message is no valid one of its kind.
     #[error("the container's child process does not speak the protocol")]
-    Malformed(#[source] serde_json::Error),
+    Malformed(#[source] postcard::Error),
 }
 
 /// One end of the socket. All calls block: the agent uses it away from its event loop.
@@ -148,7 +148,7 @@ impl Control {
     }
 
     fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
-        let body = serde_json::to_vec(message).map_err(ControlError::Malformed)?;
+        let body = postcard::to_allocvec(message).map_err(ControlError::Malformed)?;
         let length = u32::try_from(body.len()).unwrap_or(u32::MAX).to_be_bytes();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -209,7 +209,7 @@ impl Control {
         }
         let mut body = vec![0; length];
         (&self.0).read_exact(&mut body).map_err(ControlError::Io)?;
-        let message = serde_json::from_slice(&body).map_err(ControlError::Malformed)?;
+        let message = postcard::from_bytes(&body).map_err(ControlError::Malformed)?;
         Ok(Some((message, fds)))
     }
 }

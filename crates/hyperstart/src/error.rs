@@ -2,7 +2,7 @@
 
 use std::io;
 
-use tonic::{Code, Status};
+use hypernetes_agent_api::status::{Code, Status};
 
 /// Failure of a step.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +79,6 @@ impl From<GuestError> for Status {
             GuestError::Exhausted(_) => Code::ResourceExhausted,
             GuestError::NoDisk { .. } => Code::DeadlineExceeded,
         };
-        // Bounded well below the limit on trailers.
-        Self::new(code, chain(&error).chars().take(2048).collect::<String>())
+        Self::new(code, chain(&error))
     }
 }

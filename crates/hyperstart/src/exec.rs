@@ -4,14 +4,15 @@ use std::{io, os::fd::AsFd, sync::Arc};
 
 use hypernetes_agent_api::{
     MAX_CHUNK_SIZE,
+    server::{Replies, Requests},
+    status::Status,
     v1::{self, exec_input, exec_output},
 };
 use hypernetes_container::{Job, ProcessSpec, Reply, Spawned, sys};
 use tokio::{
     io::unix::AsyncFd,
-    sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
+    sync::{OwnedSemaphorePermit, oneshot, watch},
 };
-use tonic::{Status, Streaming};
 
 use crate::{
     container::Container,
@@ -23,7 +24,6 @@ use crate::{
     streams::{self, Input},
 };
 
-type Sender = mpsc::Sender<Result<v1::ExecOutput, Status>>;
 type Fd = Arc<AsyncFd<std::os::fd::OwnedFd>>;
 
 /// A process that is being run. Dropped, it is killed with its process group.
@@ -186,11 +186,14 @@ fn track(pid: i32, exit: oneshot::Receiver<Ended>) -> (Running, watch::Receiver<
 }
 
 impl Exec {
-    /// Carries the streams until the process and its output have ended, or the node goes.
-    pub(crate) async fn serve(self, mut inputs: Streaming<v1::ExecInput>, tx: Sender) {
-        let started = self.message.is_empty();
-        if started && !send(&tx, exec_output::Output::Started(true)).await {
-            return;
+    /// Carries the streams until the process and its output have ended.
+    pub(crate) async fn serve(
+        self,
+        mut inputs: Requests<v1::ExecInput>,
+        replies: Replies<v1::ExecOutput>,
+    ) -> Result<(), Status> {
+        if self.message.is_empty() {
+            send(&replies, exec_output::Output::Started(true)).await?;
         }
         let listen = async {
             while let Ok(Some(message)) = inputs.message().await {
@@ -199,12 +202,11 @@ impl Exec {
                 }
             }
             // The end of the inputs is the end of the call only if the node says so by dropping it.
-            std::future::pending::<()>().await;
+            std::future::pending().await
         };
         tokio::select! {
-            () = self.carry(&tx) => {}
-            () = listen => {}
-            () = tx.closed() => {}
+            carried = self.carry(&replies) => carried,
+            never = listen => never,
         }
     }
 
@@ -234,26 +236,24 @@ impl Exec {
         Ok(())
     }
 
-    async fn carry(&self, tx: &Sender) {
+    async fn carry(&self, replies: &Replies<v1::ExecOutput>) -> Result<(), Status> {
         let (ended_tx, ended) = watch::channel(false);
         let stream = async |index: usize| {
             let Some(fd) = self.outputs.get(index) else {
-                return;
+                return Ok::<(), Status>(());
             };
             loop {
                 let bytes = streams::read_until_exit(fd, MAX_CHUNK_SIZE, ended.clone())
                     .await
                     .unwrap_or_default();
                 if bytes.is_empty() {
-                    return;
+                    return Ok(());
                 }
                 let output = match index {
                     0 => exec_output::Output::Stdout(bytes),
                     _ => exec_output::Output::Stderr(bytes),
                 };
-                if !send(tx, output).await {
-                    return;
-                }
+                send(replies, output).await?;
             }
         };
         let exit = async {
@@ -265,11 +265,9 @@ impl Exec {
             ended_tx.send_replace(true);
             ended
         };
-        let ((), (), ended) = tokio::join!(stream(0), stream(1), exit);
-        let Some(ended) = ended else {
-            drop(tx.send(Err(Status::internal("the process was lost"))).await);
-            return;
-        };
+        let (stdout, stderr, ended) = tokio::join!(stream(0), stream(1), exit);
+        stdout.and(stderr)?;
+        let ended = ended.ok_or_else(|| Status::internal("the process was lost"))?;
         let exit = v1::Exit {
             code: ended.code(),
             signal: ended.signal(),
@@ -278,14 +276,14 @@ impl Exec {
             finished_unix_nanos: now(),
             termination_message: Vec::new(),
         };
-        send(tx, exec_output::Output::Exit(exit)).await;
+        send(replies, exec_output::Output::Exit(exit)).await
     }
 }
 
-async fn send(tx: &Sender, output: exec_output::Output) -> bool {
-    tx.send(Ok(v1::ExecOutput {
-        output: Some(output),
-    }))
-    .await
-    .is_ok()
+async fn send(
+    replies: &Replies<v1::ExecOutput>,
+    output: exec_output::Output,
+) -> Result<(), Status> {
+    let output = Some(output);
+    replies.send(&v1::ExecOutput { output }).await
 }

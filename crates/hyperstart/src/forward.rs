@@ -5,13 +5,16 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr},
 };
 
-use hypernetes_agent_api::{MAX_CHUNK_SIZE, v1};
+use hypernetes_agent_api::{
+    MAX_CHUNK_SIZE,
+    server::{Replies, Requests},
+    status::Status,
+    v1,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::mpsc,
 };
-use tonic::{Status, Streaming};
 
 use crate::error::GuestError;
 
@@ -34,8 +37,8 @@ pub(crate) async fn connect(port: u32) -> Result<TcpStream, Status> {
 pub(crate) async fn serve(
     stream: TcpStream,
     first: Vec<u8>,
-    mut inputs: Streaming<v1::ForwardChunk>,
-    tx: mpsc::Sender<Result<v1::ForwardChunk, Status>>,
+    mut inputs: Requests<v1::ForwardChunk>,
+    replies: Replies<v1::ForwardChunk>,
 ) {
     let (mut reader, mut writer) = stream.into_split();
     let inward = async {
@@ -54,22 +57,12 @@ pub(crate) async fn serve(
             // A reset ends the stream like an end does: the bytes so far are the node's.
             let count = reader.read_buf(&mut data).await.unwrap_or(0);
             let eof = count == 0;
-            if tx
-                .send(Ok(v1::ForwardChunk { port: 0, data, eof }))
-                .await
-                .is_err()
-                || eof
-            {
+            let chunk = v1::ForwardChunk { port: 0, data, eof };
+            if replies.send(&chunk).await.is_err() || eof {
                 return;
             }
         }
     };
-    let both = async {
-        // A server that reads no more may still write.
-        let (_written, ()) = tokio::join!(inward, outward);
-    };
-    tokio::select! {
-        () = both => {}
-        () = tx.closed() => {}
-    }
+    // A server that reads no more may still write.
+    let (_written, ()) = tokio::join!(inward, outward);
 }

@@ -14,6 +14,8 @@ mod exec;
 mod filesystem;
 mod forward;
 mod hugepages;
+#[cfg(target_feature = "crt-static")]
+mod libc;
 mod net;
 mod netlink;
 mod output;

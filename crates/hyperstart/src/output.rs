@@ -6,12 +6,13 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use hypernetes_agent_api::{MAX_CHUNK_SIZE, v1};
-use tokio::{
-    io::unix::AsyncFd,
-    sync::{mpsc, watch},
+use hypernetes_agent_api::{
+    MAX_CHUNK_SIZE,
+    server::{Replies, Requests},
+    status::Status,
+    v1,
 };
-use tonic::{Status, Streaming};
+use tokio::{io::unix::AsyncFd, sync::watch};
 
 use crate::{console::log, ring::Ring, streams::read_until_exit};
 
@@ -133,14 +134,13 @@ impl Output {
         None
     }
 
-    /// Carries output to the node until both streams have ended, the node goes, or another reader
-    /// comes.
+    /// Carries output to the node until both streams have ended or another reader comes.
     pub(crate) async fn serve(
         self: Arc<Self>,
         first: v1::OutputAck,
-        mut acks: Streaming<v1::OutputAck>,
-        tx: mpsc::Sender<Result<v1::OutputChunk, Status>>,
-    ) {
+        mut acks: Requests<v1::OutputAck>,
+        replies: Replies<v1::OutputChunk>,
+    ) -> Result<(), Status> {
         let reader = {
             let mut state = self.lock();
             state.reader += 1;
@@ -154,27 +154,24 @@ impl Output {
             while let Ok(Some(ack)) = acks.message().await {
                 self.acknowledge(&ack);
             }
-            std::future::pending::<()>().await;
+            std::future::pending().await
         };
         let send = async {
             while done != [true; 2] {
                 if self.lock().reader != reader {
-                    drop(tx.send(Err(Status::aborted("another reader came"))).await);
-                    return;
+                    return Err(Status::aborted("another reader came"));
                 }
                 if let Some(chunk) = self.next(&mut at, &mut done) {
-                    if tx.send(Ok(chunk)).await.is_err() {
-                        return;
-                    }
+                    replies.send(&chunk).await?;
                 } else if changed.changed().await.is_err() {
-                    return;
+                    break;
                 }
             }
+            Ok(())
         };
         tokio::select! {
-            () = send => {}
-            () = listen => {}
-            () = tx.closed() => {}
+            sent = send => sent,
+            never = listen => never,
         }
     }
 }

@@ -33,7 +33,7 @@ use crate::{
 const MAX_CONTAINERS: usize = 64;
 const MAX_EXECS: usize = 512;
 /// Events that a slow reader may be behind.
-const EVENTS: usize = 1024;
+const EVENTS: usize = 256;
 /// How long a child may take to prepare a container: it mounts disks.
 pub(crate) const PREPARE: Duration = Duration::from_secs(60);
 

@@ -8,6 +8,7 @@ use std::{
 };
 
 use rustix::{
+    buffer::spare_capacity,
     fs::{CWD, Mode, OFlags, fcntl_getfl, fcntl_setfl, openat},
     io::Errno,
     pipe::{PipeFlags, pipe_with},
@@ -71,14 +72,12 @@ pub(crate) fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 
 /// Reads what is there; empty at the end of the stream.
 pub(crate) async fn read(fd: &AsyncFd<OwnedFd>, most: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0; most];
     loop {
         let mut ready = fd.readable().await?;
-        match ready.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut bytes)?)) {
-            Ok(Ok(count)) => {
-                bytes.truncate(count);
-                return Ok(bytes);
-            }
+        // Taken when there is something to read, and not touched beyond that: most streams are silent.
+        let mut bytes = Vec::with_capacity(most);
+        match ready.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), spare_capacity(&mut bytes))?)) {
+            Ok(Ok(_)) => return Ok(bytes),
             // A terminal whose other side is closed.
             Ok(Err(error)) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => {
                 return Ok(Vec::new());

@@ -55,6 +55,107 @@ async fn a_session_survives_on_a_new_stream() {
     assert_eq!(list.containers.len(), 1);
 }
 
+/// What an agent of an earlier release does with the stream: gRPC over HTTP/2, of which it answers `Hello`.
+async fn serve_http2(mut stream: tokio::io::DuplexStream) {
+    use http_body_util::{BodyExt, StreamBody};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    let mut line = vec![0; 51];
+    stream.read_exact(&mut line).await.unwrap();
+    line[1..8].copy_from_slice(b"HNECHO1");
+    stream.write_all(&line).await.unwrap();
+    let answer = |request: http::Request<hyper::body::Incoming>| async move {
+        let code = match request.uri().path() {
+            "/hypernetes.agent.v1.Agent/Hello" => "0",
+            _ => "12",
+        };
+        let hello = v1::HelloResponse {
+            version: 3,
+            build: "earlier".into(),
+            ..Default::default()
+        };
+        let hello = prost::Message::encode_to_vec(&hello);
+        let mut message = vec![0, 0, 0, 0, u8::try_from(hello.len()).unwrap()];
+        message.extend(hello);
+        let mut trailers = http::HeaderMap::new();
+        trailers.insert("grpc-status", http::HeaderValue::from_static(code));
+        drop(request.into_body().collect().await);
+        let data = http_body::Frame::data(bytes::Bytes::from(message));
+        let frames = [Ok(data), Ok(http_body::Frame::trailers(trailers))];
+        let frames = match code {
+            "0" => frames
+                .into_iter()
+                .collect::<Vec<Result<_, std::convert::Infallible>>>(),
+            _ => frames.into_iter().skip(1).collect(),
+        };
+        let body = StreamBody::new(tokio_stream::iter(frames));
+        Ok::<_, std::convert::Infallible>(http::Response::new(body))
+    };
+    let executor = hyper_util::rt::TokioExecutor::new();
+    let connection = hyper::server::conn::http2::Builder::new(executor).serve_connection(
+        hyper_util::rt::TokioIo::new(stream),
+        hyper::service::service_fn(answer),
+    );
+    drop(connection.await);
+}
+
+#[tokio::test]
+async fn an_agent_of_an_earlier_release_is_spoken_to() {
+    let (node, guest) = tokio::io::duplex(64 * 1024);
+    tokio::spawn(serve_http2(guest));
+    let client = AgentClient::connect(node, options()).await.unwrap();
+    assert_eq!(client.hello().build, "earlier");
+    let error = client
+        .stats(v1::StatsRequest::default(), SOON)
+        .await
+        .unwrap_err();
+    assert_eq!(error.code(), Some(tonic::Code::Unimplemented), "{error:?}");
+    assert!(!error.is_transient());
+}
+
+#[tokio::test]
+async fn a_call_that_is_left_ends_in_the_guest() {
+    let (agent, client) = configured().await;
+    let request = v1::CreateContainerRequest {
+        id: "a".into(),
+        ..Default::default()
+    };
+    client.create_container(request, SOON).await.unwrap();
+    client
+        .start_container(v1::StartContainerRequest { id: "a".into() }, SOON)
+        .await
+        .unwrap();
+    let alive = std::sync::Arc::new(());
+    let held = alive.clone();
+    agent.on_exec(move |_, stdin| {
+        let _held = &held;
+        (stdin.to_vec(), Vec::new(), 0)
+    });
+    // Waits for the end of its input, which never comes.
+    let start = v1::ExecStart {
+        container_id: "a".into(),
+        stdin: true,
+        ..Default::default()
+    };
+    let start = v1::ExecInput {
+        input: Some(v1::exec_input::Input::Start(start)),
+    };
+    let inputs =
+        tokio_stream::StreamExt::chain(tokio_stream::iter([start]), tokio_stream::pending());
+    let mut outputs = client.client().exec(inputs).await.unwrap().into_inner();
+    assert!(outputs.message().await.unwrap().is_some());
+    // What the hook holds is held by its call too, once another hook is set.
+    agent.on_exec(|_, stdin| (stdin.to_vec(), Vec::new(), 0));
+    assert_eq!(std::sync::Arc::strong_count(&alive), 2);
+    drop(outputs);
+    let ended = async {
+        while std::sync::Arc::strong_count(&alive) > 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(SOON, ended).await.unwrap();
+}
+
 #[tokio::test]
 async fn rogue_streams_end_in_time() {
     let (node, held) = rogue::stuck();

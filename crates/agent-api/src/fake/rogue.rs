@@ -29,25 +29,24 @@ pub fn flood() -> DuplexStream {
     node
 }
 
-/// Answers the preamble, then sends garbage for ever in place of HTTP/2.
+/// Answers the preamble, then sends garbage for ever in place of frames.
 pub fn garbage() -> DuplexStream {
     after_preamble(&[0xa5; 4096])
 }
 
-/// Answers the preamble, then sends HTTP/2 frames that claim 16 MiB each.
+/// Answers the preamble, then sends data of the first call in frames that claim 16 MiB each.
 pub fn oversized_frames() -> DuplexStream {
-    after_preamble(&[0xff, 0xff, 0xff, 0x00, 0x00, 0x00, 0x00, 0x00, 0x01])
+    after_preamble(&[2, 0xff, 0xff, 0xff, 0, 0, 0, 1])
 }
 
-/// Answers the preamble and HTTP/2 settings, then nothing.
+/// Answers the preamble and accepts the first call, then nothing.
 pub fn mute() -> DuplexStream {
     let (node, guest) = duplex(64 * 1024);
     tokio::spawn(async move {
         let Ok(mut guest) = guest_sync(guest).await else {
             return;
         };
-        // An empty SETTINGS frame.
-        if guest.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.is_err() {
+        if guest.write_all(&[6, 0, 0, 0, 0, 0, 0, 1]).await.is_err() {
             return;
         }
         let mut sink = vec![0; 64 * 1024];

@@ -1,23 +1,18 @@
 //! The generated server trait over [`FakeAgent`]'s state.
 
-use std::{
-    pin::Pin,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use futures::{Stream, StreamExt, stream};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::{BroadcastStream, ReceiverStream};
-use tonic::{Code, Request, Response, Status, Streaming};
+use tokio::sync::broadcast::error::RecvError;
 
 use super::{Behaviour, FakeAgent, FakeContainer, FakeStream, Method};
 use crate::{
     MAX_CHUNK_SIZE, MAX_MESSAGE_SIZE, PROTOCOL_VERSION,
-    v1::{self, agent_server::Agent},
+    server::{Agent, Replies, Requests},
+    status::{Code, Status},
+    v1,
 };
 
-type Answer<T> = Result<Response<T>, Status>;
-type AnswerStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+type Answer<T> = Result<T, Status>;
 const STARTED: i64 = 1_700_000_000_000_000_000;
 
 impl FakeAgent {
@@ -32,7 +27,7 @@ impl FakeAgent {
         match behaviour {
             Behaviour::Normal => Ok(false),
             Behaviour::Oversize => Ok(true),
-            Behaviour::Fail(code, message) => Err(Status::new(code, message)),
+            Behaviour::Fail(code, message) => Err(Status::new(code_of(code), message)),
             Behaviour::Stall => std::future::pending().await,
         }
     }
@@ -42,11 +37,10 @@ impl FakeAgent {
     }
 }
 
-#[async_trait::async_trait]
 impl Agent for FakeAgent {
-    async fn hello(&self, request: Request<v1::HelloRequest>) -> Answer<v1::HelloResponse> {
+    async fn hello(&self, request: v1::HelloRequest) -> Answer<v1::HelloResponse> {
         let oversize = self.enter(Method::Hello).await?;
-        if request.get_ref().min_version > PROTOCOL_VERSION {
+        if request.min_version > PROTOCOL_VERSION {
             return Err(Status::failed_precondition("no common protocol version"));
         }
         let state = self.lock();
@@ -55,20 +49,20 @@ impl Agent for FakeAgent {
         if oversize {
             hello.build = "x".repeat(MAX_MESSAGE_SIZE + 1);
         }
-        Ok(Response::new(hello))
+        Ok(hello)
     }
 
     async fn configure_sandbox(
         &self,
-        request: Request<v1::ConfigureSandboxRequest>,
+        request: v1::ConfigureSandboxRequest,
     ) -> Answer<v1::ConfigureSandboxResponse> {
         self.enter(Method::ConfigureSandbox).await?;
-        self.lock().sandbox = Some(request.into_inner());
+        self.lock().sandbox = Some(request);
         self.touch();
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
-    async fn forget(&self, _: Request<v1::ForgetRequest>) -> Answer<v1::ForgetResponse> {
+    async fn forget(&self, _: v1::ForgetRequest) -> Answer<v1::ForgetResponse> {
         self.enter(Method::Forget).await?;
         {
             let mut state = self.lock();
@@ -80,15 +74,15 @@ impl Agent for FakeAgent {
             state.volumes.clear();
         }
         self.touch();
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
     async fn personalize(
         &self,
-        request: Request<v1::PersonalizeRequest>,
+        request: v1::PersonalizeRequest,
     ) -> Answer<v1::PersonalizeResponse> {
         self.enter(Method::Personalize).await?;
-        let request = request.into_inner();
+        let request = request;
         let mut state = self.lock();
         if state.sandbox.is_none() {
             return Err(Status::failed_precondition("the sandbox is not configured"));
@@ -103,29 +97,28 @@ impl Agent for FakeAgent {
         }
         drop(state);
         self.touch();
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
     async fn write_volume(
         &self,
-        request: Request<v1::WriteVolumeRequest>,
+        request: v1::WriteVolumeRequest,
     ) -> Answer<v1::WriteVolumeResponse> {
         self.enter(Method::WriteVolume).await?;
         let volume = request
-            .into_inner()
             .volume
             .ok_or_else(|| Status::invalid_argument("no volume"))?;
         self.lock().volumes.insert(volume.name.clone(), volume);
         self.touch();
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
     async fn create_container(
         &self,
-        request: Request<v1::CreateContainerRequest>,
+        request: v1::CreateContainerRequest,
     ) -> Answer<v1::CreateContainerResponse> {
         self.enter(Method::CreateContainer).await?;
-        let request = request.into_inner();
+        let request = request;
         let user = request
             .process
             .as_ref()
@@ -160,17 +153,15 @@ impl Agent for FakeAgent {
             created
         };
         self.emit(created);
-        Ok(Response::new(v1::CreateContainerResponse {
-            user: Some(user),
-        }))
+        Ok(v1::CreateContainerResponse { user: Some(user) })
     }
 
     async fn start_container(
         &self,
-        request: Request<v1::StartContainerRequest>,
+        request: v1::StartContainerRequest,
     ) -> Answer<v1::StartContainerResponse> {
         self.enter(Method::StartContainer).await?;
-        let id = request.into_inner().id;
+        let id = request.id;
         let running = {
             let mut state = self.lock();
             let container = state
@@ -187,62 +178,59 @@ impl Agent for FakeAgent {
             container.state.clone()
         };
         self.emit(running);
-        Ok(Response::new(v1::StartContainerResponse {
+        Ok(v1::StartContainerResponse {
             started_unix_nanos: STARTED,
-        }))
+        })
     }
 
     async fn update_container(
         &self,
-        request: Request<v1::UpdateContainerRequest>,
+        request: v1::UpdateContainerRequest,
     ) -> Answer<v1::UpdateContainerResponse> {
         self.enter(Method::UpdateContainer).await?;
-        let v1::UpdateContainerRequest { id, resources } = request.into_inner();
+        let v1::UpdateContainerRequest { id, resources } = request;
         let mut state = self.lock();
         let container = state
             .containers
             .get_mut(&id)
             .ok_or_else(|| Self::missing(&id))?;
         container.request.resources = resources;
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
-    async fn grow_disk(
-        &self,
-        request: Request<v1::GrowDiskRequest>,
-    ) -> Answer<v1::GrowDiskResponse> {
+    async fn grow_disk(&self, request: v1::GrowDiskRequest) -> Answer<v1::GrowDiskResponse> {
         self.enter(Method::GrowDisk).await?;
-        let v1::GrowDiskRequest { slot, bytes } = request.into_inner();
+        let v1::GrowDiskRequest { slot, bytes } = request;
         self.lock().grown.insert(slot, bytes);
         self.touch();
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
-    async fn resize(&self, request: Request<v1::ResizeRequest>) -> Answer<v1::ResizeResponse> {
+    async fn resize(&self, request: v1::ResizeRequest) -> Answer<v1::ResizeResponse> {
         self.enter(Method::Resize).await?;
-        let vcpus = request.into_inner().vcpus;
-        Ok(Response::new(v1::ResizeResponse {
+        let vcpus = request.vcpus;
+        Ok(v1::ResizeResponse {
             vcpus,
             memory_total: 0,
-        }))
+        })
     }
 
-    async fn clock(&self, request: Request<v1::ClockRequest>) -> Answer<v1::ClockResponse> {
+    async fn clock(&self, request: v1::ClockRequest) -> Answer<v1::ClockResponse> {
         self.enter(Method::Clock).await?;
         let mut state = self.lock();
-        let change = request.into_inner().adjust_nanos;
+        let change = request.adjust_nanos;
         state.clock_ahead = state.clock_ahead.saturating_add(change);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.unwrap_or_default().as_nanos();
         let unix_nanos = i64::try_from(now)
             .unwrap_or(i64::MAX)
             .saturating_add(state.clock_ahead);
-        Ok(Response::new(v1::ClockResponse { unix_nanos }))
+        Ok(v1::ClockResponse { unix_nanos })
     }
 
-    async fn pause(&self, request: Request<v1::PauseRequest>) -> Answer<v1::PauseResponse> {
+    async fn pause(&self, request: v1::PauseRequest) -> Answer<v1::PauseResponse> {
         self.enter(Method::Pause).await?;
-        let v1::PauseRequest { id, paused } = request.into_inner();
+        let v1::PauseRequest { id, paused } = request;
         let changed = {
             let mut state = self.lock();
             let container = state
@@ -257,12 +245,12 @@ impl Agent for FakeAgent {
             container.state.clone()
         };
         self.emit(changed);
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
-    async fn signal(&self, request: Request<v1::SignalRequest>) -> Answer<v1::SignalResponse> {
+    async fn signal(&self, request: v1::SignalRequest) -> Answer<v1::SignalResponse> {
         self.enter(Method::Signal).await?;
-        let v1::SignalRequest { id, signal, .. } = request.into_inner();
+        let v1::SignalRequest { id, signal, .. } = request;
         let hook = {
             let state = self.lock();
             let container = state
@@ -278,27 +266,25 @@ impl Agent for FakeAgent {
         if let Some(hook) = hook {
             hook(self, &id, signal);
         }
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
     async fn remove_container(
         &self,
-        request: Request<v1::RemoveContainerRequest>,
+        request: v1::RemoveContainerRequest,
     ) -> Answer<v1::RemoveContainerResponse> {
         self.enter(Method::RemoveContainer).await?;
-        let removed = self.lock().containers.remove(&request.into_inner().id);
+        let removed = self.lock().containers.remove(&request.id);
         self.touch();
         let released_slots = removed
             .map(|container| container.request.layer_slots)
             .unwrap_or_default();
-        Ok(Response::new(v1::RemoveContainerResponse {
-            released_slots,
-        }))
+        Ok(v1::RemoveContainerResponse { released_slots })
     }
 
     async fn list_containers(
         &self,
-        _: Request<v1::ListContainersRequest>,
+        _: v1::ListContainersRequest,
     ) -> Answer<v1::ListContainersResponse> {
         let oversize = self.enter(Method::ListContainers).await?;
         let mut containers: Vec<_> = self
@@ -313,115 +299,105 @@ impl Agent for FakeAgent {
                 ..Default::default()
             });
         }
-        Ok(Response::new(v1::ListContainersResponse { containers }))
+        Ok(v1::ListContainersResponse { containers })
     }
 
-    type EventsStream = AnswerStream<v1::Event>;
-    async fn events(&self, _: Request<v1::EventsRequest>) -> Answer<Self::EventsStream> {
+    async fn events(
+        &self,
+        _: v1::EventsRequest,
+        replies: Replies<v1::Event>,
+    ) -> Result<(), Status> {
         self.enter(Method::Events).await?;
-        let events = BroadcastStream::new(self.events.subscribe()).map(|state| match state {
-            Ok(state) => Ok(v1::Event {
-                event: Some(v1::event::Event::Container(state)),
-            }),
-            Err(_) => Err(Status::data_loss("events were missed")),
-        });
-        Ok(Response::new(Box::pin(events)))
+        let mut events = self.events.subscribe();
+        replies.accept();
+        loop {
+            let event = match events.recv().await {
+                Ok(state) => v1::event::Event::Container(state),
+                // The caller lists and subscribes again.
+                Err(RecvError::Lagged(_)) => return Err(Status::data_loss("events were missed")),
+                Err(RecvError::Closed) => return Ok(()),
+            };
+            replies.send(&v1::Event { event: Some(event) }).await?;
+        }
     }
 
-    type OutputStream = AnswerStream<v1::OutputChunk>;
     async fn output(
         &self,
-        request: Request<Streaming<v1::OutputAck>>,
-    ) -> Answer<Self::OutputStream> {
+        mut acks: Requests<v1::OutputAck>,
+        replies: Replies<v1::OutputChunk>,
+    ) -> Result<(), Status> {
         let oversize = self.enter(Method::Output).await?;
-        let mut acks = request.into_inner();
-        let first = acks
-            .message()
-            .await?
-            .ok_or_else(|| Status::invalid_argument("no first message"))?;
+        let first = acks.expect().await?;
         let id = first.id.clone();
         if !self.lock().containers.contains_key(&id) {
             return Err(Self::missing(&id));
         }
-        let (tx, rx) = mpsc::channel(4);
-        let agent = self.clone();
-        tokio::spawn(async move {
-            let mut changed = agent.changed.subscribe();
-            let mut at = [first.stdout, first.stderr];
-            let mut done = [false; 2];
-            loop {
-                let Some(mut streams) = agent.lock().containers.get(&id).map(|c| c.streams.clone())
-                else {
-                    return;
-                };
-                for (index, FakeStream { data, eof, acked }) in streams.iter_mut().enumerate() {
-                    // What was acknowledged is gone.
-                    at[index] = at[index].max(*acked);
-                    let start = usize::try_from(at[index])
-                        .unwrap_or(usize::MAX)
-                        .min(data.len());
-                    for piece in data[start..].chunks(MAX_CHUNK_SIZE) {
-                        let piece = if oversize {
-                            vec![0; MAX_MESSAGE_SIZE + 1]
-                        } else {
-                            piece.to_vec()
-                        };
-                        let offset = at[index];
-                        at[index] += piece.len() as u64;
-                        let chunk = v1::OutputChunk {
-                            stream: i32::try_from(index).unwrap_or_default(),
-                            offset,
-                            data: piece,
-                            eof: false,
-                        };
-                        if tx.send(Ok(chunk)).await.is_err() {
-                            return;
-                        }
-                    }
-                    if *eof && !done[index] {
-                        done[index] = true;
-                        let stream = i32::try_from(index).unwrap_or_default();
-                        let chunk = v1::OutputChunk {
-                            stream,
-                            offset: at[index],
-                            data: Vec::new(),
-                            eof: true,
-                        };
-                        if tx.send(Ok(chunk)).await.is_err() {
-                            return;
-                        }
-                    }
+        replies.accept();
+        let mut changed = self.changed.subscribe();
+        let mut at = [first.stdout, first.stderr];
+        let mut done = [false; 2];
+        loop {
+            let Some(mut streams) = self.lock().containers.get(&id).map(|c| c.streams.clone())
+            else {
+                return Ok(());
+            };
+            for (index, FakeStream { data, eof, acked }) in streams.iter_mut().enumerate() {
+                // What was acknowledged is gone.
+                at[index] = at[index].max(*acked);
+                let start = usize::try_from(at[index])
+                    .unwrap_or(usize::MAX)
+                    .min(data.len());
+                for piece in data[start..].chunks(MAX_CHUNK_SIZE) {
+                    let piece = if oversize {
+                        vec![0; MAX_MESSAGE_SIZE + 1]
+                    } else {
+                        piece.to_vec()
+                    };
+                    let offset = at[index];
+                    at[index] += piece.len() as u64;
+                    let chunk = v1::OutputChunk {
+                        stream: i32::try_from(index).unwrap_or_default(),
+                        offset,
+                        data: piece,
+                        eof: false,
+                    };
+                    replies.send(&chunk).await?;
                 }
-                if done == [true; 2] {
-                    return;
-                }
-                tokio::select! {
-                    change = changed.changed() => if change.is_err() { return },
-                    () = tx.closed() => return,
-                    ack = acks.message() => {
-                        // The node may stop acknowledging and go on reading.
-                        let Ok(Some(ack)) = ack else {
-                            if changed.changed().await.is_err() { return }
-                            continue;
-                        };
-                        if let Some(container) = agent.lock().containers.get_mut(&id) {
-                            container.streams[0].acked = container.streams[0].acked.max(ack.stdout);
-                            container.streams[1].acked = container.streams[1].acked.max(ack.stderr);
-                        }
-                        agent.touch();
-                    }
+                if *eof && !done[index] {
+                    done[index] = true;
+                    let stream = i32::try_from(index).unwrap_or_default();
+                    let chunk = v1::OutputChunk {
+                        stream,
+                        offset: at[index],
+                        data: Vec::new(),
+                        eof: true,
+                    };
+                    replies.send(&chunk).await?;
                 }
             }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+            if done == [true; 2] {
+                return Ok(());
+            }
+            tokio::select! {
+                change = changed.changed() => if change.is_err() { return Ok(()) },
+                ack = acks.message() => {
+                    // The node may stop acknowledging and go on reading.
+                    let Ok(Some(ack)) = ack else {
+                        if changed.changed().await.is_err() { return Ok(()) }
+                        continue;
+                    };
+                    if let Some(container) = self.lock().containers.get_mut(&id) {
+                        container.streams[0].acked = container.streams[0].acked.max(ack.stdout);
+                        container.streams[1].acked = container.streams[1].acked.max(ack.stderr);
+                    }
+                    self.touch();
+                }
+            }
+        }
     }
 
-    async fn stdin(
-        &self,
-        request: Request<Streaming<v1::StdinChunk>>,
-    ) -> Answer<v1::StdinResponse> {
+    async fn stdin(&self, mut chunks: Requests<v1::StdinChunk>) -> Answer<v1::StdinResponse> {
         self.enter(Method::Stdin).await?;
-        let mut chunks = request.into_inner();
         let mut id = String::new();
         while let Some(chunk) = chunks.message().await? {
             if id.is_empty() {
@@ -438,14 +414,16 @@ impl Agent for FakeAgent {
             }
             self.touch();
         }
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
 
-    type ExecStream = AnswerStream<v1::ExecOutput>;
-    async fn exec(&self, request: Request<Streaming<v1::ExecInput>>) -> Answer<Self::ExecStream> {
+    async fn exec(
+        &self,
+        mut inputs: Requests<v1::ExecInput>,
+        replies: Replies<v1::ExecOutput>,
+    ) -> Result<(), Status> {
         use v1::{exec_input::Input, exec_output::Output};
         self.enter(Method::Exec).await?;
-        let mut inputs = request.into_inner();
         let Some(Input::Start(start)) = inputs.message().await?.and_then(|input| input.input)
         else {
             return Err(Status::invalid_argument("the first message is not start"));
@@ -466,89 +444,68 @@ impl Agent for FakeAgent {
             }
             state.exec.clone()
         };
-        let (tx, rx) = mpsc::channel(8);
-        tokio::spawn(async move {
-            let output = async |output| {
-                tx.send(Ok(v1::ExecOutput {
-                    output: Some(output),
-                }))
+        let output = async |output| {
+            let output = Some(output);
+            replies.send(&v1::ExecOutput { output }).await
+        };
+        output(Output::Started(true)).await?;
+        let mut stdin = Vec::new();
+        let mut wants_stdin = start.stdin;
+        while wants_stdin {
+            match inputs
+                .message()
                 .await
-                .is_ok()
-            };
-            if !output(Output::Started(true)).await {
-                return;
+                .map(|message| message.and_then(|input| input.input))
+            {
+                Ok(Some(Input::Stdin(data))) => stdin.extend(data),
+                Ok(Some(Input::Start(_) | Input::Resize(_) | Input::Signal(_))) => {}
+                Ok(Some(Input::CloseStdin(_)) | None) => wants_stdin = false,
+                Err(error) => return Err(error),
             }
-            let mut stdin = Vec::new();
-            let mut wants_stdin = start.stdin;
-            while wants_stdin {
-                match inputs
-                    .message()
-                    .await
-                    .map(|message| message.and_then(|input| input.input))
-                {
-                    Ok(Some(Input::Stdin(data))) => stdin.extend(data),
-                    Ok(Some(Input::Start(_) | Input::Resize(_) | Input::Signal(_))) => {}
-                    Ok(Some(Input::CloseStdin(_)) | None) => wants_stdin = false,
-                    Err(_) => return,
-                }
-            }
-            let (stdout, stderr, code) = hook(&start, &stdin);
-            for piece in stdout.chunks(MAX_CHUNK_SIZE) {
-                if !output(Output::Stdout(piece.to_vec())).await {
-                    return;
-                }
-            }
-            for piece in stderr.chunks(MAX_CHUNK_SIZE) {
-                if !output(Output::Stderr(piece.to_vec())).await {
-                    return;
-                }
-            }
-            output(Output::Exit(v1::Exit {
-                code,
-                ..Default::default()
-            }))
-            .await;
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(rx))))
+        }
+        let (stdout, stderr, code) = hook(&start, &stdin);
+        for piece in stdout.chunks(MAX_CHUNK_SIZE) {
+            output(Output::Stdout(piece.to_vec())).await?;
+        }
+        for piece in stderr.chunks(MAX_CHUNK_SIZE) {
+            output(Output::Stderr(piece.to_vec())).await?;
+        }
+        output(Output::Exit(v1::Exit {
+            code,
+            ..Default::default()
+        }))
+        .await
     }
 
-    async fn resize_tty(
-        &self,
-        request: Request<v1::ResizeTtyRequest>,
-    ) -> Answer<v1::ResizeTtyResponse> {
+    async fn resize_tty(&self, request: v1::ResizeTtyRequest) -> Answer<v1::ResizeTtyResponse> {
         self.enter(Method::ResizeTty).await?;
-        let id = request.into_inner().id;
+        let id = request.id;
         match self.lock().containers.contains_key(&id) {
-            true => Ok(Response::new(Default::default())),
+            true => Ok(Default::default()),
             false => Err(Self::missing(&id)),
         }
     }
 
-    type ForwardStream = AnswerStream<v1::ForwardChunk>;
     async fn forward(
         &self,
-        request: Request<Streaming<v1::ForwardChunk>>,
-    ) -> Answer<Self::ForwardStream> {
+        mut inputs: Requests<v1::ForwardChunk>,
+        replies: Replies<v1::ForwardChunk>,
+    ) -> Result<(), Status> {
         self.enter(Method::Forward).await?;
+        replies.accept();
         // An echo server on every port.
-        let echo = request.into_inner().map(|chunk| {
-            chunk.map(|chunk| v1::ForwardChunk {
-                port: 0,
-                data: chunk.data,
-                eof: chunk.eof,
-            })
-        });
-        let end = stream::once(async {
-            Ok(v1::ForwardChunk {
-                port: 0,
-                data: Vec::new(),
-                eof: true,
-            })
-        });
-        Ok(Response::new(Box::pin(echo.chain(end))))
+        while let Some(v1::ForwardChunk { data, eof, .. }) = inputs.message().await? {
+            let chunk = v1::ForwardChunk { port: 0, data, eof };
+            replies.send(&chunk).await?;
+        }
+        let end = v1::ForwardChunk {
+            eof: true,
+            ..Default::default()
+        };
+        replies.send(&end).await
     }
 
-    async fn stats(&self, _: Request<v1::StatsRequest>) -> Answer<v1::StatsResponse> {
+    async fn stats(&self, _: v1::StatsRequest) -> Answer<v1::StatsResponse> {
         self.enter(Method::Stats).await?;
         let stats = |id: &String| v1::ContainerStats {
             id: id.clone(),
@@ -556,21 +513,26 @@ impl Agent for FakeAgent {
             ..Default::default()
         };
         let containers = self.lock().containers.keys().map(stats).collect();
-        Ok(Response::new(v1::StatsResponse {
+        Ok(v1::StatsResponse {
             memory_total: 128 << 20,
             memory_available: 96 << 20,
             containers,
             interfaces: Vec::new(),
-        }))
+        })
     }
 
-    async fn shutdown(&self, _: Request<v1::ShutdownRequest>) -> Answer<v1::ShutdownResponse> {
+    async fn shutdown(&self, _: v1::ShutdownRequest) -> Answer<v1::ShutdownResponse> {
         self.enter(Method::Shutdown).await?;
         let agent = self.clone();
         tokio::spawn(async move {
             tokio::task::yield_now().await;
             agent.disconnect();
         });
-        Ok(Response::new(Default::default()))
+        Ok(Default::default())
     }
+}
+
+/// The same code in this crate's words.
+fn code_of(code: tonic::Code) -> Code {
+    Code::from(u8::try_from(i32::from(code)).unwrap_or_default())
 }

@@ -39,7 +39,8 @@ async fn both_sides_meet_through_stale_bytes() {
     guest.write_all(&stale.line(ECHO)[..30]).await.unwrap();
 
     let node = tokio::spawn(async move {
-        let mut node = host_sync(node).await.unwrap();
+        let (mut node, wire) = host_sync(node).await.unwrap();
+        assert_eq!(wire, Wire::Frames);
         node.write_all(b"PRI * ping").await.unwrap();
         let mut pong = [0; 4];
         node.read_exact(&mut pong).await.unwrap();
