@@ -6,7 +6,7 @@
 //!
 //! | kind | from | payload |
 //! | --- | --- | --- |
-//! | `CALL` | node | name of the method; numbers rise from 1 |
+//! | `CALL` | node | name of the method, and behind a space, if the call is part of a trace, its `traceparent`; numbers rise from 1 |
 //! | `DATA` | both | a piece of the messages of one direction, each as gRPC delimits it: a zero byte, four bytes of length, the message |
 //! | `END` | node | empty: no more messages |
 //! | `CANCEL` | node | empty: the call is of no interest any more |
@@ -404,8 +404,8 @@ impl Shared {
     }
 
     /// Guest: the call has ended.
-    pub(crate) fn conclude(&self, call: u32, result: Result<(), Status>) {
-        let (code, text) = match &result {
+    pub(crate) fn conclude(&self, call: u32, result: &Result<(), Status>) {
+        let (code, text) = match result {
             Ok(()) => (Code::Ok, ""),
             Err(status) => (status.code(), status.message()),
         };

@@ -142,11 +142,21 @@ macro_rules! agent {
         /// What an agent does: the service of `proto/agent.proto`.
         #[allow(missing_docs, reason = "the .proto file holds the documentation")]
         pub trait Agent: Send + Sync + 'static {
+            /// Hears of a call that is part of a trace, before it begins.
+            fn traced(&self, _method: &str, _traceparent: &str) {}
+
             $(fn $unary(&self, request: agent!(@type $kind $request)) -> impl Future<Output = Result<v1::$response, Status>> + Send;)*
             $(fn $streaming(&self, request: agent!(@type $input $inputs), replies: Replies<v1::$outputs>) -> impl Future<Output = Result<(), Status>> + Send;)*
         }
 
         async fn dispatch<A: Agent>(agent: &A, method: &str, call: &Call) -> Result<(), Status> {
+            let method = match method.split_once(' ') {
+                Some((method, traceparent)) => {
+                    agent.traced(method, traceparent);
+                    method
+                }
+                None => method,
+            };
             match method {
                 $($name => {
                     // On the heap: the largest handler would be the size of every call.
@@ -214,7 +224,7 @@ where
         let (agent, shared) = (agent.clone(), shared.clone());
         if full {
             let refusal = Status::resource_exhausted("too many calls are open");
-            return shared.conclude(number, Err(refusal));
+            return shared.conclude(number, &Err(refusal));
         }
         let call = Call {
             shared: shared.clone(),
@@ -222,7 +232,7 @@ where
         };
         let task = tokio::spawn(async move {
             let result = dispatch(&*agent, &method, &call).await;
-            call.shared.conclude(number, result);
+            call.shared.conclude(number, &result);
         });
         shared.attend(number, task.abort_handle());
     };

@@ -50,6 +50,7 @@ mod status;
 mod streams;
 mod subpath;
 mod termination;
+mod traced;
 mod users;
 mod watch;
 

@@ -27,6 +27,7 @@ use crate::{
     network::NodeNetwork,
     service::{Inner, Service},
     streams::Streams,
+    traced::TracedLayer,
     v1::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
 };
 
@@ -203,6 +204,7 @@ impl CriServer {
         let calls = Server::builder()
             .layer(layer)
             .layer(DeadlineLayer)
+            .layer(TracedLayer)
             .add_service(runtime)
             .add_service(images)
             .serve_with_incoming_shutdown(

@@ -13,6 +13,7 @@ use hypernetes_types::{ContainerId, SandboxId};
 use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument;
 
 use crate::{
     HANDLER, HOST_HANDLER,
@@ -103,7 +104,7 @@ impl Service {
         let wanted = config.memo.clone();
         let (network, runtime) = (Arc::clone(&self.network), Arc::clone(&self.runtime));
         // To its end, even if the caller goes: the network must not be taken away under it.
-        let run = self.tasks.spawn(async move {
+        let run = async move {
             let joining = network.join(&pod_network).await?;
             let (metadata, begun) = (config.metadata.clone(), now_nanos());
             let result = runtime.run_sandbox(config).await;
@@ -113,7 +114,8 @@ impl Service {
                 network.leave().await;
             }
             Ok::<_, CriError>(result?)
-        });
+        };
+        let run = self.tasks.spawn(run.in_current_span());
         let id = run
             .await
             .map_err(|_panic| CriError::Lost("the start of the sandbox was lost"))??;

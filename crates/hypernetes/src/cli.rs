@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use hypernetes_telemetry::traces::Traces;
 
 /// Multi-tenant containers: every pod in its own microVM, Kubernetes as the interface.
 #[derive(Debug, Parser)]
@@ -107,8 +108,52 @@ pub(crate) struct Debug {
     pub(crate) command: Vec<String>,
 }
 
+/// Words and defaults of containerd's and the kubelet's configurations.
+#[derive(Debug, Args)]
+pub(crate) struct Tracing {
+    /// OpenTelemetry collector to send spans of pods' starts to, by gRPC: http://HOST:4317
+    #[arg(
+        long = "tracing-endpoint",
+        env = "HYPERNETES_TRACING_ENDPOINT",
+        value_name = "URL",
+        value_parser = collector
+    )]
+    endpoint: Option<String>,
+
+    /// Of a million traces that begin here, how many are kept; whoever began another has decided
+    #[arg(
+        long = "tracing-sampling-rate-per-million",
+        value_name = "NUMBER",
+        default_value_t = 1_000_000,
+        value_parser = clap::value_parser!(u32).range(0..=1_000_000),
+        requires = "endpoint"
+    )]
+    sampling_rate_per_million: u32,
+}
+
+/// A URL that the exporter can use: with another it would drop spans in silence.
+fn collector(url: &str) -> Result<String, String> {
+    let host = url.strip_prefix("http://").unwrap_or_default();
+    match host.trim_end_matches('/').parse::<http::uri::Authority>() {
+        Ok(authority) if authority.port_u16().is_some() => Ok(url.to_owned()),
+        _ => Err("must be http://HOST:PORT, of gRPC without TLS".to_owned()),
+    }
+}
+
+impl Tracing {
+    pub(crate) fn traces(&self) -> Option<Traces> {
+        Some(Traces {
+            endpoint: self.endpoint.clone()?,
+            sampling_rate_per_million: self.sampling_rate_per_million,
+        })
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Up {
+    #[command(flatten)]
+    pub(crate) tracing: Tracing,
+
     /// Collector to send containers' log lines on to, as JSON lines: http://HOST:PORT/PATH or https
     #[arg(long, value_name = "URL")]
     pub(crate) log_forward: Option<String>,
@@ -242,6 +287,9 @@ fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct Node {
+    #[command(flatten)]
+    pub(crate) tracing: Tracing,
+
     /// Configuration file, YAML; without it the defaults
     #[arg(long, env = "HYPERNETES_NODE_CONFIG", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -466,7 +514,27 @@ fn bytes(text: &str) -> Result<u64, String> {
 mod tests {
     use clap::CommandFactory;
 
-    use super::Cli;
+    use super::{Cli, collector};
+
+    #[test]
+    fn collectors_are_spoken_to_without_tls() {
+        for url in [
+            "http://127.0.0.1:4317",
+            "http://collector:4317/",
+            "http://[::1]:4317",
+        ] {
+            assert_eq!(collector(url).as_deref(), Ok(url));
+        }
+        for url in [
+            "",
+            "127.0.0.1:4317",
+            "https://collector:4317",
+            "http://collector",
+            "http://c:4317/v1/traces",
+        ] {
+            assert!(collector(url).is_err(), "{url}");
+        }
+    }
 
     #[test]
     fn the_grammar_is_consistent() {

@@ -20,7 +20,7 @@ mod up;
 use std::{io, process::ExitCode};
 
 use clap::{CommandFactory, Parser};
-use hypernetes_telemetry::LogFormat;
+use hypernetes_telemetry::{LogFormat, traces};
 
 use crate::{
     cli::{Cli, Command},
@@ -48,7 +48,14 @@ fn main() -> ExitCode {
         cli::LogFormat::Text => LogFormat::Text,
         cli::LogFormat::Json => LogFormat::Json,
     };
-    hypernetes_telemetry::init(&cli.log, format);
+    let traces = match &cli.command {
+        Command::Up(options) => options.tracing.traces(),
+        Command::Node(options) => options.tracing.traces(),
+        _ => None,
+    };
+    if traces.is_none() {
+        hypernetes_telemetry::init(&cli.log, format);
+    }
     if rustls::crypto::ring::default_provider()
         .install_default()
         .is_err()
@@ -61,6 +68,16 @@ fn main() -> ExitCode {
     {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::Error::new(error).context("cannot start")),
+    };
+    let _exporting = match traces {
+        Some(traces) => {
+            let _entered = runtime.enter();
+            match traces::init(&cli.log, format, "hypernetes", &traces) {
+                Ok(exporting) => Some(exporting),
+                Err(error) => return fail(&anyhow::Error::new(error)),
+            }
+        }
+        None => None,
     };
     match runtime.block_on(run(cli)) {
         Ok(code) => code,

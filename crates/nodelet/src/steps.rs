@@ -8,7 +8,7 @@ use hypernetes_runtime::{
     ContainerState, PodRuntime, RuntimeError, SandboxState, SeccompProfile, VolumeConfig,
     VolumeKind,
 };
-use hypernetes_telemetry::chain;
+use hypernetes_telemetry::{chain, traces};
 use hypernetes_types::{ContainerId, NetworkId, SandboxId};
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use kube::{
@@ -16,6 +16,7 @@ use kube::{
     api::{DeleteParams, Preconditions},
 };
 use tokio::time::Instant;
+use tracing::{Instrument, Span, field::Empty, info_span};
 
 use crate::{
     access::ImageAccess,
@@ -202,6 +203,10 @@ impl Node {
             let turn = asked.elapsed();
             (turn, self.runtime.run_sandbox(config).await)
         };
+        let run = run.instrument(traced(
+            pod,
+            info_span!("StartSandbox", namespace = Empty, pod = Empty),
+        ));
         let (turn, run) = self.boots.take(namespace, run).await;
         if let Ok(sandbox) = &run
             && wishes::wants_timing(pod)
@@ -436,6 +441,13 @@ impl Node {
                 Err(error) => Err(trouble("RunContainerError", chain(&error).to_string())),
             }
         };
+        let span = info_span!(
+            "StartContainer",
+            namespace = Empty,
+            pod = Empty,
+            container = container.name
+        );
+        let start = start.instrument(traced(pod, span));
         let (id, turn, created) = match self.starts.take(namespace, start).await {
             Ok(started) => started,
             Err(trouble) => return trouble,
@@ -702,4 +714,13 @@ impl Node {
         }
         (sandboxes, containers)
     }
+}
+
+/// A span as part of the pod's trace.
+fn traced(pod: &Pod, span: Span) -> Span {
+    let meta = &pod.metadata;
+    span.record("namespace", meta.namespace.as_deref());
+    span.record("pod", meta.name.as_deref());
+    traces::adopt_uid(&span, meta.uid.as_deref().unwrap_or_default());
+    span
 }

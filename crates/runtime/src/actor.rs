@@ -35,7 +35,7 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use crate::{
     api::{
@@ -103,7 +103,7 @@ pub(crate) enum Request {
 #[derive(Debug, Clone)]
 pub(crate) struct Handle {
     pub(crate) id: SandboxId,
-    pub(crate) requests: mpsc::Sender<Request>,
+    pub(crate) requests: mpsc::Sender<(Span, Request)>,
     pub(crate) snapshot: watch::Receiver<Arc<Snapshot>>,
     /// Cancelled as soon as somebody wants the sandbox stopped: ends what waits for the guest.
     stopping: CancellationToken,
@@ -122,7 +122,7 @@ impl Handle {
             id: self.id.to_string(),
         };
         self.requests
-            .send(request(reply))
+            .send((Span::current(), request(reply)))
             .await
             .map_err(|_gone| gone())?;
         answer.await.map_err(|_gone| gone())?
@@ -214,7 +214,8 @@ struct Actor {
     /// When containers last went on that stood still for a copy of the VM.
     thawed: Option<Instant>,
     late: JoinSet<Late>,
-    requests: mpsc::Receiver<Request>,
+    /// With the span of whoever asks: what is done for it is part of its trace.
+    requests: mpsc::Receiver<(Span, Request)>,
     published: watch::Sender<Arc<Snapshot>>,
     stopping: CancellationToken,
     timing: Timing,
@@ -230,7 +231,7 @@ enum Wake {
     Stalled(bool),
     Guest(Option<GuestEvent>),
     Late(Late),
-    Request(Option<Request>),
+    Request(Option<(Span, Request)>),
 }
 
 /// Starts the task of a sandbox.
@@ -253,7 +254,10 @@ pub(crate) fn spawn(
     let snapshot = Arc::new(snapshot(&record, &members, &timing, None, false));
     let (published, snapshot) = watch::channel(snapshot);
     let stopping = CancellationToken::new();
-    let span = tracing::info_span!("sandbox", sandbox = %id, pod = record.config.metadata.name, namespace = record.config.metadata.namespace);
+    // The task outlives the call that began it: only the start is part of the caller's trace.
+    let start_span = span_of(&record);
+    let of = &record.config.metadata;
+    let span = tracing::info_span!(parent: None, "task", sandbox = %id, pod = of.name, namespace = of.namespace);
     let actor = Actor {
         shared: Arc::clone(shared),
         record,
@@ -275,7 +279,7 @@ pub(crate) fn spawn(
         stalled: false,
         gone: false,
     };
-    let task = AbortOnDropHandle::new(tokio::spawn(actor.run(start).instrument(span)));
+    let task = AbortOnDropHandle::new(tokio::spawn(actor.run(start, start_span).instrument(span)));
     Handle {
         id,
         requests: requests_tx,
@@ -283,6 +287,11 @@ pub(crate) fn spawn(
         stopping,
         _task: Arc::new(task),
     }
+}
+
+fn span_of(record: &SandboxRecord) -> Span {
+    let of = &record.config.metadata;
+    tracing::info_span!("sandbox", sandbox = %record.id, pod = of.name, namespace = of.namespace)
 }
 
 fn snapshot(
@@ -307,15 +316,15 @@ fn snapshot(
 }
 
 impl Actor {
-    async fn run(mut self, start: Start) {
+    async fn run(mut self, start: Start, span: Span) {
         match start {
             Start::Boot(asked, source, reply) => {
-                let result = self.start(asked, source).await;
+                let result = self.start(asked, source).instrument(span).await;
                 // Whoever asked may have gone.
                 drop(reply.send(result));
             }
-            Start::Adopted(vm) => self.adopted(vm).await,
-            Start::Rest => {}
+            Start::Adopted(vm) => self.adopted(vm).instrument(span).await,
+            Start::Rest => drop(span),
         }
         while !self.gone {
             match self.wake().await {
@@ -329,7 +338,10 @@ impl Actor {
                 Wake::Guest(None) => self.link = None,
                 Wake::Late(Late::Ended(id, ending)) => self.container_ended(&id, ending).await,
                 Wake::Late(Late::Drained(id)) => self.container_drained(&id).await,
-                Wake::Request(Some(request)) => self.handle(request).await,
+                Wake::Request(Some((caller, request))) => {
+                    let span = caller.in_scope(|| span_of(&self.record));
+                    self.handle(request).instrument(span).await;
+                }
                 Wake::Request(None) => return,
             }
         }

@@ -79,7 +79,7 @@ impl Link {
             beat: deadlines.beat,
             limiter: Limiter::new(),
         };
-        let span = tracing::info_span!("link", sandbox = %sandbox);
+        let span = tracing::info_span!(parent: None, "link", sandbox = %sandbox);
         let task = AbortOnDropHandle::new(tokio::spawn(keeper.run(first).instrument(span)));
         Self {
             state,

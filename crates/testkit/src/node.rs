@@ -21,6 +21,7 @@ pub struct Node {
     run_dir: TempDir,
     namespace: Option<String>,
     cidr: String,
+    arguments: Vec<String>,
     child: Option<Child>,
 }
 
@@ -51,8 +52,15 @@ impl Node {
             run_dir,
             namespace: namespace.map(str::to_owned),
             cidr: cidr.to_owned(),
+            arguments: Vec::new(),
             child: None,
         }
+    }
+
+    /// Adds arguments of its command line, for the next start.
+    pub fn arguments(&mut self, arguments: &[&str]) {
+        self.arguments
+            .extend(arguments.iter().map(|&argument| argument.to_owned()));
     }
 
     /// Replaces the further lines of its configuration, for the next start.
@@ -96,6 +104,7 @@ impl Node {
             .arg(self.state())
             .args(["--log", "info", "node", "--config"])
             .arg(self.temp.path().join("node.yaml"))
+            .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

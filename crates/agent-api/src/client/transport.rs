@@ -12,12 +12,15 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
 use http_body::{Body as _, Frame};
 use hyper_util::rt::TokioIo;
+use hypernetes_telemetry::traces;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::{
     body::Body,
     codegen::{BoxFuture, Service, StdError},
     transport::{Channel, Endpoint},
 };
+
+use tracing::{Instrument, Span, info_span};
 
 use crate::{
     CONNECTION_WINDOW, MAX_HEADER_LIST_SIZE, STREAM_WINDOW,
@@ -67,8 +70,14 @@ impl Service<Request<Body>> for Transport {
                 Box::pin(async move { Ok(answer.await?) })
             }
             Self::Frames(frames) => {
-                let call = frames.call(request);
-                Box::pin(async move { Ok(call?.answer().await?) })
+                let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+                // What the node asks by itself, as whether the guest is alive, is no trace of its own.
+                let span = match traces::is_traced(&Span::current()) {
+                    true => info_span!("agent", rpc.method = method),
+                    false => Span::none(),
+                };
+                let call = span.in_scope(|| frames.call(request));
+                Box::pin(async move { Ok(call?.answer().instrument(span).await?) })
             }
         }
     }
@@ -124,7 +133,10 @@ impl Frames {
     fn call(&self, request: Request<Body>) -> Result<Call, ConnectionError> {
         let shared = &self.0.0;
         let method = request.uri().path().rsplit('/').next().unwrap_or_default();
-        let number = shared.begin(method)?;
+        let number = match traces::traceparent(&Span::current()) {
+            Some(parent) => shared.begin(&format!("{method} {parent}"))?,
+            None => shared.begin(method)?,
+        };
         let call = Call {
             shared: shared.clone(),
             number,

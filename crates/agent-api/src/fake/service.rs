@@ -82,7 +82,6 @@ impl Agent for FakeAgent {
         request: v1::PersonalizeRequest,
     ) -> Answer<v1::PersonalizeResponse> {
         self.enter(Method::Personalize).await?;
-        let request = request;
         let mut state = self.lock();
         if state.sandbox.is_none() {
             return Err(Status::failed_precondition("the sandbox is not configured"));
@@ -118,7 +117,6 @@ impl Agent for FakeAgent {
         request: v1::CreateContainerRequest,
     ) -> Answer<v1::CreateContainerResponse> {
         self.enter(Method::CreateContainer).await?;
-        let request = request;
         let user = request
             .process
             .as_ref()

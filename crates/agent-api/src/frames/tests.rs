@@ -244,7 +244,7 @@ proptest! {
                     guest.send(call, bytes.freeze()).await.unwrap();
                     guest.flush();
                 }
-                guest.conclude(call, Ok(()));
+                guest.conclude(call, &Ok(()));
             };
             let send = async {
                 for message in &messages {

@@ -19,3 +19,4 @@ mod huge_pages;
 mod pool;
 mod shipping;
 mod syscalls;
+mod traces;

@@ -79,7 +79,7 @@ impl Pump {
         });
         let (done, drained) = watch::channel(false);
         let (reopener, reopens) = mpsc::channel(1);
-        let span = tracing::info_span!("log", container = %spec.container);
+        let span = tracing::info_span!(parent: None, "log", container = %spec.container);
         let log = spec.log.take();
         let worker = Worker {
             spec,
