@@ -218,7 +218,7 @@ async fn debian_kernels_work() {
 /// The first bytes of a session with HyperStart (agent-api, `sync`), for a nonce of zeros.
 fn sync_line(tag: &str) -> String {
     let check = (0..16).fold(0x811c_9dc5_u32, |hash, _| hash.wrapping_mul(0x0100_0193));
-    format!("\x1eHN{tag}1 {} {check:08x}\n", "0".repeat(32))
+    format!("\x1eHN{tag} {} {check:08x}\n", "0".repeat(32))
 }
 
 #[tokio::test]
@@ -242,14 +242,14 @@ async fn debian_kernels_reach_hyperstart() {
         let mut channel = vm.open_channel().await.unwrap();
         let mut heard = Vec::new();
         let started = Instant::now();
-        while !String::from_utf8_lossy(&heard).contains(&sync_line("ECHO")) {
+        while !String::from_utf8_lossy(&heard).contains(&sync_line("ECHO2")) {
             assert!(
                 vm.exit().is_none() && started.elapsed() < PATIENCE,
                 "{}",
                 vm.console_tail()
             );
             channel
-                .write_all(sync_line("SYNC").as_bytes())
+                .write_all(sync_line("SYNC1").as_bytes())
                 .await
                 .unwrap();
             let read = channel.read_buf(&mut heard);
