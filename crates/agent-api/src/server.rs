@@ -4,7 +4,10 @@ use std::{marker::PhantomData, sync::Arc};
 
 use bytes::{Buf, BufMut, BytesMut};
 use prost::Message;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::broadcast::{self, error::RecvError},
+};
 
 use crate::{
     MAX_MESSAGE_SIZE,
@@ -100,6 +103,25 @@ impl<T: Message> Replies<T> {
         self.shared.send(self.call, bytes.freeze()).await?;
         self.shared.flush();
         Ok(())
+    }
+}
+
+impl Replies<v1::Event> {
+    /// Answers a call of `Events`: accepts it, and passes states on until their source ends.
+    pub async fn follow(
+        &self,
+        mut events: broadcast::Receiver<v1::ContainerState>,
+    ) -> Result<(), Status> {
+        self.accept();
+        loop {
+            let event = match events.recv().await {
+                Ok(state) => v1::event::Event::Container(state),
+                // The caller lists and subscribes again.
+                Err(RecvError::Lagged(_)) => return Err(Status::data_loss("events were missed")),
+                Err(RecvError::Closed) => return Ok(()),
+            };
+            self.send(&v1::Event { event: Some(event) }).await?;
+        }
     }
 }
 

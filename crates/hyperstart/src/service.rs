@@ -1,17 +1,15 @@
 //! The protocol's calls. Changes run to their end even if the node drops the call: a half-made
 //! container would be nobody's.
 
+use crate::{
+    console::log, container, error::GuestError, exec, forward, pause, pod::Pod, request, resize,
+    sandbox, stats,
+};
 use hypernetes_agent_api::{
     FEATURES, MIN_PROTOCOL_VERSION, PROTOCOL_VERSION,
     server::{Agent, Replies, Requests},
     status::Status,
     v1,
-};
-use tokio::sync::broadcast::error::RecvError;
-
-use crate::{
-    console::log, container, error::GuestError, exec, forward, pause, pod::Pod, request, resize,
-    sandbox, stats,
 };
 
 type Answer<T> = Result<T, Status>;
@@ -209,17 +207,7 @@ impl Agent for Pod {
         _: v1::EventsRequest,
         replies: Replies<v1::Event>,
     ) -> Result<(), Status> {
-        let mut events = self.subscribe();
-        replies.accept();
-        loop {
-            let event = match events.recv().await {
-                Ok(state) => v1::event::Event::Container(state),
-                // The caller lists and subscribes again.
-                Err(RecvError::Lagged(_)) => return Err(Status::data_loss("events were missed")),
-                Err(RecvError::Closed) => return Ok(()),
-            };
-            replies.send(&v1::Event { event: Some(event) }).await?;
-        }
+        replies.follow(self.subscribe()).await
     }
 
     async fn output(

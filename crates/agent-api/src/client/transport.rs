@@ -19,7 +19,6 @@ use tonic::{
     codegen::{BoxFuture, Service, StdError},
     transport::{Channel, Endpoint},
 };
-
 use tracing::{Instrument, Span, info_span};
 
 use crate::{
@@ -70,14 +69,19 @@ impl Service<Request<Body>> for Transport {
                 Box::pin(async move { Ok(answer.await?) })
             }
             Self::Frames(frames) => {
-                let method = request.uri().path().rsplit('/').next().unwrap_or_default();
+                let method = request.uri().path().rsplit('/').next();
+                let method = method.unwrap_or_default().to_owned();
                 // What the node asks by itself, as whether the guest is alive, is no trace of its own.
                 let span = match traces::is_traced(&Span::current()) {
                     true => info_span!("agent", rpc.method = method),
                     false => Span::none(),
                 };
-                let call = span.in_scope(|| frames.call(request));
-                Box::pin(async move { Ok(call?.answer().instrument(span).await?) })
+                let parent = traces::traceparent(&span);
+                let begun = match parent {
+                    Some(parent) => frames.call(&format!("{method} {parent}"), request),
+                    None => frames.call(&method, request),
+                };
+                Box::pin(async move { Ok(begun?.answer().instrument(span).await?) })
             }
         }
     }
@@ -130,13 +134,9 @@ impl Frames {
         Self(Arc::new(Callers(shared)))
     }
 
-    fn call(&self, request: Request<Body>) -> Result<Call, ConnectionError> {
+    fn call(&self, method: &str, request: Request<Body>) -> Result<Call, ConnectionError> {
         let shared = &self.0.0;
-        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
-        let number = match traces::traceparent(&Span::current()) {
-            Some(parent) => shared.begin(&format!("{method} {parent}"))?,
-            None => shared.begin(method)?,
-        };
+        let number = shared.begin(method)?;
         let call = Call {
             shared: shared.clone(),
             number,
@@ -149,14 +149,13 @@ impl Frames {
 
 /// Sends the messages of a request, and its end.
 async fn carry(shared: Shared, call: u32, mut body: Body) {
-    let next = |cx: &mut Context<'_>| {
+    let mut next = |cx: &mut Context<'_>| {
         let next = Pin::new(&mut body).poll_frame(cx);
         if next.is_pending() {
             shared.flush();
         }
         next
     };
-    let mut next = next;
     while let Some(Ok(frame)) = std::future::poll_fn(&mut next).await {
         if let Ok(data) = frame.into_data()
             && shared.send(call, data).await.is_err()

@@ -2,8 +2,6 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::broadcast::error::RecvError;
-
 use super::{Behaviour, FakeAgent, FakeContainer, FakeStream, Method};
 use crate::{
     MAX_CHUNK_SIZE, MAX_MESSAGE_SIZE, PROTOCOL_VERSION,
@@ -306,17 +304,7 @@ impl Agent for FakeAgent {
         replies: Replies<v1::Event>,
     ) -> Result<(), Status> {
         self.enter(Method::Events).await?;
-        let mut events = self.events.subscribe();
-        replies.accept();
-        loop {
-            let event = match events.recv().await {
-                Ok(state) => v1::event::Event::Container(state),
-                // The caller lists and subscribes again.
-                Err(RecvError::Lagged(_)) => return Err(Status::data_loss("events were missed")),
-                Err(RecvError::Closed) => return Ok(()),
-            };
-            replies.send(&v1::Event { event: Some(event) }).await?;
-        }
+        replies.follow(self.events.subscribe()).await
     }
 
     async fn output(
