@@ -5,10 +5,10 @@
 )]
 #![allow(clippy::unwrap_used, reason = "helpers of a test fail by panic")]
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Command, time::Duration};
 
 use hypernetes_testkit::{
-    Daemon, DaemonOptions, Registry, can_run_pods, eventually, run, skip, stdout,
+    Daemon, DaemonOptions, Registry, can_run_pods, eventually, release_dir, run, skip, stdout,
 };
 use serde_json::json;
 
@@ -304,6 +304,113 @@ fn a_pod_without_room_for_its_writes_stands_still_and_goes_on() {
     let restarts = "jsonpath={.status.containerStatuses[0].restartCount}";
     let restarts = stdout(&mut daemon.kubectl_as(&acme, &["get", "pod", "web", "-o", restarts]));
     assert_eq!(restarts, "0");
+}
+
+#[test]
+fn a_pod_that_stands_still_says_so_and_is_not_probed() {
+    if !can_run_pods() {
+        return;
+    }
+    let Some(disk) = SmallDisk::mount("256m") else {
+        skip("tmpfs cannot be mounted here");
+        return;
+    };
+    // The pods' disks are on it and the node's records are not, so that what is said of a pod can be stored.
+    let state = tempfile::TempDir::new().unwrap();
+    let runtime = state.path().join("runtime");
+    fs::create_dir(&runtime).unwrap();
+    symlink(disk.0.path(), runtime.join("sandboxes")).unwrap();
+    let daemon = Daemon::start(DaemonOptions {
+        state_dir: Some(state.path().to_owned()),
+        ..DaemonOptions::default()
+    });
+    let registry = Registry::start();
+    let acme = daemon.tenant("acme", "10.95.0.0/24");
+    let program = "until test -e /dev/shm/go; do sleep 0.1; done; \
+                   head -c 30000000 /dev/urandom > /data && sync && echo done; sleep 1000";
+    // Each probe that is asked leaves a byte, and one that fails restarts the container.
+    let probe = |name: &str| {
+        json!({"exec": {"command": ["sh", "-c", format!("printf . >> /dev/shm/{name}")]},
+            "periodSeconds": 1, "timeoutSeconds": 10, "failureThreshold": 1})
+    };
+    let image = registry.image("busybox:1");
+    let pod = |name: &str, program: &str| {
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": {
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{"name": "main", "image": image, "command": ["sh", "-c", program],
+                "livenessProbe": probe("live"), "readinessProbe": probe("ready")}]}})
+    };
+    let pods = json!({"apiVersion": "v1", "kind": "List",
+        "items": [pod("web", program), pod("witness", "sleep 1000")]});
+    let file = daemon.dir().join("pods.json");
+    fs::write(&file, pods.to_string()).unwrap();
+    let kubectl = |args: &[&str]| stdout(&mut daemon.kubectl_as(&acme, args));
+    kubectl(&["create", "-f", &file.display().to_string()]);
+    let wait = |condition: &str| {
+        let condition = format!("--for=condition={condition}");
+        kubectl(&["wait", &condition, "pod/web", "--timeout=120s"]);
+    };
+    let status = || {
+        let mut hyper = Command::new(release_dir().join("hyper"));
+        hyper.env("HYPER_KUBECONFIG", &acme);
+        hyper.args([
+            "ps",
+            "--filter",
+            "name=web",
+            "--format",
+            "{{.Names}} {{.State}} {{.Status}}",
+        ]);
+        stdout(&mut hyper).trim_end().to_owned()
+    };
+    wait("Ready");
+    kubectl(&[
+        "wait",
+        "--for=condition=Ready",
+        "pod/witness",
+        "--timeout=120s",
+    ]);
+    fill(disk.0.path(), 4);
+    kubectl(&["exec", "web", "--", "touch", "/dev/shm/go"]);
+    wait("hypernetes.io/Stalled");
+    wait("Ready=false");
+    let condition = |field: &str| {
+        let path = format!("jsonpath={{.status.conditions[?(@.type==\"{field}\")].reason}}");
+        kubectl(&["get", "pod", "web", "-o", &path])
+    };
+    assert_eq!(condition("hypernetes.io/Stalled"), "NodeDiskFull");
+    assert_eq!(condition("Ready"), "Stalled");
+    let said = status();
+    assert!(said.starts_with("web running Up "), "{said}");
+    assert!(said.ends_with(" (Stalled)"), "{said}");
+    // Longer than a probe may take, by the probes of a pod that goes on: one that was asked would have failed.
+    let asked = || kubectl(&["exec", "witness", "--", "cat", "/dev/shm/live"]).len();
+    let until = asked() + 15;
+    eventually("another pod's probes are asked", PATIENCE, || {
+        let now = asked();
+        (now >= until)
+            .then_some(())
+            .ok_or(format!("{now} of {until}"))
+    });
+    assert_eq!(condition("hypernetes.io/Stalled"), "NodeDiskFull");
+    empty(disk.0.path());
+    wait("Ready");
+    eventually("it has written", PATIENCE, || {
+        match kubectl_logs(&daemon, &acme).as_str() {
+            "done" => Ok(()),
+            other => Err(other.to_owned()),
+        }
+    });
+    assert_eq!(condition("hypernetes.io/Stalled"), "");
+    let restarts = "jsonpath={.status.containerStatuses[0].restartCount}";
+    assert_eq!(kubectl(&["get", "pod", "web", "-o", restarts]), "0");
+    let events = kubectl(&["get", "events", "-o", "jsonpath={.items[*].reason}"]);
+    assert!(
+        events.contains("Stalled") && events.contains("WentOn"),
+        "{events}"
+    );
+    assert!(!events.contains("Unhealthy"), "{events}");
+    let said = status();
+    assert!(said.ends_with(" (healthy)"), "{said}");
 }
 
 /// Nothing of a VM's memory stays on the disk. It may be tried again just now.

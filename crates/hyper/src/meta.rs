@@ -38,6 +38,8 @@ pub(crate) const TIMING: &str = "hypernetes.io/timing";
 pub(crate) const SUSPENDED: &str = "hypernetes.io/suspended";
 /// Condition by which the node says that it is, or why not.
 pub(crate) const SUSPENDED_CONDITION: &str = "hypernetes.io/Suspended";
+/// Condition by which the node says that the pod stands still until the node's disk has room for what it writes.
+pub(crate) const STALLED_CONDITION: &str = "hypernetes.io/Stalled";
 /// Annotation that the node honours: the pod that this one goes on from.
 pub(crate) const CLONE_OF: &str = "hypernetes.io/clone-of";
 /// The snapshot that a pod goes on from.

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
 use serde::{Deserialize, Serialize};
 
-use crate::{meta, units};
+use crate::{meta, units, verbs::pause};
 
 /// A published port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -246,7 +246,7 @@ impl Container {
         let over = matches!(self.phase(), "Failed" | "Succeeded");
         let state = self.status().and_then(|status| status.state.as_ref());
         if state.is_some_and(|state| state.running.is_some()) {
-            return crate::verbs::pause::still(&self.pod).unwrap_or(State::Running);
+            return pause::still(&self.pod).unwrap_or(State::Running);
         }
         let now = state.and_then(|state| state.terminated.as_ref());
         if over {
@@ -346,6 +346,8 @@ impl Container {
                 match self.health_at(now) {
                     _ if state == State::Paused => format!("Up {up} (Paused)"),
                     _ if state == State::Suspended => format!("Up {up} (Suspended)"),
+                    // Docker has no such state, and nobody but the node's disk can end it: it runs, and says so.
+                    _ if pause::is_stalled(&self.pod) => format!("Up {up} (Stalled)"),
                     Some("starting") => format!("Up {up} (health: starting)"),
                     Some(health) => format!("Up {up} ({health})"),
                     None => format!("Up {up}"),

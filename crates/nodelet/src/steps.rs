@@ -181,10 +181,11 @@ impl Node {
                 );
             }
         }
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
         if let (Some(source), 0) = (wishes::clone_of(pod), attempt) {
             // All that the clone's processes read is in the guest before they go on.
             let cloned = self.clone_sandbox(pod, source, config, &content.volumes);
-            return match cloned.await {
+            return match self.boots.take(namespace, cloned).await {
                 Ok(sandbox) => Outcome::SandboxUp {
                     sandbox,
                     volumes: content,
@@ -197,7 +198,6 @@ impl Node {
                 }
             };
         }
-        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
         let asked = Instant::now();
         let run = async {
             let turn = asked.elapsed();

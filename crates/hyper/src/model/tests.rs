@@ -80,6 +80,11 @@ fn states_and_their_texts() {
     let paused = one(pod("web", 'a', paused));
     assert_eq!(paused.state(), State::Paused);
     assert_eq!(paused.status_text(now()), "Up 5 minutes (Paused)");
+    let mut stalled = paused.clone();
+    let condition = json!([{"type": "hypernetes.io/Stalled", "status": "True"}]);
+    stalled.pod.status.as_mut().unwrap().conditions = serde_json::from_value(condition).unwrap();
+    assert_eq!(stalled.state(), State::Running);
+    assert_eq!(stalled.status_text(now()), "Up 5 minutes (Stalled)");
     let mut suspended = paused.pod.clone();
     let both = json!([
         {"type": "hypernetes.io/Paused", "status": "True"},

@@ -53,13 +53,11 @@ const SUSPEND: Stillness = Stillness {
 
 impl Stillness {
     fn condition<'a>(&self, pod: &'a Pod) -> Option<&'a PodCondition> {
-        let conditions = pod.status.as_ref()?.conditions.as_ref()?;
-        conditions.iter().find(|one| one.type_ == self.condition)
+        condition(pod, self.condition)
     }
 
     fn is(&self, pod: &Pod) -> bool {
-        self.condition(pod)
-            .is_some_and(|condition| condition.status == "True")
+        is_true(self.condition(pod))
     }
 
     async fn begin(&self, cluster: &Cluster, options: &Names) -> Result<()> {
@@ -165,6 +163,20 @@ impl Stillness {
             .await?;
         Ok(())
     }
+}
+
+fn condition<'a>(pod: &'a Pod, name: &str) -> Option<&'a PodCondition> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    conditions.iter().find(|one| one.type_ == name)
+}
+
+fn is_true(condition: Option<&PodCondition>) -> bool {
+    condition.is_some_and(|condition| condition.status == "True")
+}
+
+/// Whether the pod stands still until its node's disk has room for what it writes.
+pub(crate) fn is_stalled(pod: &Pod) -> bool {
+    is_true(condition(pod, meta::STALLED_CONDITION))
 }
 
 /// What the pod's containers are that have processes and do not go on.
