@@ -97,5 +97,8 @@ pub const STREAM_WINDOW: u32 = 256 * 1024;
 /// Window of the connection: thirty-two stalled streams do not starve the others, and a
 /// flooding guest cannot make the node buffer more than this.
 pub const CONNECTION_WINDOW: u32 = 8 * 1024 * 1024;
+/// What the agent keeps in directories at the root of a pod's scratch disk. It makes those that are missing; a disk that
+/// comes with them costs the guest less: ext4 puts each new one at the root into another part of the disk.
+pub const SCRATCH_DIRECTORIES: [&str; 3] = ["containers", "volumes", "trash"];
 /// Name of the virtio-serial port that the agent serves.
 pub const PORT_NAME: &str = "agent.0";

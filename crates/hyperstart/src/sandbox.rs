@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use hypernetes_agent_api::v1;
+use hypernetes_agent_api::{SCRATCH_DIRECTORIES, v1};
 use hypernetes_container::{FileBind, UserMap, open_beneath, sys};
 use nix::mount::{MsFlags, mount};
 use rustix::{
@@ -138,7 +138,7 @@ async fn mount_scratch(slot: u32) -> Result<(), GuestError> {
             slot => return Err(GuestError::Invalid(format!("there is no slot {slot}"))),
         }
     }
-    for name in ["containers", "volumes", "trash"] {
+    for name in SCRATCH_DIRECTORIES {
         fs::create_dir_all(Path::new(dir::SCRATCH).join(name))
             .attempt("prepare the scratch disk")?;
     }

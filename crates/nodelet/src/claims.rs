@@ -6,7 +6,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use futures::{StreamExt as _, stream::BoxStream};
+use futures::{StreamExt as _, future::join_all, stream::BoxStream};
 use hypernetes_runtime::{GroupChange, SandboxState, VolumeKind};
 use hypernetes_telemetry::chain;
 use k8s_openapi::api::core::v1::{
@@ -304,13 +304,16 @@ pub(crate) async fn grow(node: Arc<Node>, stop: CancellationToken) {
             },
             () = tokio::time::sleep(LOOK), if !waiting.is_empty() => {}
         }
-        let mut done = Vec::new();
-        for (key, claim) in &waiting {
-            if let Err(error) = grow_one(&node, claim, key, &mut done).await {
+        // All at once: a guest that does not answer has the others wait for one call of its, not for each of them.
+        let grown = waiting.iter().map(|(key, claim)| async {
+            let grown = grow_one(&node, claim, key).await;
+            let done = grown.unwrap_or_else(|error| {
                 tracing::debug!(claim = key.1, error = %chain(&error), "cannot finish a volume's growth yet");
-            }
-        }
-        for key in done {
+                false
+            });
+            done.then(|| key.clone())
+        });
+        for key in join_all(grown).await.into_iter().flatten() {
             waiting.remove(&key);
         }
     }
@@ -320,14 +323,12 @@ fn waits_for_node_any(waiting: &BTreeMap<(String, String), PersistentVolumeClaim
     !waiting.is_empty()
 }
 
-/// Grows a claim's volume in the pods that have it; done once there is one that runs.
+/// Grows a claim's volume in the pods that have it. Whether that is done, which it is once there is one that runs.
 async fn grow_one(
     node: &Node,
     claim: &PersistentVolumeClaim,
-    key: &(String, String),
-    done: &mut Vec<(String, String)>,
-) -> Result<(), kube::Error> {
-    let (namespace, name) = key;
+    (namespace, name): &(String, String),
+) -> Result<bool, kube::Error> {
     let bound = claim
         .spec
         .as_ref()
@@ -335,10 +336,10 @@ async fn grow_one(
         .unwrap_or_default();
     let volumes = Api::<PersistentVolume>::all(node.client.clone());
     let Some(volume) = volumes.get_opt(&bound).await? else {
-        return Ok(());
+        return Ok(false);
     };
     let Ok(claimed) = claimed(claim, &volume, false) else {
-        return Ok(());
+        return Ok(false);
     };
     let pods = Api::<Pod>::namespaced(node.client.clone(), namespace);
     let pods = pods.list(&ListParams::default()).await?;
@@ -361,7 +362,7 @@ async fn grow_one(
             );
             node.events
                 .pod(&pod, None, Level::Warning, "VolumeResizeFailed", message);
-            return Ok(());
+            return Ok(false);
         }
         let message = format!(
             "MountVolume.NodeExpandVolume succeeded for volume \"{bound}\" {}",
@@ -375,10 +376,9 @@ async fn grow_one(
             message,
         );
         finish(node, claim, &volume).await?;
-        done.push(key.clone());
-        return Ok(());
+        return Ok(true);
     }
-    Ok(())
+    Ok(false)
 }
 
 async fn finish(

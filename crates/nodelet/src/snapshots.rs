@@ -31,7 +31,10 @@ use kube::{
     },
 };
 use serde_json::{Value, json};
-use tokio::time::Instant;
+use tokio::{
+    task::{Id, JoinError, JoinSet},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{clone, events::Level, status::seconds, steps::Node, wishes::CloneOf};
@@ -99,10 +102,16 @@ pub(crate) async fn run(node: Arc<Node>, stop: CancellationToken) {
     let mut changes = watcher(api.clone(), Config::default())
         .default_backoff()
         .boxed();
-    let mut retries = HashMap::new();
+    let mut keeper = Keeper {
+        node,
+        api,
+        retries: HashMap::new(),
+        works: JoinSet::new(),
+        busy: HashMap::new(),
+    };
     loop {
-        let again = match node.keep_snapshots(&api, &mut retries).await {
-            Ok(()) => retries.values().map(|retry| retry.at).min(),
+        let again = match keeper.look().await {
+            Ok(()) => keeper.next_retry(),
             Err(message) => {
                 tracing::warn!(error = message, "cannot see to the snapshots of pods");
                 Some(Instant::now() + RETRY)
@@ -110,65 +119,150 @@ pub(crate) async fn run(node: Arc<Node>, stop: CancellationToken) {
         };
         let latest = Instant::now() + LOOK;
         tokio::select! {
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => break,
             () = tokio::time::sleep_until(again.map_or(latest, |at| at.min(latest))) => {}
+            Some(ended) = keeper.works.join_next_with_id() => keeper.ended(ended),
             _ = changes.next() => {
                 // One look is for all that has changed by now.
                 while changes.next().now_or_never().is_some() {}
             }
         }
     }
+    // A pod that is being copied stands still.
+    while keeper.works.join_next().await.is_some() {}
+}
+
+/// What is being done, and what is to be tried again.
+struct Keeper {
+    node: Arc<Node>,
+    api: Api<DynamicObject>,
+    retries: HashMap<SnapshotId, Retry>,
+    /// Each says whether nothing is left to do.
+    works: JoinSet<bool>,
+    busy: HashMap<Id, Work>,
+}
+
+/// What a task is about.
+struct Work {
+    snapshot: SnapshotId,
+    /// One pod of a namespace is copied at a time, whatever others do: a guest can take its time.
+    namespace: Option<String>,
+}
+
+impl Keeper {
+    /// Begins what is to be done.
+    async fn look(&mut self) -> Result<(), String> {
+        // Before the objects: of what is there now, none is made for an object that the list does not have.
+        let kept = self.node.runtime.list_snapshots().await;
+        let objects = self.api.list(&ListParams::default()).await;
+        let objects = objects.map_err(|error| chain(&error).to_string())?.items;
+        let named: HashSet<SnapshotId> = objects.iter().filter_map(id_of).collect();
+        let is_kept = |id: &SnapshotId| kept.iter().any(|it| it.id == *id);
+        self.retries
+            .retain(|id, _| named.contains(id) || is_kept(id));
+        for snapshot in kept.iter().filter(|it| !named.contains(&it.id)) {
+            let (node, id) = (self.node.clone(), snapshot.id.clone());
+            self.begin(snapshot.id.clone(), None, async move {
+                let removed = node.runtime.remove_snapshot(&id).await;
+                if let Err(error) = &removed {
+                    let error = chain(error).to_string();
+                    tracing::warn!(snapshot = %id, error, "cannot remove a snapshot");
+                }
+                removed.is_ok()
+            });
+        }
+        for object in objects {
+            let Some(id) = id_of(&object) else { continue };
+            let whole = kept.iter().find(|it| it.id == id && it.ready).cloned();
+            let done = whole.is_some() && is_ready(&object);
+            let going = is_refused(&object) || object.metadata.deletion_timestamp.is_some();
+            if done || (going && !is_ready(&object)) {
+                continue;
+            }
+            let (node, namespace) = (self.node.clone(), object.namespace());
+            self.begin(id.clone(), namespace, async move {
+                node.keep_snapshot(&object, id, whole).await
+            });
+        }
+        Ok(())
+    }
+
+    /// Begins work at a snapshot, unless there is some already, or it is to be tried later.
+    fn begin(
+        &mut self,
+        snapshot: SnapshotId,
+        namespace: Option<String>,
+        work: impl Future<Output = bool> + Send + 'static,
+    ) {
+        let later = self.retries.get(&snapshot);
+        let later = later.is_some_and(|retry| retry.at > Instant::now());
+        let is_in_the_way = |other: &Work| {
+            other.snapshot == snapshot || (namespace.is_some() && other.namespace == namespace)
+        };
+        if later || self.busy.values().any(is_in_the_way) {
+            return;
+        }
+        let task = self.works.spawn(work);
+        let work = Work {
+            snapshot,
+            namespace,
+        };
+        self.busy.insert(task.id(), work);
+    }
+
+    fn ended(&mut self, ended: Result<(Id, bool), JoinError>) {
+        let (task, done) = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::error!(%error, "work at a snapshot broke");
+                (error.id(), false)
+            }
+        };
+        let Some(Work { snapshot, .. }) = self.busy.remove(&task) else {
+            return;
+        };
+        if done {
+            self.retries.remove(&snapshot);
+            return;
+        }
+        let before = self.retries.get(&snapshot).map(|retry| retry.pause);
+        let pause = before.map_or(RETRY, |pause| (pause * 2).min(MAX_RETRY));
+        let at = Instant::now() + pause;
+        self.retries.insert(snapshot, Retry { at, pause });
+    }
+
+    /// When something is to be tried again that nobody is at.
+    fn next_retry(&self) -> Option<Instant> {
+        let busy = |id: &SnapshotId| self.busy.values().any(|work| work.snapshot == *id);
+        let idle = self.retries.iter().filter(|(id, _)| !busy(id));
+        idle.map(|(_, retry)| retry.at).min()
+    }
 }
 
 impl Node {
-    async fn keep_snapshots(
+    /// Has the runtime keep what an object names, and the object say how that went. Whether nothing is left to do.
+    async fn keep_snapshot(
         &self,
-        api: &Api<DynamicObject>,
-        retries: &mut HashMap<SnapshotId, Retry>,
-    ) -> Result<(), String> {
-        // Before the objects: of what is there now, none is made for an object that the list does not have.
-        let kept = self.runtime.list_snapshots().await;
-        let objects = api.list(&ListParams::default()).await;
-        let objects = objects.map_err(|error| chain(&error).to_string())?.items;
-        let named: HashSet<SnapshotId> = objects.iter().filter_map(id_of).collect();
-        retries.retain(|id, _| named.contains(id));
-        for snapshot in kept.iter().filter(|it| !named.contains(&it.id)) {
-            let removed = self.runtime.remove_snapshot(&snapshot.id).await;
-            removed.map_err(|error| chain(&error).to_string())?;
-        }
-        for object in &objects {
-            let Some(id) = id_of(object) else { continue };
-            let whole = kept.iter().find(|it| it.id == id && it.ready);
-            let made = match whole {
-                Some(_) if is_ready(object) => continue,
-                None if is_ready(object) => {
-                    Err(trouble("Lost", "its data are not on this node any more"))
-                }
-                _ if is_refused(object) || object.metadata.deletion_timestamp.is_some() => continue,
-                _ if retries.get(&id).is_some_and(|it| it.at > Instant::now()) => continue,
-                // Nobody was told of it yet.
-                Some(kept) if object.data["status"]["podUID"] == *kept.source.uid => {
-                    Ok(kept.clone())
-                }
-                _ => self.take_snapshot(object, id.clone()).await,
-            };
-            let done = made.is_ok();
-            let told = match made {
-                Ok(kept) => self.tell(object, figures(&kept), true, "Taken", "").await,
-                Err(Trouble { reason, message }) => {
-                    self.tell(object, json!({}), false, reason, &message).await
-                }
-            };
-            if done && told.is_ok() {
-                retries.remove(&id);
-            } else {
-                let before = retries.get(&id).map(|retry| retry.pause);
-                let pause = before.map_or(RETRY, |pause| (pause * 2).min(MAX_RETRY));
-                let at = Instant::now() + pause;
-                retries.insert(id, Retry { at, pause });
+        object: &DynamicObject,
+        id: SnapshotId,
+        whole: Option<SnapshotStatus>,
+    ) -> bool {
+        let made = match whole {
+            None if is_ready(object) => {
+                Err(trouble("Lost", "its data are not on this node any more"))
             }
-        }
-        Ok(())
+            // Nobody was told of it yet.
+            Some(kept) if object.data["status"]["podUID"] == *kept.source.uid => Ok(kept),
+            _ => self.take_snapshot(object, id).await,
+        };
+        let done = made.is_ok();
+        let told = match made {
+            Ok(kept) => self.tell(object, figures(&kept), true, "Taken", "").await,
+            Err(Trouble { reason, message }) => {
+                self.tell(object, json!({}), false, reason, &message).await
+            }
+        };
+        done && told.is_ok()
     }
 
     /// Has a pod copied, once its object says of which pod.
@@ -215,7 +309,8 @@ impl Node {
             source,
             size_limit: limit.unwrap_or_default(),
         };
-        let taken = self.runtime.take_snapshot(wish).await;
+        let take = self.runtime.take_snapshot(wish);
+        let taken = self.boots.take(&namespace, take).await;
         let taken = taken.map_err(|error| refusal(&error))?;
         let said = format!("Took snapshot {}", object.name_any());
         self.events

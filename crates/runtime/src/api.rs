@@ -548,7 +548,7 @@ pub struct FilesystemUsage {
 pub struct DiskUsage {
     /// Image layers and their documents.
     pub images: FilesystemUsage,
-    /// Scratch disks of sandboxes.
+    /// Disks of sandboxes, the memory of those that are suspended, and snapshots.
     pub containers: FilesystemUsage,
 }
 

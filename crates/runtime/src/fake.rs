@@ -5,7 +5,7 @@
 //! ([`FakeRuntime::fail_next`]). Logs are real files in the real format.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::OpenOptions,
     io::Write,
     net::IpAddr,
@@ -59,6 +59,8 @@ struct State {
     exec: ExecHook,
     /// Containers end on their stop signal, as most do.
     obedient: bool,
+    /// Uids of pods that are not copied yet.
+    uncopied: HashSet<String>,
 }
 
 struct FakeSandbox {
@@ -103,6 +105,7 @@ impl FakeRuntime {
             exec: Arc::new(|_, _, stdin| (stdin.to_vec(), Vec::new(), 0)),
             snapshots: BTreeMap::new(),
             obedient: true,
+            uncopied: HashSet::new(),
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -161,6 +164,17 @@ impl FakeRuntime {
     /// Makes the next call of a method of [`PodRuntime`], by its name, fail. Repeated: the ones after it too.
     pub fn fail_next(&self, method: &'static str, error: RuntimeError) {
         self.lock().failures.entry(method).or_default().push(error);
+    }
+
+    /// Has snapshots of a pod take as long as its guest likes, or no longer.
+    pub fn hold_snapshots(&self, pod_uid: &str, held: bool) {
+        let mut state = self.lock();
+        match held {
+            true => state.uncopied.insert(pod_uid.to_owned()),
+            false => state.uncopied.remove(pod_uid),
+        };
+        drop(state);
+        self.touch();
     }
 
     /// Whether containers end on their stop signal, or only on SIGKILL after the grace.
@@ -482,6 +496,12 @@ impl PodRuntime for FakeRuntime {
     async fn take_snapshot(&self, config: SnapshotConfig) -> Result<SnapshotStatus, RuntimeError> {
         self.enter("take_snapshot", config.id.as_str())?;
         self.ready(&config.source, "take a snapshot")?;
+        self.wait_until(|fake| {
+            let state = fake.lock();
+            let source = state.sandboxes.get(&config.source);
+            source.is_none_or(|it| !state.uncopied.contains(&it.status.config.metadata.uid))
+        })
+        .await;
         let exited = self.had_exited(&config.source);
         let mut state = self.lock();
         let sandbox = state.sandboxes.get(&config.source);

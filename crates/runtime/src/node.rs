@@ -869,7 +869,10 @@ impl PodRuntime for NodeRuntime {
 
     async fn disk_usage(&self) -> Result<DiskUsage, RuntimeError> {
         let images = self.shared.config.images.usage().await?;
-        let containers = usage::of_tree(self.shared.scratch.root().to_owned()).await?;
+        let mut containers = usage::of_tree(self.shared.scratch.root().to_owned()).await?;
+        let kept = usage::of_tree(self.shared.snapshots.root().to_owned()).await?;
+        containers.used_bytes += kept.used_bytes;
+        containers.files += kept.files;
         Ok(DiskUsage { images, containers })
     }
 }

@@ -8,7 +8,7 @@
 //! asks again. A snapshot's files never change. A clone has its memory by a link and a copy of its disks.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     ffi::OsString,
     fs::File,
     io,
@@ -18,7 +18,7 @@ use std::{
 };
 
 use hypernetes_types::SnapshotId;
-use tokio::sync::{Mutex as AsyncMutex, RwLock};
+use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, RwLock};
 
 use crate::{
     actor::{
@@ -41,8 +41,8 @@ pub(crate) struct Snapshots {
     records: Records,
     room: Room,
     entries: Mutex<BTreeMap<SnapshotId, Entry>>,
-    /// Held while one is made or removed.
-    changing: AsyncMutex<()>,
+    /// One each, held while it is made or removed.
+    changing: Mutex<HashMap<SnapshotId, Arc<AsyncMutex<()>>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -59,7 +59,7 @@ impl Snapshots {
             records,
             room,
             entries: Mutex::default(),
-            changing: AsyncMutex::default(),
+            changing: Mutex::default(),
         }
     }
 
@@ -73,6 +73,17 @@ impl Snapshots {
 
     fn directory(&self, id: &SnapshotId) -> PathBuf {
         self.root.join(id.as_str())
+    }
+
+    /// Waits until nobody makes or removes this one. Others are not waited for: a guest can take its time with its own.
+    async fn alone(&self, id: &SnapshotId) -> OwnedMutexGuard<()> {
+        let own = {
+            let all = self.changing.lock();
+            let mut all = all.unwrap_or_else(PoisonError::into_inner);
+            all.retain(|_, lock| Arc::strong_count(lock) > 1);
+            Arc::clone(all.entry(id.clone()).or_default())
+        };
+        own.lock_owned().await
     }
 
     /// The directory of all snapshots' files.
@@ -97,8 +108,8 @@ impl Snapshots {
         source: &Handle,
         config: &SnapshotConfig,
     ) -> Result<SnapshotStatus, RuntimeError> {
-        let _alone = self.changing.lock().await;
         let id = &config.id;
+        let _alone = self.alone(id).await;
         match self.entry(id) {
             Some(entry) if entry.record.content.is_some() => return Ok(status(&entry.record)),
             // Of an attempt that was cut short.
@@ -188,7 +199,7 @@ impl Snapshots {
 
     /// See [`PodRuntime::remove_snapshot`](crate::PodRuntime::remove_snapshot).
     pub(crate) async fn remove(&self, id: &SnapshotId) -> Result<(), RuntimeError> {
-        let _alone = self.changing.lock().await;
+        let _alone = self.alone(id).await;
         self.discard(id).await
     }
 

@@ -11,24 +11,40 @@ use serde_json::{Value, json};
 
 use crate::{LIMIT, World, uid};
 
-fn snapshots(world: &World) -> Api<DynamicObject> {
+fn snapshots(world: &World, namespace: &str) -> Api<DynamicObject> {
     let gvk = GroupVersionKind::gvk("hypernetes.io", "v1alpha1", "PodSnapshot");
-    Api::namespaced_with(world.client.clone(), "work", &ApiResource::from_gvk(&gvk))
+    Api::namespaced_with(
+        world.client.clone(),
+        namespace,
+        &ApiResource::from_gvk(&gvk),
+    )
 }
 
 async fn keep(world: &World, name: &str, spec: Value) {
+    keep_in(world, "work", name, spec).await;
+}
+
+async fn keep_in(world: &World, namespace: &str, name: &str, spec: Value) {
     let object = json!({"apiVersion": "hypernetes.io/v1alpha1", "kind": "PodSnapshot",
         "metadata": {"name": name}, "spec": spec});
     let object: DynamicObject = serde_json::from_value(object).unwrap();
-    let (api, params) = (snapshots(world), PostParams::default());
+    let (api, params) = (snapshots(world, namespace), PostParams::default());
     api.create(&params, &object).await.unwrap();
 }
 
 /// Waits until the snapshot's condition is so, and returns the status.
 async fn until(world: &World, name: &str, reason: &str) -> Value {
-    let condition = await_condition(snapshots(world), name, |object: Option<&DynamicObject>| {
-        object.is_some_and(|it| it.data["status"]["conditions"][0]["reason"] == reason)
-    });
+    until_in(world, "work", name, reason).await
+}
+
+async fn until_in(world: &World, namespace: &str, name: &str, reason: &str) -> Value {
+    let condition = await_condition(
+        snapshots(world, namespace),
+        name,
+        |object: Option<&DynamicObject>| {
+            object.is_some_and(|it| it.data["status"]["conditions"][0]["reason"] == reason)
+        },
+    );
     let found = tokio::time::timeout(LIMIT, condition).await;
     found.expect(reason).unwrap().unwrap().data["status"].take()
 }
@@ -83,7 +99,7 @@ async fn pods_go_on_from_a_snapshot_of_a_pod_that_is_gone() {
         "spec.containers[0].args: must be as in snapshot warm, which is cloned"
     );
 
-    let (api, params) = (snapshots(&world), DeleteParams::default());
+    let (api, params) = (snapshots(&world, "work"), DeleteParams::default());
     api.delete("warm", &params).await.unwrap();
     let kept = || async { world.runtime.list_snapshots().await.is_empty() };
     world.eventually("its data are removed", kept).await;
@@ -123,5 +139,36 @@ async fn a_snapshot_that_cannot_be_says_why_and_is_tried_again_where_that_helps(
     let calls = world.runtime.calls();
     let taken = calls.iter().filter(|it| it.starts_with("take_snapshot"));
     assert_eq!(taken.count(), 2, "{calls:?}");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_guest_that_takes_its_time_does_not_keep_another_namespace_waiting() {
+    let world = World::start().await;
+    let slow = world.create("slow", json!({})).await;
+    world.running("slow").await;
+    let container = json!({"name": "c", "image": "busybox", "imagePullPolicy": "IfNotPresent"});
+    let pod = json!({"metadata": {"name": "web"}, "spec": {"containers": [container]}});
+    world.elsewhere("other", pod).await;
+    world.runtime.hold_snapshots(uid(&slow), true);
+    for name in ["first", "second"] {
+        keep(&world, name, json!({"podName": "slow"})).await;
+    }
+    let begun = || async {
+        let calls = world.runtime.calls();
+        calls.iter().any(|it| it.starts_with("take_snapshot"))
+    };
+    world.eventually("its pod is being copied", begun).await;
+    keep_in(&world, "other", "mine", json!({"podName": "web"})).await;
+    until_in(&world, "other", "mine", "Taken").await;
+    // Of one namespace there is one after the other.
+    let calls = world.runtime.calls();
+    let taken = calls.iter().filter(|it| it.starts_with("take_snapshot"));
+    assert_eq!(taken.count(), 2, "{calls:?}");
+    assert_eq!(world.runtime.list_snapshots().await.len(), 1);
+    world.runtime.hold_snapshots(uid(&slow), false);
+    for name in ["first", "second"] {
+        until(&world, name, "Taken").await;
+    }
     world.end().await;
 }
