@@ -1,5 +1,8 @@
 //! One pod's task: looks, plans, writes the status, starts the steps, waits for news.
 
+mod acts;
+mod reports;
+
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{
@@ -10,15 +13,10 @@ use std::{
 };
 
 use hypernetes_runtime::{ContainerState, ContainerStatus, SandboxStatus};
-use hypernetes_telemetry::chain;
 use hypernetes_types::ContainerId;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
-use kube::{
-    Api,
-    api::{Patch, PatchParams},
-};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::{
     sync::{Notify, watch},
     task::{AbortHandle, Id, JoinSet},
@@ -26,12 +24,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    backoff::Backoff,
     events::Level,
-    logs, network,
-    plan::{self, Action, Memory, Plan, Slot, Trouble, View, instant},
+    plan::{self, Action, Memory, Plan, Slot, View, instant},
     prober::{self, Health, Prober},
-    pull::NoImage,
-    resize, roles, stall, status,
+    resize, roles, status,
     steps::{Node, Outcome},
     stop::Ending,
     volumes::Built,
@@ -347,33 +344,6 @@ impl Worker {
         self.memory.health = lock(&self.health).clone();
     }
 
-    /// Ends the containers that take their new resources only with a new start.
-    fn restart_for_resize(&mut self, restarts: Vec<(String, ContainerId)>) {
-        let pod = self.seen.borrow().pod.clone();
-        for (name, id) in restarts {
-            let node = self.node.clone();
-            let (pod, slot) = (pod.clone(), Slot::Container(name.clone()));
-            if self.busy.contains(&slot) {
-                continue;
-            }
-            self.memory.killed.insert(id.clone());
-            self.spawn(slot, async move {
-                let grace = pod
-                    .spec
-                    .as_ref()
-                    .and_then(|spec| spec.termination_grace_period_seconds);
-                let message = format!("Container {name} resize requires restart");
-                let place = match node.runtime.container(&id).await {
-                    Some(record) => node.place_of(&record.sandbox).await,
-                    None => None,
-                };
-                let ending = Ending { name, id, place };
-                node.kill_container(&pod, ending, message, grace.unwrap_or(30))
-                    .await
-            });
-        }
-    }
-
     /// A changed source may be what was missing: no need to wait any longer.
     fn forgive(&mut self, now: Timestamp) {
         if self
@@ -389,7 +359,7 @@ impl Worker {
                 .as_ref()
                 .is_some_and(|trouble| trouble.reason == "CreateContainerConfigError")
             {
-                container.retry = crate::backoff::Backoff::default();
+                container.retry = Backoff::default();
             }
         }
     }
@@ -413,403 +383,9 @@ impl Worker {
         self.memory.failed = Some(("UnsupportedField".to_owned(), message));
     }
 
-    /// The API's copy of the status is older than what was written last.
-    fn keep_written_status(&self, pod: &mut Pod) {
-        let phase = pod
-            .status
-            .as_ref()
-            .and_then(|status| status.phase.as_deref());
-        if !matches!(phase, Some("Failed" | "Succeeded"))
-            && let Some(written) = &self.written
-        {
-            let theirs = pod.status.take().unwrap_or_default();
-            let mut status = written.clone();
-            status::take_foreign(&mut status, &theirs);
-            pod.status = Some(status);
-        }
-    }
-
-    /// Deletion does not wait for a pull or a boot, and a shorter grace not for a longer one.
-    fn interrupt(&mut self, pod: &Pod, gone: bool) {
-        if !gone && pod.metadata.deletion_timestamp.is_none() {
-            return;
-        }
-        let wanted = if gone {
-            0
-        } else {
-            pod.metadata.deletion_grace_period_seconds.unwrap_or(30)
-        };
-        let hurry = self.grace.is_some_and(|grace| wanted < grace);
-        for (slot, step) in self.slots.values() {
-            if *slot != Slot::Teardown || hurry {
-                step.abort();
-            }
-        }
-        if hurry {
-            self.grace = None;
-        }
-    }
-
-    async fn read_log_tails(
-        &mut self,
-        pod: &Pod,
-        containers: &[hypernetes_runtime::ContainerStatus],
-    ) {
-        let wants = |name: &str| {
-            roles::find(pod, name).is_some_and(|(container, _)| {
-                container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError")
-            })
-        };
-        for record in containers {
-            let failed = record.state == ContainerState::Exited && record.exit_code != 0;
-            if failed
-                && wants(&record.config.name)
-                && !self.memory.log_tails.contains_key(&record.id)
-                && let Ok(text) = logs::tail_text(&record.log_path).await
-            {
-                self.memory.log_tails.insert(record.id.clone(), text);
-            }
-        }
-        self.memory
-            .log_tails
-            .retain(|id, _| containers.iter().any(|record| record.id == *id));
-    }
-
-    async fn publish_names(
-        &mut self,
-        pod: &Pod,
-        place: Option<(std::net::IpAddr, hypernetes_types::NetworkId)>,
-    ) {
-        let address = place.as_ref().map(|(address, _)| *address);
-        if address == self.named {
-            return;
-        }
-        self.named = address;
-        let domain = &self.node.config.cluster_domain;
-        let place = place.map(|(address, network)| (network, network::names(pod, address, domain)));
-        self.node.names.set(&self.uid, place).await;
-    }
-
-    async fn write_status(&mut self, pod: &Pod, next: PodStatus) {
-        lock(&self.board).insert(self.uid.clone(), next.clone());
-        if pod.status.as_ref() == Some(&next) {
-            return;
-        }
-        let namespace = pod.metadata.namespace.clone().unwrap_or_default();
-        let name = pod.metadata.name.clone().unwrap_or_default();
-        let api = Api::<Pod>::namespaced(self.node.client.clone(), &namespace);
-        let gated = pod.spec.as_ref().is_some_and(|spec| {
-            spec.readiness_gates
-                .as_ref()
-                .is_some_and(|gates| !gates.is_empty())
-        });
-        let mut next = next;
-        for _try in 0..5 {
-            // The uid keeps the status off a new pod of the same name.
-            let mut patch = json!({"metadata": {"uid": pod.metadata.uid}});
-            if gated && let Ok(Some(now)) = api.get_opt(&name).await {
-                // The gates are somebody else's conditions in the same list.
-                status::take_foreign(&mut next, &now.status.unwrap_or_default());
-                patch["metadata"]["resourceVersion"] = json!(now.metadata.resource_version);
-            }
-            patch["status"] = json!(next);
-            match api
-                .patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch))
-                .await
-            {
-                Ok(_) => {
-                    self.written = Some(next);
-                    return;
-                }
-                Err(kube::Error::Api(status)) if status.code == 404 => return,
-                Err(kube::Error::Api(status)) if status.code == 409 => {
-                    match api.get_opt(&name).await {
-                        Ok(Some(other)) if other.metadata.uid == pod.metadata.uid => {}
-                        _ => return,
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(namespace, pod = name, error = %chain(&error), "cannot write a pod's status");
-                    break;
-                }
-            }
-        }
-        self.retry_in(Duration::from_secs(1));
-    }
-
     fn retry_in(&mut self, delay: Duration) {
         let delay = jiff::SignedDuration::try_from(delay).unwrap_or(jiff::SignedDuration::ZERO);
         self.retry_at = Timestamp::now().checked_add(delay).ok();
-    }
-
-    /// Events for what containers newly wait for, and for a VM that stands still or goes on. One that is not up any
-    /// more does neither.
-    fn say(&self, pod: &Pod, plan: &Plan, up: bool) {
-        if up && plan.stalled != self.said.stalled {
-            stall::say(&self.node.events, pod, plan.stalled);
-        }
-        for (name, waiting) in &plan.waiting {
-            let before = self.said.waiting.get(name).map(|before| &before.reason);
-            if before == Some(&waiting.reason) {
-                continue;
-            }
-            let events = &self.node.events;
-            if waiting.reason == "CrashLoopBackOff" {
-                let meta = &pod.metadata;
-                let message = format!(
-                    "Back-off restarting failed container {name} in pod {}_{}({})",
-                    meta.name.as_deref().unwrap_or_default(),
-                    meta.namespace.as_deref().unwrap_or_default(),
-                    self.uid,
-                );
-                events.pod(pod, Some(name), Level::Warning, "BackOff", message);
-            } else if NoImage::is_pull(waiting) {
-                let image = waiting
-                    .message
-                    .split(": ErrImagePull")
-                    .next()
-                    .unwrap_or_default();
-                events.pod(pod, Some(name), Level::Normal, "BackOff", image.to_owned());
-                let message = "Error: ImagePullBackOff".to_owned();
-                events.pod(pod, Some(name), Level::Warning, "Failed", message);
-            }
-        }
-    }
-
-    fn start(
-        &mut self,
-        action: &Action,
-        pod: &Arc<Pod>,
-        sandboxes: &[hypernetes_runtime::SandboxStatus],
-        containers: &[hypernetes_runtime::ContainerStatus],
-        running: &[Ending],
-        now: Timestamp,
-    ) {
-        let (node, pod) = (self.node.clone(), pod.clone());
-        match action.clone() {
-            Action::Fail { reason, message } => {
-                let name = if reason == "DeadlineExceeded" {
-                    "DeadlineExceeded"
-                } else {
-                    "Failed"
-                };
-                node.events
-                    .pod(&pod, None, Level::Warning, name, message.clone());
-                self.memory.failed = Some((reason, message));
-            }
-            Action::RunSandbox { attempt } => {
-                if attempt > 0 {
-                    let said = "Pod sandbox changed, it will be killed and re-created.";
-                    node.events
-                        .pod(&pod, None, Level::Normal, "SandboxChanged", said.to_owned());
-                }
-                let before = sandboxes
-                    .iter()
-                    .filter(|sandbox| sandbox.config.metadata.attempt != attempt)
-                    .map(|sandbox| sandbox.id.clone())
-                    .collect();
-                self.spawn(Slot::Sandbox, async move {
-                    node.run_sandbox(&pod, attempt, before).await
-                });
-            }
-            Action::FillVolumes { sandbox } => {
-                self.spawn(Slot::Sandbox, async move {
-                    node.fill_volumes(&pod, sandbox).await
-                });
-            }
-            Action::Run {
-                container,
-                sandbox,
-                attempt,
-            } => {
-                let Some((found, _)) = roles::find(&pod, &container) else {
-                    return;
-                };
-                // A resize that cannot be leaves the container what it had.
-                let kept = self.memory.resize.as_ref().and_then(|_| {
-                    let records = containers.iter().filter(|r| r.config.name == container);
-                    let newest = records.max_by_key(|record| record.created_unix_nanos)?;
-                    resize::allocated(newest)
-                });
-                // The newest record that ended is what this start follows.
-                let ended = containers
-                    .iter()
-                    .filter(|r| r.config.name == container && r.state == ContainerState::Exited)
-                    .map(|record| record.finished_unix_nanos)
-                    .max();
-                let memory = self.memory.container(&container);
-                let again = memory.trouble.is_some();
-                self.memory.starting.insert(container.clone());
-                let memory = self.memory.container(&container);
-                if let (Some(ended), false) = (ended, again) {
-                    memory.restart.next(instant(ended), now);
-                }
-                self.spawn(Slot::Container(container), async move {
-                    node.run_container(&pod, &found, sandbox, attempt, kept)
-                        .await
-                });
-            }
-            Action::Kill {
-                container,
-                id,
-                message,
-                grace,
-                restarts,
-            } => {
-                if restarts {
-                    self.memory.killed.insert(id.clone());
-                }
-                let Some(ending) = running.iter().find(|ending| ending.id == id).cloned() else {
-                    return;
-                };
-                self.spawn(Slot::Container(container), async move {
-                    node.kill_container(&pod, ending, message, grace).await
-                });
-            }
-            Action::Resize { sandbox } => {
-                self.spawn(
-                    Slot::Resize,
-                    async move { node.resize(&pod, sandbox).await },
-                );
-            }
-            Action::SetPaused { containers, paused } => {
-                self.spawn(Slot::Pause, async move {
-                    node.set_paused(&pod, containers, paused).await
-                });
-            }
-            Action::SetSuspended { sandbox, suspended } => {
-                self.spawn(Slot::Suspend, async move {
-                    node.set_suspended(&pod, sandbox, suspended).await
-                });
-            }
-            Action::RemoveContainer(id) => {
-                let slot = Slot::Container(format!("/{id}"));
-                if !self.busy.contains(&slot) {
-                    self.spawn(slot, async move {
-                        if let Err(error) = node.runtime.remove_container(&id).await {
-                            tracing::warn!(container = %id, error = %chain(&error), "cannot remove a container");
-                        }
-                        Outcome::Done
-                    });
-                }
-            }
-            Action::RemoveSandbox(id) => {
-                let slot = Slot::Container(format!("/{id}"));
-                if !self.busy.contains(&slot) {
-                    self.spawn(slot, async move {
-                        node.remove_sandboxes(&pod, vec![id], false).await
-                    });
-                }
-            }
-            Action::StopContainers { grace_seconds } => {
-                self.grace = Some(grace_seconds);
-                let running = running.to_vec();
-                self.spawn(Slot::Teardown, async move {
-                    node.stop_containers(&pod, running, grace_seconds).await
-                });
-            }
-            Action::StopSandbox(id) => {
-                self.spawn(
-                    Slot::Teardown,
-                    async move { node.stop_sandbox(&pod, id).await },
-                );
-            }
-            Action::RemoveSandboxes => {
-                let ids = sandboxes.iter().map(|sandbox| sandbox.id.clone()).collect();
-                self.spawn(Slot::Teardown, async move {
-                    node.remove_sandboxes(&pod, ids, true).await
-                });
-            }
-            Action::DeleteObject => {
-                self.spawn(
-                    Slot::Teardown,
-                    async move { node.delete_object(&pod).await },
-                );
-            }
-        }
-    }
-
-    fn spawn(&mut self, slot: Slot, step: impl Future<Output = Outcome> + Send + 'static) {
-        self.busy.insert(slot.clone());
-        let handle = self.steps.spawn(step);
-        self.slots.insert(handle.id(), (slot, handle));
-    }
-
-    fn ended(&mut self, ended: Result<(Id, Outcome), tokio::task::JoinError>) {
-        let now = Timestamp::now();
-        let (id, outcome) = match ended {
-            Ok((id, outcome)) => (id, Some(outcome)),
-            Err(error) => {
-                if !error.is_cancelled() {
-                    tracing::error!(pod = self.uid, %error, "a step of a pod broke");
-                    self.retry_in(Duration::from_secs(1));
-                }
-                (error.id(), None)
-            }
-        };
-        let slot = self.slots.remove(&id).map(|(slot, _handle)| slot);
-        if let Some(slot) = &slot {
-            self.busy.remove(slot);
-            if let Slot::Container(name) = slot {
-                self.memory.starting.remove(name);
-            }
-        }
-        match outcome {
-            None | Some(Outcome::Done) => {
-                // The object's end comes by the watch; if it does not, ask again.
-                if slot == Some(Slot::Teardown) {
-                    self.retry_in(Duration::from_secs(5));
-                }
-            }
-            Some(Outcome::Stopped) => {
-                self.memory.stopped = true;
-                self.grace = None;
-            }
-            Some(Outcome::SandboxUp { sandbox, volumes }) => {
-                self.memory.sandbox_failed = None;
-                self.memory.clone_trouble = None;
-                self.memory.volumes = Some(sandbox);
-                self.volumes = volumes;
-                self.refresh = false;
-            }
-            Some(Outcome::CloneFailed(message)) => {
-                self.memory.clone_trouble = Some(message);
-                self.memory.sandbox.next(now, now);
-                self.memory.sandbox_failed = Some(now);
-                self.retry_in(Duration::from_secs(2));
-            }
-            Some(Outcome::SandboxFailed) => {
-                self.memory.sandbox.next(now, now);
-                self.memory.sandbox_failed = Some(now);
-                self.retry_in(Duration::from_secs(2));
-            }
-            Some(Outcome::Refreshed(volumes)) => self.volumes = volumes,
-            Some(Outcome::Resized(Ok(restarts))) => {
-                self.memory.resize = None;
-                self.restart_for_resize(restarts);
-            }
-            Some(Outcome::Resized(Err(state))) => self.memory.resize = Some(state),
-            Some(Outcome::Paused(result)) => self.memory.pause = result.err(),
-            Some(Outcome::Suspended(result)) => self.memory.suspend = result.err(),
-            Some(Outcome::Started(name)) => {
-                let memory = self.memory.container(&name);
-                memory.trouble = None;
-                memory.retry = crate::backoff::Backoff::default();
-            }
-            Some(Outcome::Trouble {
-                container,
-                reason,
-                message,
-            }) => {
-                let memory = self.memory.container(&container);
-                memory.retry.next(now, now);
-                memory.trouble = Some(Trouble {
-                    reason,
-                    message,
-                    since: now,
-                });
-            }
-        }
     }
 }
 
