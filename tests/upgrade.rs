@@ -27,12 +27,13 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// What tells of the object's life and not of what its owner wants.
 const TOLD: [&str; 3] = ["managedFields", "resourceVersion", "generation"];
 /// What the daemon itself keeps as it must be, for this start.
-const KEPT_UP: [&str; 5] = [
+const KEPT_UP: [&str; 6] = [
     "ConfigMap/kube-root-ca.crt",
     "Service/kubernetes",
     "ClusterRole/",
     "CustomResourceDefinition/networks.hypernetes.io",
     "CustomResourceDefinition/tenants.hypernetes.io",
+    "CustomResourceDefinition/podsnapshots.hypernetes.io",
 ];
 
 /// By kind, namespace and name: uid, and what is wanted or kept.
@@ -118,6 +119,20 @@ fn takes_over(archive: &Path) {
         let failed = status.starts_with("Failed") && status.contains("VmmDied");
         failed.then_some(()).ok_or(status)
     });
+    // Nor are the files here that a snapshot and the memory of a suspended pod were in.
+    if recorded.keys().any(|key| key.starts_with("PodSnapshot/")) {
+        eventually("the snapshot without files is lost", LIMIT, || {
+            let path = "jsonpath={.status.conditions[0].reason}";
+            let reason = stdout(&mut as_acme(&["get", "podsnapshot", "kept", "-o", path]));
+            (reason == "Lost").then_some(()).ok_or(reason)
+        });
+        eventually("the suspended pod has failed", LIMIT, || {
+            let path = "jsonpath={.status.phase}";
+            let phase = stdout(&mut as_acme(&["get", "pod", "asleep", "-o", path]));
+            (phase == "Failed").then_some(()).ok_or(phase)
+        });
+        run(&mut as_acme(&["delete", "podsnapshot/kept", "pod/asleep"]));
+    }
     // Work goes on, with the same volume.
     let image = format!("main={}", registry.image("busybox:1"));
     run(&mut as_acme(&["set", "image", "deployment/web", &image]));

@@ -5,7 +5,7 @@
 //! | `Starting` | undone: VM killed, lease, disk, directories and record removed |
 //! | `Ready` | VM adopted, and going on if it was being copied for a clone; if it is gone, the sandbox has failed and its containers have exited |
 //! | `Suspending` | finished if all of the VM is in its file, else the VM goes on |
-//! | `Suspended` | kept; a VMM that could not be ended is |
+//! | `Suspended` | kept; a VMM that could not be ended is; if the VM's file is gone, as `Ready` if the VM is |
 //! | `Resuming` | undone if the file is still there: no VM has gone on from it; else its VM is adopted |
 //! | `Failed`, `Stopped` | kept |
 //! | `Stopping` | stopped to the end; a VM that has volumes which outlive it is asked to write them back |
@@ -135,6 +135,16 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
                     }
                 }
             }
+            Phase::Suspended if is_gone(shared, &record).await => {
+                report.lost += 1;
+                let message = "the file that its suspended VM was in is gone";
+                tracing::error!(sandbox = %id, message, "a VM did not survive");
+                let mut record = record;
+                record.set_suspension(None);
+                record.phase = Phase::Ready;
+                let lost = lose(shared, record, members, message.to_owned()).await?;
+                actor::spawn(shared, lost.0, lost.1, Start::Rest)
+            }
             // Its guest may be writing back what its volumes are to keep.
             Phase::Stopping if !record.attached.is_empty() => {
                 let start = match adopt(shared, &record).await {
@@ -247,6 +257,14 @@ async fn settle_suspension(
         Ok(()) => Ok(settled),
         Err(error) => Err((record, failed(&error))),
     }
+}
+
+/// Whether somebody has taken away what a suspended VM was in.
+async fn is_gone(shared: &Shared, record: &SandboxRecord) -> bool {
+    let file = shared.suspended_file(&record.id);
+    let action = format!("look for {}", file.display());
+    let there = blocking(action, move || file.try_exists()).await;
+    there.is_ok_and(|there| !there)
 }
 
 async fn adopt(shared: &Shared, record: &SandboxRecord) -> Result<Arc<dyn Vm>, String> {

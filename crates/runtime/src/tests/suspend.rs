@@ -451,6 +451,29 @@ async fn a_power_failure_anywhere_leaves_a_pod_that_is_suspended_or_has_failed()
 }
 
 #[tokio::test]
+async fn a_suspended_pod_whose_file_was_taken_away_has_failed() {
+    let world = World::new().await;
+    let runtime = world.open().await;
+    let (sandbox, container) = running(&world, &runtime, "a").await;
+    runtime.suspend_sandbox(&sandbox).await.unwrap();
+    drop(runtime);
+    std::fs::remove_file(file(&world, &sandbox)).unwrap();
+    // And stays so.
+    for _start in 0..2 {
+        let runtime = world.open().await;
+        let status = runtime.sandbox(&sandbox).await.unwrap();
+        assert_eq!(status.state, SandboxState::NotReady);
+        assert!(!status.suspended);
+        let end = exited(&runtime, &container).await;
+        assert_eq!((end.exit_code, &*end.reason), (137, "VmmDied"));
+        assert!(end.message.contains("is gone"), "{}", end.message);
+    }
+    let runtime = world.open().await;
+    runtime.remove_sandbox(&sandbox).await.unwrap();
+    world.assert_clean().await;
+}
+
+#[tokio::test]
 async fn a_removal_comes_ahead_of_a_suspend_that_hangs() {
     let world = World::new().await;
     let runtime = world.open().await;
