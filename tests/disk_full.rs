@@ -27,6 +27,19 @@ impl SmallDisk {
             .unwrap();
         mounted.success().then_some(Self(dir))
     }
+
+    /// An ext4 that keeps a tenth for root.
+    fn ext4(image: &Path, mib: u64) -> Option<Self> {
+        fs::File::create(image).unwrap().set_len(mib << 20).unwrap();
+        run(Command::new("mkfs.ext4")
+            .args(["-q", "-F", "-m", "10"])
+            .arg(image));
+        let dir = tempfile::TempDir::new().unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-o", "loop"]).arg(image).arg(dir.path());
+        let mounted = mount.status().unwrap();
+        mounted.success().then_some(Self(dir))
+    }
 }
 
 impl Drop for SmallDisk {
@@ -411,6 +424,46 @@ fn a_pod_that_stands_still_says_so_and_is_not_probed() {
     assert!(!events.contains("Unhealthy"), "{events}");
     let said = status();
     assert!(said.ends_with(" (healthy)"), "{said}");
+}
+
+#[test]
+fn a_disk_that_a_guest_has_filled_keeps_room_for_the_node_s_records() {
+    if !can_run_pods() {
+        return;
+    }
+    let images = tempfile::TempDir::new().unwrap();
+    let Some(disk) = SmallDisk::ext4(&images.path().join("disk"), 640) else {
+        skip("a file cannot be mounted as a disk here");
+        return;
+    };
+    let daemon = Daemon::start(DaemonOptions {
+        state_dir: Some(disk.0.path().join("state")),
+        ..DaemonOptions::default()
+    });
+    let registry = Registry::start();
+    let image = registry.image("busybox:1");
+    let (acme, globex) = (
+        daemon.tenant("acme", "10.98.0.0/24"),
+        daemon.tenant("globex", "10.99.0.0/24"),
+    );
+    let program = "echo ready; dd if=/dev/zero of=/data bs=1M count=2000; sleep 1000";
+    run_web(&daemon, &acme, &image, program);
+    let stalled = "--for=condition=hypernetes.io/Stalled";
+    run(&mut daemon.kubectl_as(&acme, &["wait", stalled, "pod/web", "--timeout=300s"]));
+    let room = rustix::fs::statvfs(disk.0.path()).unwrap();
+    assert!(room.f_bavail * room.f_frsize < 1 << 20, "it is not full");
+    // For others it is as if nothing had happened.
+    let value = format!("--from-literal=data={}", "x".repeat(100_000));
+    for number in 0..20 {
+        let name = format!("written-{number}");
+        run(&mut daemon.kubectl_as(&globex, &["create", "configmap", &name, &value]));
+    }
+    run(&mut daemon.kubectl_as(&acme, &["delete", "pod", "web", "--grace-period=1"]));
+    let room = rustix::fs::statvfs(disk.0.path()).unwrap();
+    assert!(
+        room.f_bavail * room.f_frsize > 100 << 20,
+        "its disk is there still"
+    );
 }
 
 /// Nothing of a VM's memory stays on the disk. It may be tried again just now.

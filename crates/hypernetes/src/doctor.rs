@@ -21,6 +21,9 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
     ("mkfs.ext4", "e2fsprogs", "the scratch disks of pods"),
 ];
 
+/// What the node's records can do with for a while.
+const RESERVE_MIB: u64 = 64;
+
 /// One finding.
 struct Check {
     ok: bool,
@@ -38,6 +41,7 @@ pub(crate) async fn run(paths: &Paths, options: &Doctor) -> Result<ExitCode> {
     for (program, package, purpose) in PROGRAMS {
         checks.push(program_found(program, package, purpose));
     }
+    checks.extend(reserve(paths.state()));
     let (accelerator, why) = vmm(paths, &mut checks).await;
     checks.push(guest_file(
         "the guest's program (hyperstart)",
@@ -128,6 +132,37 @@ fn program_found(program: &str, package: &str, purpose: &str) -> Check {
     }
 }
 
+/// What is left to the node's records when guests, whose writes are not root's, have filled the disk.
+fn reserve(state: &Path) -> Option<Check> {
+    let there = state.ancestors().find(|dir| dir.exists())?;
+    let room = rustix::fs::statvfs(there).ok()?;
+    let kept = room.f_bfree.saturating_sub(room.f_bavail) * room.f_frsize;
+    Some(reserve_of(state, kept >> 20))
+}
+
+fn reserve_of(state: &Path, kept_mib: u64) -> Check {
+    let state = state.display();
+    let enough = kept_mib >= RESERVE_MIB;
+    let (what, advice) = match enough {
+        true => (
+            format!("{state} is on a file system that keeps {kept_mib} MiB for root"),
+            None,
+        ),
+        false => (
+            "could be better".to_owned(),
+            Some(format!(
+                "the file system of {state} keeps {kept_mib} MiB for root: when guests have filled it, changes are refused \
+                 until there is room; ext4 keeps a part (mkfs.ext4 -m, tune2fs -m)"
+            )),
+        ),
+    };
+    Check {
+        ok: true,
+        what,
+        advice,
+    }
+}
+
 /// The programs that run pods on the node's own kernel.
 fn host_pods(options: &HostPodsOptions) -> Check {
     let purpose = "pods on the node's own kernel (hostHandler)";
@@ -194,5 +229,29 @@ async fn vmm(paths: &Paths, checks: &mut Vec<Check>) -> (String, String) {
             });
             ("none".to_owned(), text)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_without_a_reserve_is_told_of_and_no_failure() {
+        let state = Path::new("/var/lib/hypernetes");
+        let told = reserve_of(state, 0);
+        assert!(told.ok);
+        assert!(
+            told.advice
+                .is_some_and(|advice| advice.contains("keeps 0 MiB for root"))
+        );
+        let fine = reserve_of(state, RESERVE_MIB);
+        assert!(fine.ok && fine.advice.is_none());
+        assert!(
+            fine.what.ends_with("keeps 64 MiB for root"),
+            "{}",
+            fine.what
+        );
+        assert!(reserve(Path::new("/proc/none/such")).is_some());
     }
 }
