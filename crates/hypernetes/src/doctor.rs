@@ -136,8 +136,30 @@ fn program_found(program: &str, package: &str, purpose: &str) -> Check {
 fn reserve(state: &Path) -> Option<Check> {
     let there = state.ancestors().find(|dir| dir.exists())?;
     let room = rustix::fs::statvfs(there).ok()?;
-    let kept = room.f_bfree.saturating_sub(room.f_bavail) * room.f_frsize;
+    let device = rustix::fs::stat(there).ok()?.st_dev;
+    let device = format!(
+        "{}:{}",
+        rustix::fs::major(device),
+        rustix::fs::minor(device)
+    );
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let kept = match is_kept_for_root(&mounts, &device) {
+        true => room.f_bfree.saturating_sub(room.f_bavail) * room.f_frsize,
+        false => 0,
+    };
     Some(reserve_of(state, kept >> 20))
+}
+
+/// Whether what a file system keeps is for root, which is so unless its mount says otherwise (ext4(5), `resuid`).
+fn is_kept_for_root(mountinfo: &str, device: &str) -> bool {
+    let mut mounts = mountinfo.lines();
+    let mount = mounts.find(|line| line.split(' ').nth(2) == Some(device));
+    let options = mount.and_then(|line| line.rsplit(' ').next());
+    let mut options = options.unwrap_or_default().split(',');
+    options.all(|option| {
+        let user = option.strip_prefix("resuid=");
+        user.is_none_or(|user| user == "0")
+    })
 }
 
 fn reserve_of(state: &Path, kept_mib: u64) -> Check {
@@ -253,5 +275,20 @@ mod tests {
             fine.what
         );
         assert!(reserve(Path::new("/proc/none/such")).is_some());
+    }
+
+    #[test]
+    fn what_is_kept_for_another_user_is_not_root_s() {
+        let mounts = "26 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard,resuid=65534\n\
+                      27 1 8:1 / /data rw - ext4 /dev/sda1 rw,errors=remount-ro\n\
+                      28 1 8:2 / /more rw - ext4 /dev/sda2 rw,resuid=0,resgid=5\n";
+        for (device, root) in [
+            ("254:0", false),
+            ("8:1", true),
+            ("8:2", true),
+            ("0:9", true),
+        ] {
+            assert_eq!(is_kept_for_root(mounts, device), root, "{device}");
+        }
     }
 }
