@@ -431,8 +431,8 @@ fn a_disk_that_a_guest_has_filled_keeps_room_for_the_node_s_records() {
     if !can_run_pods() {
         return;
     }
-    let images = tempfile::TempDir::new().unwrap();
-    let Some(disk) = SmallDisk::ext4(&images.path().join("disk"), 640) else {
+    let place = tempfile::TempDir::new().unwrap();
+    let Some(disk) = SmallDisk::ext4(&place.path().join("disk"), 640) else {
         skip("a file cannot be mounted as a disk here");
         return;
     };

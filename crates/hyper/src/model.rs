@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerStateTerminated, ContainerStatus, Pod, PodCondition};
 use serde::{Deserialize, Serialize};
 
-use crate::{meta, units, verbs::pause};
+use crate::{meta, units};
 
 /// A published port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +59,16 @@ impl State {
     pub(crate) fn is_up(self) -> bool {
         matches!(self, Self::Running | Self::Paused | Self::Suspended)
     }
+}
+
+/// What is said of a pod by a condition.
+pub(crate) fn condition<'a>(pod: &'a Pod, name: &str) -> Option<&'a PodCondition> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    conditions.iter().find(|one| one.type_ == name)
+}
+
+fn holds(pod: &Pod, name: &str) -> bool {
+    condition(pod, name).is_some_and(|condition| condition.status == "True")
 }
 
 /// One container.
@@ -239,6 +249,17 @@ impl Container {
             .is_some_and(|gates| !gates.is_empty())
     }
 
+    /// What it is if it has processes that do not go on.
+    fn still(&self) -> Option<State> {
+        let ways = [
+            (meta::SUSPENDED_CONDITION, State::Suspended),
+            (meta::PAUSED_CONDITION, State::Paused),
+        ];
+        let mut ways = ways.into_iter();
+        ways.find(|(condition, _)| holds(&self.pod, condition))
+            .map(|(_, state)| state)
+    }
+
     pub(crate) fn state(&self) -> State {
         if self.pod.metadata.deletion_timestamp.is_some() {
             return State::Removing;
@@ -246,7 +267,7 @@ impl Container {
         let over = matches!(self.phase(), "Failed" | "Succeeded");
         let state = self.status().and_then(|status| status.state.as_ref());
         if state.is_some_and(|state| state.running.is_some()) {
-            return pause::still(&self.pod).unwrap_or(State::Running);
+            return self.still().unwrap_or(State::Running);
         }
         let now = state.and_then(|state| state.terminated.as_ref());
         if over {
@@ -347,7 +368,7 @@ impl Container {
                     _ if state == State::Paused => format!("Up {up} (Paused)"),
                     _ if state == State::Suspended => format!("Up {up} (Suspended)"),
                     // Docker has no such state, and nobody but the node's disk can end it: it runs, and says so.
-                    _ if pause::is_stalled(&self.pod) => format!("Up {up} (Stalled)"),
+                    _ if holds(&self.pod, meta::STALLED_CONDITION) => format!("Up {up} (Stalled)"),
                     Some("starting") => format!("Up {up} (health: starting)"),
                     Some(health) => format!("Up {up} ({health})"),
                     None => format!("Up {up}"),

@@ -150,16 +150,20 @@ fn reserve(state: &Path) -> Option<Check> {
     Some(reserve_of(state, kept >> 20))
 }
 
-/// Whether what a file system keeps is for root, which is so unless its mount says otherwise (ext4(5), `resuid`).
+/// Whether a file system keeps something for root: ext4 does, unless its mount says otherwise (ext4(5), `resuid`). What
+/// others count as not available is not root's either.
 fn is_kept_for_root(mountinfo: &str, device: &str) -> bool {
     let mut mounts = mountinfo.lines();
     let mount = mounts.find(|line| line.split(' ').nth(2) == Some(device));
-    let options = mount.and_then(|line| line.rsplit(' ').next());
-    let mut options = options.unwrap_or_default().split(',');
-    options.all(|option| {
-        let user = option.strip_prefix("resuid=");
-        user.is_none_or(|user| user == "0")
-    })
+    let Some((_, file_system)) = mount.and_then(|line| line.split_once(" - ")) else {
+        return false;
+    };
+    let mut options = file_system.split([' ', ',']);
+    file_system.starts_with("ext")
+        && options.all(|option| {
+            let user = option.strip_prefix("resuid=");
+            user.is_none_or(|user| user == "0")
+        })
 }
 
 fn reserve_of(state: &Path, kept_mib: u64) -> Check {
@@ -281,12 +285,14 @@ mod tests {
     fn what_is_kept_for_another_user_is_not_root_s() {
         let mounts = "26 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw,discard,resuid=65534\n\
                       27 1 8:1 / /data rw - ext4 /dev/sda1 rw,errors=remount-ro\n\
-                      28 1 8:2 / /more rw - ext4 /dev/sda2 rw,resuid=0,resgid=5\n";
+                      28 1 8:2 / /more rw - ext4 /dev/sda2 rw,resuid=0,resgid=5\n\
+                      29 1 0:40 / /btr rw shared:2 - btrfs /dev/sda3 rw,subvolid=5\n";
         for (device, root) in [
             ("254:0", false),
             ("8:1", true),
             ("8:2", true),
-            ("0:9", true),
+            ("0:40", false),
+            ("0:9", false),
         ] {
             assert_eq!(is_kept_for_root(mounts, device), root, "{device}");
         }

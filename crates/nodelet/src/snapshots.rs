@@ -176,7 +176,7 @@ impl Keeper {
             let whole = kept.iter().find(|it| it.id == id && it.ready).cloned();
             let done = whole.is_some() && is_ready(&object);
             let going = is_refused(&object) || object.metadata.deletion_timestamp.is_some();
-            if done || (going && !is_ready(&object)) {
+            if done || going {
                 continue;
             }
             let (node, namespace) = (self.node.clone(), object.namespace());

@@ -58,7 +58,7 @@ pub(crate) struct Node {
     pub(crate) names: Names,
     pub(crate) services: Services,
     pub(crate) gates: network::Gates,
-    /// At starting VMs.
+    /// At starting VMs and copying them.
     pub(crate) boots: Turns,
     /// At making and starting containers.
     pub(crate) starts: Turns,

@@ -1,4 +1,4 @@
-//! Turns at what takes the processors: VMs that start, containers that are made in them.
+//! Turns at what takes the processors: VMs that start or are copied, containers that are made in them.
 //!
 //! Many at once are no sooner ready than few, and each costs more: what one has in the processor's caches the others
 //! drive out. So as many are at it as the node has CPUs, of one namespace; of all namespaces together twice as many, so

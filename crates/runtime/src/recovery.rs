@@ -142,8 +142,8 @@ pub(crate) async fn recover(shared: &Arc<Shared>) -> Result<Found, RuntimeError>
                 let mut record = record;
                 record.set_suspension(None);
                 record.phase = Phase::Ready;
-                let lost = lose(shared, record, members, message.to_owned()).await?;
-                actor::spawn(shared, lost.0, lost.1, Start::Rest)
+                let (record, members) = lose(shared, record, members, message.into()).await?;
+                actor::spawn(shared, record, members, Start::Rest)
             }
             // Its guest may be writing back what its volumes are to keep.
             Phase::Stopping if !record.attached.is_empty() => {

@@ -11,7 +11,7 @@ use crate::{
     cluster::Cluster,
     error::{Failure, Result},
     meta,
-    model::{Container, State},
+    model::{self, Container, State},
 };
 
 /// Scheme of the ids of containers on nodes that know pauses.
@@ -53,11 +53,7 @@ const SUSPEND: Stillness = Stillness {
 
 impl Stillness {
     fn condition<'a>(&self, pod: &'a Pod) -> Option<&'a PodCondition> {
-        condition(pod, self.condition)
-    }
-
-    fn is(&self, pod: &Pod) -> bool {
-        is_true(self.condition(pod))
+        model::condition(pod, self.condition)
     }
 
     async fn begin(&self, cluster: &Cluster, options: &Names) -> Result<()> {
@@ -163,26 +159,6 @@ impl Stillness {
             .await?;
         Ok(())
     }
-}
-
-fn condition<'a>(pod: &'a Pod, name: &str) -> Option<&'a PodCondition> {
-    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
-    conditions.iter().find(|one| one.type_ == name)
-}
-
-fn is_true(condition: Option<&PodCondition>) -> bool {
-    condition.is_some_and(|condition| condition.status == "True")
-}
-
-/// Whether the pod stands still until its node's disk has room for what it writes.
-pub(crate) fn is_stalled(pod: &Pod) -> bool {
-    is_true(condition(pod, meta::STALLED_CONDITION))
-}
-
-/// What the pod's containers are that have processes and do not go on.
-pub(crate) fn still(pod: &Pod) -> Option<State> {
-    let found = [SUSPEND, PAUSE].into_iter().find(|way| way.is(pod));
-    found.map(|way| way.state)
 }
 
 /// `pause`.
